@@ -1,0 +1,64 @@
+"""Loads, stores and roots that give the same bits compiled and interpreted.
+
+Arithmetic is float32, or float64 for float64 parameters; square root and division are IEEE.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sqrt(x):
+    """Square root, correctly rounded. x: a float32 or float64 block."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def div(x, y):
+    """x / y, correctly rounded. x, y: blocks of one dtype, float32 or float64."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+# Triton's interpreter truncates float32 to bfloat16 and mangles bfloat16 subnormals, where the
+# hardware is exact; there, bfloat16 is converted bit by bit.
+INTERPRETED = tl.constexpr(not isinstance(sqrt, triton.runtime.JITFunction))
+
+
+@triton.jit
+def _bfloat16_to_float32(x):
+    bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _float32_to_bfloat16(x):
+    """Round to nearest, ties to even; NaN stays NaN."""
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    quiet_nan = (bits >> 16) | 0x40
+    return tl.where(x == x, rounded, quiet_nan).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def widen(x, COMPUTE_DTYPE: tl.constexpr):
+    """x in arithmetic precision. x: a block of any storage dtype."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        return _bfloat16_to_float32(x).to(COMPUTE_DTYPE)
+    else:
+        return x.to(COMPUTE_DTYPE)
+
+
+@triton.jit
+def narrow(x, STORAGE_DTYPE: tl.constexpr):
+    """x as it is stored, rounded to nearest even. x: a block in arithmetic precision."""
+    if STORAGE_DTYPE == tl.bfloat16:
+        x = x.to(tl.float32)
+        return _float32_to_bfloat16(x) if INTERPRETED else x.to(tl.bfloat16)
+    else:
+        return x.to(STORAGE_DTYPE)

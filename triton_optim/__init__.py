@@ -1,0 +1,16 @@
+"""torch.optim optimizers whose whole step is one fused Triton launch."""
+
+from pathlib import Path
+
+if not (Path(__file__).parent / "kernels" / "rules.py").is_file():
+    # A checkout that lost its symlinks; a wheel always has the folder.
+    _root = Path(__file__).parent.parent
+    if (_root / "kernels" / "rules.py").is_file():
+        __path__.append(str(_root))
+
+from .adagrad import Adagrad
+from .rmsprop import RMSprop
+from .sgd import SGD
+
+__version__ = "0.1.0"
+__all__ = ["SGD", "Adagrad", "RMSprop"]

@@ -1,0 +1,136 @@
+"""How a torch optimizer's `step()` becomes a plan and its launches."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .plan import Plan
+from .ways import Group, State
+
+if TYPE_CHECKING:
+    _Optimizer = torch.optim.Optimizer
+else:
+    _Optimizer = object
+
+
+class FusedStep(_Optimizer):
+    """Steps a torch optimizer in one launch; what the kernels cannot take goes torch's own way.
+
+    A class derives from this and from the torch optimizer whose constructor, state and messages it
+    keeps, and says what the members below leave open.
+    """
+
+    _rule: str  # its name in kernels/rules.py
+    _step_flags: frozenset[str] = frozenset()  # flags under which the rule reads the step
+    _counts_steps = True  # state has a `step`
+    _state_follows_parameter = False  # state on another device is moved, not refused
+
+    _plan: Plan | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # torch sets it under `fused`. GradScaler then unscales and skips by itself.
+        self._step_supports_amp_scaling = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for group in state["param_groups"]:
+            group.setdefault("fused", None)
+        super().__setstate__(state)
+        self._plan = None
+
+    def _flags(self, group: Group) -> frozenset[str]:
+        """Names of the rule's flags that a parameter group sets."""
+        raise NotImplementedError
+
+    def _hyperparameters(self, group: Group) -> tuple[float | Tensor, ...]:
+        """The rule's `hyper`: floats in double precision, or one-element tensors."""
+        raise NotImplementedError
+
+    def _state_names(self, group: Group) -> tuple[str, ...]:
+        """Keys of the tensors that the rule updates, in its order."""
+        raise NotImplementedError
+
+    def _new_state(self, param: Tensor, group: Group) -> State:
+        """The state of a parameter before its first update, keys in torch's order."""
+        raise NotImplementedError
+
+    def _new_step(self, param: Tensor, group: Group) -> Tensor:
+        """A step counter at 0, where torch keeps it."""
+        if group["fused"]:
+            return torch.zeros((), dtype=torch.float32, device=param.device)
+        double = torch.get_default_dtype() == torch.float64
+        return torch.zeros((), dtype=torch.float64 if double else torch.float32, device="cpu")
+
+    def _has_state(self, state: State) -> bool:
+        """Whether a parameter with this state has been set up."""
+        return bool(state)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss; called with gradients enabled.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            RuntimeError: a gradient or a state tensor does not fit its parameter, or `fused=True`
+                asks for kernels where there are none. Nothing has been written then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            self._planned_step()
+        return loss
+
+    def _planned_step(self) -> None:
+        plan = self._plan
+        gradients = plan.gradients(self) if plan is not None else None
+        if plan is None or gradients is None:
+            self._plan = None
+            plan = Plan(self)
+            plan.move_strays()
+        if plan.rest:
+            self._torch_step({id(param) for param in plan.rest})
+        if gradients is None:
+            gradients = plan.prepare(self)
+            self._plan = plan
+        plan.run(self, gradients)
+
+    def _torch_step(self, rest: set[int]) -> None:
+        """torch's own `step()` over the parameters with these ids, without its hooks."""
+        step = inspect.unwrap(super().step)
+        groups = self.param_groups
+        self.param_groups = [
+            {
+                **group,
+                "params": [param for param in group["params"] if id(param) in rest],
+                "fused": group.get("fused") or None,
+            }
+            for group in groups
+        ]
+        try:
+            step(self)
+        finally:
+            self.param_groups = groups
+
+    def _groups_key(self) -> list[tuple[object, ...]]:
+        """What decides, beside the tensors, which way they go and which kernel they get."""
+        return [
+            (
+                self._flags(group),
+                group.get("fused"),
+                group["foreach"],
+                group["differentiable"],
+                group.get("capturable"),
+            )
+            for group in self.param_groups
+        ]

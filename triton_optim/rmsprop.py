@@ -1,0 +1,118 @@
+"""RMSprop."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .fused import FusedStep
+from .ways import Group, State
+
+
+class RMSprop(FusedStep, torch.optim.RMSprop):
+    r"""RMSprop in one launch; drop-in for `torch.optim.RMSprop`, with `fused` added.
+
+    .. math::
+        g &\leftarrow \nabla f(\theta) + \lambda\,\theta \\
+        v &\leftarrow \alpha\,v + (1 - \alpha)\,g^2 \\
+        u &\leftarrow g / (\sqrt{v} + \epsilon), \text{ or centered }
+            g / (\sqrt{v - m^2} + \epsilon), \; m \leftarrow \alpha\,m + (1 - \alpha)\,g \\
+        \theta &\leftarrow \theta - \gamma\,u, \text{ or with momentum }
+            \theta - \gamma\,b, \; b \leftarrow \mu\,b + u
+
+    Args:
+        params: tensors, dicts of groups or `named_parameters()`; any shape, float32, bfloat16,
+            float16, float64, complex64 or complex128.
+        lr: learning rate :math:`\gamma`; a float or a one-element tensor.
+        alpha: smoothing :math:`\alpha`.
+        eps: :math:`\epsilon`, outside the root.
+        weight_decay: L2 penalty :math:`\lambda`.
+        momentum: :math:`\mu`.
+        centered: divide by the standard deviation instead of the root mean square.
+        capturable: True takes torch's implementation.
+        foreach: True takes torch's implementation.
+        maximize: ascend.
+        differentiable: True takes torch's implementation.
+        fused: True insists on the kernels, False takes torch's implementation, None decides
+            parameter by parameter.
+
+    Raises:
+        ValueError: a negative argument.
+        RuntimeError: `fused` with `foreach`, with `differentiable` or with `capturable`.
+
+    Example:
+        >>> optimizer = RMSprop(model.parameters(), lr=1e-3, alpha=0.9)
+        >>> loss.backward()
+        >>> optimizer.step()
+
+    Source: Tieleman and Hinton, "Lecture 6.5 - rmsprop", 2012; centered: Graves, "Generating
+    sequences with recurrent neural networks", 2013.
+    """
+
+    _rule = "rmsprop_rule"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            alpha,
+            eps,
+            weight_decay,
+            momentum,
+            centered,
+            capturable,
+            foreach,
+            maximize,
+            differentiable,
+        )
+        if fused:
+            if differentiable:
+                raise RuntimeError("`fused` does not support `differentiable`")
+            if foreach:
+                raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+            if capturable:
+                raise RuntimeError("`fused` and `capturable` cannot be `True` together.")
+        self.defaults["fused"] = fused
+        for group in self.param_groups:
+            group.setdefault("fused", fused)
+
+    def _flags(self, group: Group) -> frozenset[str]:
+        flags = {
+            "MAXIMIZE": group["maximize"],
+            "CENTERED": group["centered"],
+            "MOMENTUM": group["momentum"] > 0,
+        }
+        return frozenset(flag for flag, on in flags.items() if on)
+
+    def _hyperparameters(self, group: Group) -> tuple[float | Tensor, ...]:
+        lr, alpha, eps = group["lr"], group["alpha"], group["eps"]
+        return lr, alpha, 1 - alpha, eps, group["weight_decay"], group["momentum"]
+
+    def _state_names(self, group: Group) -> tuple[str, ...]:
+        centered = ("grad_avg",) if group["centered"] else ()
+        momentum = ("momentum_buffer",) if group["momentum"] > 0 else ()
+        return ("square_avg", *centered, *momentum)
+
+    def _new_state(self, param: Tensor, group: Group) -> State:
+        state = {"step": self._new_step(param, group), "square_avg": torch.zeros_like(param)}
+        if group["momentum"] > 0:
+            state["momentum_buffer"] = torch.zeros_like(param)
+        if group["centered"]:
+            state["grad_avg"] = torch.zeros_like(param)
+        return state
