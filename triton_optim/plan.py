@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from operator import is_not, itemgetter
 from typing import TYPE_CHECKING, NamedTuple
@@ -54,7 +54,7 @@ class Plan:
         self.rest: list[Tensor] = []
         self._key = optimizer._groups_key()
         self._params = list(_all_params(optimizer))
-        self._states: list[State] | None = None
+        self._state_values: list[object] | None = None
         self._idle: list[Tensor] = []
         self._reconsidered: list[Tensor] = []
         self._entries: dict[torch.device, list[Entry]] = defaultdict(list)
@@ -112,10 +112,10 @@ class Plan:
     def gradients(self, optimizer: FusedStep) -> list[Gradients] | None:
         """What to step with, table by table; None if the plan no longer describes the optimizer."""
         if (
-            self._states is None
+            self._state_values is None
             or self._key != optimizer._groups_key()
             or _differ(_all_params(optimizer), self._params)
-            or _differ(optimizer.state.values(), self._states)
+            or _differ(_state_values(optimizer), self._state_values)
             or any(param.grad is not None for param in self._idle)
             or any(refusal(p, p.grad) is None for p in self._reconsidered if p.grad is not None)
         ):
@@ -142,7 +142,7 @@ class Plan:
             grads = [entry.grad for entry in entries]
             found.append(Gradients(grads, [grad.data_ptr() for grad in grads]))
         self._entries.clear()
-        self._states = list(optimizer.state.values())
+        self._state_values = _state_values(optimizer)
         return found
 
     def run(self, optimizer: FusedStep, gradients: list[Gradients]) -> None:
@@ -156,7 +156,16 @@ def _all_params(optimizer: FusedStep) -> Iterable[Tensor]:
     return chain.from_iterable(map(itemgetter("params"), optimizer.param_groups))
 
 
-def _differ(objects: Iterable[object], others: list[Tensor] | list[State]) -> bool:
+def _state_values(optimizer: FusedStep) -> list[object]:
+    """Everything that `optimizer.state` holds about parameters."""
+    try:
+        return list(chain.from_iterable(map(dict.values, optimizer.state.values())))
+    except TypeError:  # an entry that is no dict, which a checkpoint may bring for no parameter
+        return list(optimizer.state.values())
+
+
+def _differ(objects: Iterable[object], others: Sequence[object]) -> bool:
+    """Whether these are not the very same objects. A tensor's == would compare its elements."""
     objects = list(objects)
     return len(objects) != len(others) or any(map(is_not, objects, others))
 

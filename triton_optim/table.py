@@ -57,14 +57,14 @@ class Table:
         self._grads = _addresses(grads)
         self._misaligned = _misaligned(self._grads)
 
-        self._seen, self._states = _complete_state(optimizer, entries)
-        self._pack = _pack_steps(device, self._states) if optimizer._counts_steps else None
+        self._seen, states = _complete_state(optimizer, entries)
+        self._pack = _pack_steps(device, states) if optimizer._counts_steps else None
         updated = [
             [state[name] for name in entry.state_names]
-            for entry, state in zip(entries, self._states, strict=True)
+            for entry, state in zip(entries, states, strict=True)
         ]
         self._written = [*self.params, *chain.from_iterable(updated)]
-        self._addresses = _addresses(chain(self.params, *map(dict.values, self._states)))
+        self._addresses = _addresses(self._written)
 
         rows, self._buckets = _buckets(optimizer, device, entries, updated)
         reads_step = any(bucket.variant.reads_step for bucket in self._buckets)
@@ -90,8 +90,7 @@ class Table:
         It does while parameters and state are where they were, and gradients have the layout and
         the alignment that they had.
         """
-        tensors = chain(self.params, chain.from_iterable(map(dict.values, self._states)))
-        if not self._guard.check(grads) or _addresses(tensors) != self._addresses:
+        if not self._guard.check(grads) or _addresses(self._written) != self._addresses:
             return None
         addresses = _addresses(grads)
         if addresses != self._grads:
