@@ -1,0 +1,69 @@
+"""The rules once more, from the papers, in numpy's extended precision (64-bit mantissa)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+Array = np.ndarray[Any, np.dtype[np.longdouble]]
+
+
+def _array(tensor: Tensor) -> Array:
+    return tensor.detach().cpu().numpy().astype(np.longdouble)
+
+
+class Reference:
+    """One float64 parameter under one rule.
+
+    Args:
+        rule: name of the class in torch.optim.
+        param: its value at the start; copied.
+        kwargs: the arguments of the rule.
+    """
+
+    def __init__(self, rule: str, param: Tensor, **kwargs: Any) -> None:
+        self.param = _array(param)
+        self._rule = getattr(self, f"_{rule.lower()}")
+        self._args = kwargs
+        self._step = 0
+        self._a = np.zeros_like(self.param) + kwargs.get("initial_accumulator_value", 0)
+        self._b, self._c = np.zeros_like(self.param), np.zeros_like(self.param)
+
+    def step(self, grad: Tensor) -> None:
+        g = -_array(grad) if self._args.get("maximize") else _array(grad)
+        g = g + np.longdouble(self._args.get("weight_decay", 0)) * self.param
+        self._step += 1
+        self.param = self.param - self._rule(g, **self._args)
+
+    def error(self, param: Tensor) -> float:
+        return float(np.abs(_array(param) - self.param).max(initial=0))
+
+    def unit(self) -> float:
+        return float(np.finfo(np.float64).eps * np.abs(self.param).max(initial=0))
+
+    def _sgd(
+        self, g: Array, lr: float, momentum: float = 0, dampening: float = 0,
+        nesterov: bool = False, **_: Any,
+    ) -> Any:  # fmt: skip
+        if momentum == 0:
+            return lr * g
+        self._a = g if self._step == 1 else momentum * self._a + (1 - dampening) * g
+        return lr * (g + momentum * self._a if nesterov else self._a)
+
+    def _adagrad(
+        self, g: Array, lr: float, lr_decay: float = 0, eps: float = 1e-10, **_: Any
+    ) -> Any:
+        self._a = self._a + g * g
+        return lr / (1 + (self._step - 1) * lr_decay) * g / (np.sqrt(self._a) + eps)
+
+    def _rmsprop(
+        self, g: Array, lr: float, alpha: float = 0.99, eps: float = 1e-8, momentum: float = 0,
+        centered: bool = False, **_: Any,
+    ) -> Any:  # fmt: skip
+        self._a = alpha * self._a + (1 - alpha) * g * g
+        self._b = alpha * self._b + (1 - alpha) * g
+        variance = self._a - self._b**2 if centered else self._a
+        self._c = momentum * self._c + g / (np.sqrt(variance) + eps)
+        return lr * self._c
