@@ -25,6 +25,17 @@ def div(x, y):
         return tl.div_rn(x, y)
 
 
+@triton.jit
+def reciprocal(x):
+    """1 / x to an ulp or two. x: a float64 scalar of float32's range.
+
+    Newton's iteration, because a float64 division is a subroutine whose registers spill.
+    """
+    y = (1.0 / x.to(tl.float32)).to(tl.float64)
+    y = y * (2.0 - x * y)
+    return y * (2.0 - x * y)
+
+
 # Triton's interpreter truncates float32 to bfloat16 and mangles bfloat16 subnormals, where the
 # hardware is exact; there, bfloat16 is converted bit by bit.
 INTERPRETED = tl.constexpr(not isinstance(sqrt, triton.runtime.JITFunction))

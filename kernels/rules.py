@@ -14,7 +14,7 @@ Every rule is `rule(param, grad, state, hyper, step, FLAGS) -> (param, state)`:
 import triton
 import triton.language as tl
 
-from .numerics import div, sqrt
+from .numerics import div, reciprocal, sqrt
 
 MAXIMIZE = tl.constexpr(1)
 MOMENTUM = tl.constexpr(2)
@@ -27,7 +27,7 @@ LR_DECAY = tl.constexpr(16)
 def objective_gradient(param, grad, weight_decay, FLAGS: tl.constexpr):
     """The gradient of what is minimized: negated to maximize, plus that of the L2 penalty."""
     if MAXIMIZE & FLAGS:
-        grad = -grad
+        grad = grad * -1.0  # Triton's -x is 0 - x, which loses the sign of zero
     return tl.where(weight_decay == 0, grad, grad + weight_decay.to(grad.dtype) * param)
 
 
@@ -53,7 +53,7 @@ def adagrad_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     """Duchi et al. 2011: s += g^2, p -= lr_t g / (sqrt(s) + eps), lr_t = lr / (1 + t lr_decay)."""
     lr, lr_decay, eps, weight_decay = hyper
     if LR_DECAY & FLAGS:
-        lr = lr / (1 + step * lr_decay)
+        lr = lr * reciprocal(1 + step * lr_decay)
     grad = objective_gradient(param, grad, weight_decay, FLAGS)
     sum = state[0] + grad * grad
     param -= lr.to(param.dtype) * div(grad, sqrt(sum) + eps.to(param.dtype))
@@ -70,7 +70,7 @@ def rmsprop_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     lr, alpha, one_minus_alpha, eps, weight_decay, momentum = hyper
     grad = objective_gradient(param, grad, weight_decay, FLAGS)
     beta = one_minus_alpha.to(grad.dtype)
-    square_avg = alpha.to(grad.dtype) * state[0] + beta * (grad * grad)
+    square_avg = alpha.to(grad.dtype) * state[0] + beta * grad * grad
     new_state = (square_avg,)
     variance = square_avg
     if CENTERED & FLAGS:

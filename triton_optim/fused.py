@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .plan import Plan
-from .ways import Group, State
+from .ways import Group, State, group_refusal
 
 if TYPE_CHECKING:
     _Optimizer = torch.optim.Optimizer
@@ -92,28 +93,56 @@ class FusedStep(_Optimizer):
         return loss
 
     def _planned_step(self) -> None:
+        hypers = self._scalars()
         plan = self._plan
-        gradients = plan.gradients(self) if plan is not None else None
-        if plan is None or gradients is None:
+        found = plan.find(self) if plan is not None else None
+        if plan is None or found is None:
             self._plan = None
             plan = Plan(self)
+        if plan.on_gpu and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{type(self).__name__}.step() was called under CUDA graph capture: a replay would "
+                "repeat this step's rates and addresses; pass fused=False"
+            )
+        if found is None:
             plan.move_strays()
         if plan.rest:
             self._torch_step({id(param) for param in plan.rest})
-        if gradients is None:
-            gradients = plan.prepare(self)
+        if found is None:
+            found = plan.prepare(self)
+        plan.run(found, hypers)
+        if self._plan is None:
+            plan.keep(self)
             self._plan = plan
-        plan.run(self, gradients)
+
+    def _scalars(self) -> list[float | Tensor]:
+        """Every group's hyperparameters, one after another; tensors only where they are on a GPU.
+
+        Raises:
+            ValueError: a tensor has more elements than one.
+        """
+        values = chain.from_iterable(map(self._hyperparameters, self.param_groups))
+        scalars: list[float | Tensor] = []
+        for value in values:
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(f"a hyperparameter has {value.numel()} elements; give it one")
+            on_gpu = isinstance(value, Tensor) and not value.is_cpu
+            scalars.append(value if on_gpu else float(value))
+        return scalars
 
     def _torch_step(self, rest: set[int]) -> None:
-        """torch's own `step()` over the parameters with these ids, without its hooks."""
+        """torch's own `step()` over the parameters with these ids.
+
+        Unwrapped: hooks have run, and the gradient mode is set.
+        """
         step = inspect.unwrap(super().step)
         groups = self.param_groups
         self.param_groups = [
             {
                 **group,
                 "params": [param for param in group["params"] if id(param) in rest],
-                "fused": group.get("fused") or None,
+                # torch's fused CPU kernels skip and garble elements; its for-loop does not
+                "fused": None if group.get("fused") is None else False,
             }
             for group in groups
         ]
@@ -125,12 +154,6 @@ class FusedStep(_Optimizer):
     def _groups_key(self) -> list[tuple[object, ...]]:
         """What decides, beside the tensors, which way they go and which kernel they get."""
         return [
-            (
-                self._flags(group),
-                group.get("fused"),
-                group["foreach"],
-                group["differentiable"],
-                group.get("capturable"),
-            )
+            (self._flags(group), group_refusal(group), group.get("fused"), len(group["params"]))
             for group in self.param_groups
         ]

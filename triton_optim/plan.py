@@ -14,18 +14,20 @@ from torch import Tensor
 
 from . import runtime
 from .layout import same_order
-from .table import Entry, Table
-from .ways import Group, State, check_gradient, check_state, check_step, group_refusal, refusal
+from .table import Entry, Found, Table
+from .ways import (
+    Group,
+    State,
+    check_gradient,
+    check_state,
+    check_step,
+    group_refusal,
+    refusal,
+    strays,
+)
 
 if TYPE_CHECKING:
     from .fused import FusedStep
-
-
-class Gradients(NamedTuple):
-    """What a table's launches read anew at each step."""
-
-    grads: list[Tensor]
-    addresses: list[int]
 
 
 class Stray(NamedTuple):
@@ -39,8 +41,8 @@ class Stray(NamedTuple):
 class Plan:
     """How an optimizer steps, for as long as its tensors stay where they are.
 
-    Making one checks everything and writes nothing. `move_strays` and `prepare` follow, in this
-    order; after them `gradients` and `run` make a step.
+    Making one checks everything and writes nothing. Its first step is `move_strays`, `prepare`,
+    `run`, `keep`; every later one `find` and `run`.
 
     Args:
         optimizer: its parameters have their gradients.
@@ -52,9 +54,10 @@ class Plan:
 
     def __init__(self, optimizer: FusedStep) -> None:
         self.rest: list[Tensor] = []
+        self.on_gpu = False
         self._key = optimizer._groups_key()
         self._params = list(_all_params(optimizer))
-        self._state_values: list[object] | None = None
+        self._states: list[State] = []
         self._idle: list[Tensor] = []
         self._reconsidered: list[Tensor] = []
         self._entries: dict[torch.device, list[Entry]] = defaultdict(list)
@@ -87,12 +90,11 @@ class Plan:
             check_state(param, state, names, where, follows=optimizer._state_follows_parameter)
             if optimizer._counts_steps:
                 check_step(state, where)
-            for name in names:
-                if state[name].device != param.device or not same_order(state[name], param):
-                    self._strays.append(Stray(param, state, name))
+            self._strays += (Stray(param, state, name) for name in strays(param, state, names))
         reordered = not same_order(param, grad) or grad.is_conj() or grad.is_neg()
         entry = Entry(param, grad, index, optimizer._flags(group), names, reordered)
         self._entries[param.device].append(entry)
+        self.on_gpu |= param.is_cuda
 
     def _leave(
         self, optimizer: FusedStep, param: Tensor, group: Group, where: str, reason: str
@@ -109,59 +111,50 @@ class Plan:
                 if name in state and state[name].device != param.device:
                     self._strays.append(Stray(param, state, name))
 
-    def gradients(self, optimizer: FusedStep) -> list[Gradients] | None:
+    def find(self, optimizer: FusedStep) -> list[Found] | None:
         """What to step with, table by table; None if the plan no longer describes the optimizer."""
         if (
-            self._state_values is None
-            or self._key != optimizer._groups_key()
+            self._key != optimizer._groups_key()
             or _differ(_all_params(optimizer), self._params)
-            or _differ(_state_values(optimizer), self._state_values)
+            or _differ(optimizer.state.values(), self._states)
             or any(param.grad is not None for param in self._idle)
             or any(refusal(p, p.grad) is None for p in self._reconsidered if p.grad is not None)
         ):
             return None
         found = []
         for table in self._tables:
-            grads = [param.grad for param in table.params]
-            addresses = table.addresses(grads)
-            if addresses is None:
+            tensors = table.find()
+            if tensors is None:
                 return None
-            found.append(Gradients(grads, addresses))  # type: ignore[arg-type]
+            found.append(tensors)
         return found
 
     def move_strays(self) -> None:
         """Bring state to its parameter's device and memory order."""
         for param, state, name in self._strays:
             state[name] = torch.empty_like(param, dtype=state[name].dtype).copy_(state[name])
+        self._strays.clear()
 
-    def prepare(self, optimizer: FusedStep) -> list[Gradients]:
-        """Make missing state and the tables. Returns what `gradients` would."""
-        found = []
-        for device, entries in self._entries.items():
-            self._tables.append(Table(optimizer, device, entries))
-            grads = [entry.grad for entry in entries]
-            found.append(Gradients(grads, [grad.data_ptr() for grad in grads]))
+    def prepare(self, optimizer: FusedStep) -> list[Found]:
+        """Make the tables, and state where it is missing. Returns what `find` would."""
+        self._tables = [Table(optimizer, *item) for item in self._entries.items()]
         self._entries.clear()
-        self._state_values = _state_values(optimizer)
-        return found
+        return [table.first for table in self._tables if table.first is not None]
 
-    def run(self, optimizer: FusedStep, gradients: list[Gradients]) -> None:
+    def run(self, found: list[Found], hypers: list[float | Tensor]) -> None:
         """Launch the updates, one a bucket, and count the steps."""
-        hypers = list(chain.from_iterable(map(optimizer._hyperparameters, optimizer.param_groups)))
-        for table, (grads, addresses) in zip(self._tables, gradients, strict=True):
-            table.run(grads, addresses, hypers)
+        for table, tensors in zip(self._tables, found, strict=True):
+            table.run(tensors, hypers)
+
+    def keep(self, optimizer: FusedStep) -> None:
+        """After the first step: its new state is the optimizer's now."""
+        for table in self._tables:
+            table.hand_over_state(optimizer)
+        self._states = list(optimizer.state.values())
 
 
 def _all_params(optimizer: FusedStep) -> Iterable[Tensor]:
     return chain.from_iterable(map(itemgetter("params"), optimizer.param_groups))
-
-
-def _state_values(optimizer: FusedStep) -> list[object]:
-    """Everything that `optimizer.state` holds about parameters."""
-    try:
-        return list(chain.from_iterable(map(dict.values, optimizer.state.values())))
-    except TypeError:  # an entry that is no dict, which a checkpoint may bring for no parameter
-        return list(optimizer.state.values())
 
 
 def _differ(objects: Iterable[object], others: Sequence[object]) -> bool:

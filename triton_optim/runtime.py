@@ -18,6 +18,7 @@ except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] != "triton":
         raise
     # Triton has no wheel for this platform: every parameter goes torch's own way.
+    COMPILED = False
     DEVICE_TYPE = None
     ROW_WIDTH = 0
 else:
@@ -36,11 +37,16 @@ STORAGE_DTYPES = {
     torch.complex128: "float64",
 }
 
+HALF_DTYPES = {"bfloat16", "float16"}
+
 ALIGNMENT = 16  # bytes: a 128-bit load
 
-# Elements and warps of a program: a vector of 8 16-bit or two of 4 32-bit elements a thread.
+# A thread updates 8 elements: more take too many registers. Blocks of 16-bit tensors are larger, so
+# that a program moves enough bytes beside its share of the tables.
 COMPILED_BLOCK_SIZE = 1024
-NUM_WARPS = 4
+COMPILED_BLOCK_SIZE_16_BIT = 2048
+ELEMENTS_PER_THREAD = 8
+THREADS_PER_WARP = 64 if torch.version.hip else 32
 # An interpreted program costs about as much as 40,000 of its elements.
 INTERPRETED_BLOCK_SIZES = tuple(1 << k for k in range(10, 19))
 INTERPRETED_OVERHEAD = 40_000
@@ -67,15 +73,26 @@ class Tables(NamedTuple):
     steps: Tensor | None  # floating [tensors]
 
 
-def block_size(numels: Iterable[int]) -> int:
+def block_size(variant: Variant, numels: Iterable[int]) -> int:
     """Elements a program updates, for tensors of these numbers of elements."""
     if COMPILED:
-        return COMPILED_BLOCK_SIZE
+        return compiled_block_size(variant)
     numels = list(numels)
     return min(
         INTERPRETED_BLOCK_SIZES,
         key=lambda size: (INTERPRETED_OVERHEAD + size) * sum(-(-n // size) for n in numels),
     )
+
+
+def compiled_block_size(variant: Variant) -> int:
+    """Elements a program updates on a GPU."""
+    dtypes = {variant.param_dtype, variant.grad_dtype, variant.state_dtype}
+    return COMPILED_BLOCK_SIZE_16_BIT if dtypes <= HALF_DTYPES else COMPILED_BLOCK_SIZE
+
+
+def num_warps(size: int, threads_per_warp: int = THREADS_PER_WARP) -> int:
+    """Warps of a compiled program that updates `size` elements."""
+    return size // (ELEMENTS_PER_THREAD * threads_per_warp)
 
 
 def launch(rule: str, variant: Variant, blocks: Tensor, size: int, tables: Tables) -> None:
@@ -97,7 +114,7 @@ def launch(rule: str, variant: Variant, blocks: Tensor, size: int, tables: Table
             STATE_DTYPE=getattr(tl, variant.state_dtype),
             ALIGNED=variant.aligned,
             BLOCK_SIZE=size,
-            num_warps=NUM_WARPS,
+            num_warps=num_warps(size) if COMPILED else 1,
             enable_fp_fusion=True,
         )
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from .ways import State
 if TYPE_CHECKING:
     from .fused import FusedStep
 
+_STEP = itemgetter("step")
+
 
 class Entry(NamedTuple):
     """One parameter that the kernels take."""
@@ -29,6 +32,14 @@ class Entry(NamedTuple):
     flags: frozenset[str]
     state_names: tuple[str, ...]
     reordered: bool  # the gradient must be copied into the parameter's memory order first
+
+
+class Found(NamedTuple):
+    """What one step reads and writes, looked up and checked for this step."""
+
+    grads: list[Tensor]
+    addresses: list[int]  # of grads
+    written: list[Tensor]  # parameters and state
 
 
 class Bucket(NamedTuple):
@@ -42,68 +53,90 @@ class Bucket(NamedTuple):
 class Table:
     """Everything one device's launches need, made once and kept while the tensors stay.
 
-    Making one adds the state that a first step needs. What may change from step to step (gradient
-    addresses, hyperparameters, step counts) is one buffer, sent in one copy when it did change.
+    It remembers addresses and layouts and holds no state tensor, so that state which is moved away
+    frees its memory. What may change from step to step (gradient addresses, hyperparameters, step
+    counts) is one buffer, sent in one copy when it did change.
     """
 
     def __init__(
         self, optimizer: FusedStep, device: torch.device, entries: Sequence[Entry]
     ) -> None:
-        grads = [entry.grad for entry in entries]
-        self.params = [entry.param for entry in entries]
         self._rule = optimizer._rule
+        self._params = [entry.param for entry in entries]
         self._reordered = [i for i, entry in enumerate(entries) if entry.reordered]
-        self._guard = LayoutGuard(grads)
-        self._grads = _addresses(grads)
+        self._states, self._new = _states(optimizer, entries)
+        # 0.0 until a tensor's first update, for SGD's rule.
+        self._seen = [0.0 if new else 1.0 for new in self._new]
+        complete = [{**s, **new} for s, new in zip(self._states, self._new, strict=True)]
+        self._pack = None
+        if optimizer._counts_steps:
+            self._pack = _packed([*map(_STEP, complete)], device)
+            for state, new, step in zip(complete, self._new, self._pack.unbind(), strict=True):
+                state["step"] = new["step"] = step
+        self._columns = _columns(entries, self._states)
+        self._counted = self._states if optimizer._counts_steps else []
+
+        grads = [entry.grad for entry in entries]
+        written = [*self._params, *_values(_columns(entries, complete))]
+        steps = map(_STEP, complete) if optimizer._counts_steps else ()
+        self.first: Found | None = Found(grads, _addresses(grads), written)
+        self._guard = LayoutGuard([*grads, *written])
+        self._addresses = _addresses([*written, *steps])
+        self._grads = self.first.addresses
         self._misaligned = _misaligned(self._grads)
 
-        self._seen, states = _complete_state(optimizer, entries)
-        self._pack = _pack_steps(device, states) if optimizer._counts_steps else None
-        updated = [
-            [state[name] for name in entry.state_names]
-            for entry, state in zip(entries, states, strict=True)
-        ]
-        self._written = [*self.params, *chain.from_iterable(updated)]
-        self._addresses = _addresses(self._written)
+        rows, self._buckets = _buckets(optimizer, device, entries, complete)
+        self._allocate(optimizer, device, rows)
 
-        rows, self._buckets = _buckets(optimizer, device, entries, updated)
+    def _allocate(self, optimizer: FusedStep, device: torch.device, rows: Tensor) -> None:
+        """The buffer of what changes: gradient addresses, hyperparameters, step counts."""
         reads_step = any(bucket.variant.reads_step for bucket in self._buckets)
         self._sends_steps = reads_step and (self._pack is None or self._pack.device != device)
         n_groups = len(optimizer.param_groups)
         width = len(optimizer._hyperparameters(optimizer.param_groups[0]))
-        n_steps = len(entries) if self._sends_steps else 0
-        lengths = [len(entries), n_groups * width, n_steps]
-        self._buffer = torch.empty(sum(map(_even, lengths)), dtype=torch.int64, device=device)
-        grad_column, hypers, steps = torch.split(self._buffer, [*map(_even, lengths)])
+        n_steps = len(self._params) if self._sends_steps else 0
+        lengths = [n + n % 2 for n in (len(self._params), n_groups * width, n_steps)]
+        self._buffer = torch.empty(sum(lengths), dtype=torch.int64, device=device)
+        grads, hypers, steps = torch.split(self._buffer, lengths)
         self._hypers = hypers.view(torch.float64)
         self._tables = runtime.Tables(
             rows=rows,
-            grads=grad_column,
+            grads=grads,
             hypers=self._hypers[: n_groups * width].view(n_groups, width),
             steps=steps.view(torch.float64) if self._sends_steps else self._pack,
         )
         self._sent: object = None
 
-    def addresses(self, grads: Sequence[Tensor | None]) -> list[int] | None:
-        """Addresses of `grads`, or None where this table no longer describes its tensors.
+    def find(self) -> Found | None:
+        """This step's tensors, or None where this table no longer describes them.
 
-        It does while parameters and state are where they were, and gradients have the layout and
-        the alignment that they had.
+        It does while parameters and state are where they were, everything has the layout that it
+        had, and gradients the alignment.
         """
-        if not self._guard.check(grads) or _addresses(self._written) != self._addresses:
+        grads = [param.grad for param in self._params]
+        try:
+            written = [*self._params, *_values(self._columns)]
+            if not self._guard.check([*grads, *written]):
+                return None
+            if _addresses(chain(written, map(_STEP, self._counted))) != self._addresses:
+                return None
+        except (KeyError, TypeError):  # state was removed, or a step is no tensor any more
             return None
         addresses = _addresses(grads)
         if addresses != self._grads:
             if _misaligned(addresses) != self._misaligned:
                 return None
             self._grads = addresses
-        return addresses
+        return Found(grads, addresses, written)  # type: ignore[arg-type]
 
-    def run(self, grads: list[Tensor], addresses: list[int], hypers: list[float | Tensor]) -> None:
+    def run(self, found: Found, hypers: list[float | Tensor]) -> None:
         """Launch the updates, one a bucket, and count the steps."""
+        grads, addresses, written = found
         copies = {
-            i: torch.empty_like(self.params[i], dtype=grads[i].dtype) for i in self._reordered
+            i: torch.empty_like(self._params[i], dtype=grads[i].dtype) for i in self._reordered
         }
+        if copies:
+            addresses = list(addresses)
         for i, copy in copies.items():
             addresses[i] = copy.copy_(grads[i]).data_ptr()
         self._send(addresses, hypers)
@@ -111,70 +144,90 @@ class Table:
             runtime.launch(self._rule, *bucket, self._tables)
         if self._pack is not None:
             self._pack.add_(1)
-        self._seen = [1.0] * len(self.params)
-        increment_version(self._written)
+        self._seen = [1.0] * len(self._params)
+        increment_version(written)
 
     def _send(self, grads: list[int], hypers: list[float | Tensor]) -> None:
         """Bring the buffer up to date; a scalar that lives on a GPU is copied on the device."""
-        on_gpu = {i: h for i, h in enumerate(hypers) if isinstance(h, Tensor) and not h.is_cpu}
-        values = [0.0 if i in on_gpu else float(h) for i, h in enumerate(hypers)]
+        on_gpu = {i: h for i, h in enumerate(hypers) if isinstance(h, Tensor)}
+        values = [None if isinstance(h, Tensor) else h for h in hypers]
         steps: list[float] = []
         if self._sends_steps:
             steps = self._seen if self._pack is None else self._pack.tolist()
         content = (grads, values, steps)
-        if content != self._sent or on_gpu:
-            columns = _joined(array("q", grads), array("d", values), array("d", steps))
+        if content != self._sent:
+            floats = array("d", [0.0 if value is None else value for value in values])
+            columns = _joined(array("q", grads), floats, array("d", steps))
             self._buffer.copy_(_sendable(columns, self._buffer.device), non_blocking=True)
             self._sent = content
         for i, value in on_gpu.items():
             self._hypers[i].copy_(value.view(()), non_blocking=True)
 
+    def hand_over_state(self, optimizer: FusedStep) -> None:
+        """After the first step: give the optimizer the state that it made."""
+        self.first = None
+        for param, state, new in zip(self._params, self._states, self._new, strict=True):
+            if new:
+                state.update(new)
+                optimizer.state[param] = state
+        self._new = []
 
-def _complete_state(
-    optimizer: FusedStep, entries: Sequence[Entry]
-) -> tuple[list[float], list[State]]:
-    """1.0 or 0.0 an entry, whether it has had an update; and its state, made where missing."""
-    seen, states = [], []
+
+def _states(optimizer: FusedStep, entries: Sequence[Entry]) -> tuple[list[State], list[State]]:
+    """Every parameter's entry of optimizer.state, and what it lacks before a first update."""
+    states, new = [], []
     for entry in entries:
-        state = optimizer.state[entry.param] if entry.state_names else {}
-        seen.append(float(optimizer._has_state(state)))
-        if entry.state_names and not seen[-1]:
-            state.update(optimizer._new_state(entry.param, optimizer.param_groups[entry.group]))
+        state = optimizer.state.get(entry.param, {}) if entry.state_names else {}
+        complete = not entry.state_names or optimizer._has_state(state)
+        group = optimizer.param_groups[entry.group]
         states.append(state)
-    return seen, states
+        new.append({} if complete else optimizer._new_state(entry.param, group))
+    return states, new
 
 
-def _pack_steps(device: torch.device, states: Sequence[State]) -> Tensor:
-    """One tensor of all step counts, of which each state's `step` becomes an element.
+def _columns(entries: Sequence[Entry], states: Sequence[State]) -> dict[str, list[State]]:
+    """By name of the tensors that the rule updates, those of `states` that hold one."""
+    columns = defaultdict(list)
+    for entry, state in zip(entries, states, strict=True):
+        for name in entry.state_names:
+            columns[name].append(state)
+    return columns
+
+
+def _values(columns: Mapping[str, Sequence[State]]) -> list[Tensor]:
+    return list(chain.from_iterable(map(itemgetter(n), states) for n, states in columns.items()))
+
+
+def _packed(steps: Sequence[Tensor], device: torch.device) -> Tensor:
+    """One tensor of all step counts: one operation counts them all.
 
     On the CPU, unless one of them lies on a GPU: reading that one here would wait for the GPU.
     """
-    steps: list[Tensor] = [state["step"] for state in states]
     home = torch.device("cpu") if all(step.is_cpu for step in steps) else device
-    pack = torch.stack([step.to(home, steps[0].dtype).view(()) for step in steps])
-    for state, step in zip(states, pack.unbind(), strict=True):
-        state["step"] = step
-    return pack
+    double = any(step.dtype == torch.float64 for step in steps)
+    dtype = torch.float64 if double else torch.float32
+    return torch.stack([step.to(home, dtype).view(()) for step in steps])
 
 
 def _buckets(
     optimizer: FusedStep,
     device: torch.device,
     entries: Sequence[Entry],
-    updated: Sequence[Sequence[Tensor]],
+    states: Sequence[State],
 ) -> tuple[Tensor, list[Bucket]]:
     """The table of rows, and what each launch updates."""
     rows = array("q")
     members: dict[runtime.Variant, list[int]] = defaultdict(list)
     numels = [e.param.numel() * (2 if e.param.is_complex() else 1) for e in entries]
-    for i, (entry, states) in enumerate(zip(entries, updated, strict=True)):
-        addresses = _addresses([entry.param, *states])
+    for i, (entry, state) in enumerate(zip(entries, states, strict=True)):
+        updated = [state[name] for name in entry.state_names]
+        addresses = _addresses([entry.param, *updated])
         rows.extend(runtime.row(numels[i], entry.group, addresses))
         if numels[i]:
-            members[_variant(optimizer, entry, states, addresses)].append(i)
+            members[_variant(optimizer, entry, updated, addresses)].append(i)
     buckets = []
     for variant, indices in members.items():
-        size = runtime.block_size(numels[i] for i in indices)
+        size = runtime.block_size(variant, (numels[i] for i in indices))
         blocks = _block_table(indices, [-(-numels[i] // size) for i in indices])
         blocks = _sendable(blocks, device).to(device, non_blocking=True)
         buckets.append(Bucket(variant, blocks, size))
@@ -198,10 +251,10 @@ def _variant(
 
 def _block_table(tensors: Sequence[int], counts: Sequence[int]) -> Tensor:
     """One int64 a block: tensor << 32 | index of the block within the tensor."""
-    n_blocks = torch.tensor(counts)
-    tensor = torch.repeat_interleave(torch.tensor(tensors), n_blocks)
+    n_blocks = torch.tensor(counts, device="cpu")
+    tensor = torch.repeat_interleave(torch.tensor(tensors, device="cpu"), n_blocks)
     first = torch.repeat_interleave(n_blocks.cumsum(0) - n_blocks, n_blocks)
-    return tensor << 32 | torch.arange(len(tensor)) - first
+    return tensor << 32 | torch.arange(len(tensor), device="cpu") - first
 
 
 def _joined(*columns: array[int] | array[float]) -> Tensor:
@@ -220,10 +273,6 @@ def _sendable(host: Tensor, device: torch.device) -> Tensor:
     copy is done.
     """
     return host.pin_memory() if device.type == "cuda" else host
-
-
-def _even(n: int) -> int:
-    return n + n % 2
 
 
 def _misaligned(addresses: Sequence[int]) -> list[int]:

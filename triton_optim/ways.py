@@ -40,6 +40,8 @@ def refusal(param: Tensor, grad: Tensor) -> str | None:
         return f"it is {param.dtype} with a {grad.dtype} gradient"
     if not is_dense(param) or param.is_conj() or param.is_neg():
         return "its elements do not fill one span of memory"
+    if param.is_inference() and not torch.is_inference_mode_enabled():
+        return "it is an inference tensor"
     return None
 
 
@@ -94,13 +96,13 @@ def check_state(
 
 
 def check_step(state: State, where: str) -> None:
-    """Refuse a step counter that is not one floating number in a tensor.
+    """Refuse a step counter that is not one real number in a tensor.
 
     Raises:
         RuntimeError: it is missing, or something else.
     """
     step = state.get("step")
-    if not isinstance(step, Tensor) or step.numel() != 1 or not step.is_floating_point():
+    if not isinstance(step, Tensor) or step.numel() != 1 or step.is_complex():
         raise _bad_state("step", where, f"is {step!r}")
 
 

@@ -1,0 +1,91 @@
+"""The kernels as machine code, and their conversions bit by bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from cases import DEVICE
+
+from triton_optim.kernels import numerics
+
+AOT = Path(__file__).parent / "aot.py"
+
+
+@cache
+def _records(architecture: str) -> list[dict[str, Any]]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(AOT), architecture]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    records: list[dict[str, Any]] = json.loads(done.stdout)
+    return records
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_machine_code(architecture: str) -> None:
+    """No register spills, and 128-bit loads and stores where a block is whole."""
+    records = _records(architecture)
+    assert len(records) == 18
+    for record in records:
+        assert record["spills"] == 0, record
+        assert record["widest"] == {"load": 128, "store": 128}, record
+        # 65,536 registers an SM, at least 3 programs of 128 threads or the like of it
+        assert record.get("registers", 0) <= 160, record
+
+
+@triton.jit
+def _convert(x_ptr, y_ptr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offsets)
+    WIDENS: tl.constexpr = DTYPE == tl.float32  # noqa: SIM300
+    y = numerics.widen(x, tl.float32) if WIDENS else numerics.narrow(x, DTYPE)
+    tl.store(y_ptr + offsets, y)
+
+
+def _converted(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    y = torch.empty_like(x, dtype=dtype)
+    name = str(dtype).removeprefix("torch.")
+    _convert[(len(x) // 4096,)](x, y, getattr(tl, name), 4096)
+    return y
+
+
+def test_every_bfloat16_is_widened_exactly() -> None:
+    x = torch.arange(65536, device=DEVICE).to(torch.int16).view(torch.bfloat16)
+    torch.testing.assert_close(
+        _converted(x, torch.float32), x.float(), rtol=0, atol=0, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_is_rounded_to_nearest_even(dtype: torch.dtype) -> None:
+    """Random bits, every high half with the low halves around a tie, NaN and infinities."""
+    high = torch.arange(65536).repeat_interleave(6) << 16
+    low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF]).repeat(65536)
+    bits = torch.cat([high | low, torch.randint(2**32, (2**17,))])
+    x = (bits - (bits >= 2**31) * 2**32).to(torch.int32).view(torch.float32).to(DEVICE)
+    ours, expected = _converted(x, dtype), x.to(dtype)
+    nan = expected.isnan()
+    assert torch.equal(ours.isnan(), nan)
+    assert torch.equal(ours[~nan].view(torch.int16), expected[~nan].view(torch.int16))
+
+
+@triton.jit
+def _reciprocal(x_ptr, y_ptr):  # type: ignore
+    i = tl.program_id(0)
+    tl.store(y_ptr + i, numerics.reciprocal(tl.load(x_ptr + i)))
+
+
+def test_reciprocal() -> None:
+    x = 1 + torch.logspace(-6, 30, 100, dtype=torch.float64, device=DEVICE)
+    y = torch.empty_like(x)
+    _reciprocal[(100,)](x, y)
+    torch.testing.assert_close(y, 1 / x, rtol=4e-16, atol=0)
