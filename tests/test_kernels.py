@@ -42,8 +42,8 @@ def test_machine_code(architecture: str) -> None:
         assert record.get("registers", 0) <= 160, record
 
 
-@triton.jit
-def _convert(x_ptr, y_ptr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _convert(x_ptr, y_ptr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offsets)
     WIDENS: tl.constexpr = DTYPE == tl.float32  # noqa: SIM300
@@ -78,8 +78,8 @@ def test_float32_is_rounded_to_nearest_even(dtype: torch.dtype) -> None:
     assert torch.equal(ours[~nan].view(torch.int16), expected[~nan].view(torch.int16))
 
 
-@triton.jit
-def _reciprocal(x_ptr, y_ptr):  # type: ignore
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _reciprocal(x_ptr, y_ptr):  # type: ignore[no-untyped-def]
     i = tl.program_id(0)
     tl.store(y_ptr + i, numerics.reciprocal(tl.load(x_ptr + i)))
 

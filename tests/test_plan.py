@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from cases import BLOCK, CASES, DEVICE, STATEFUL_CASES, Case
@@ -242,11 +239,3 @@ def test_same_objects_are_not_compared_by_value() -> None:
     a, b = torch.zeros(1), torch.zeros(1)
     assert plan._differ([a], [b])
     assert not plan._differ([a, b], [a, b])
-
-
-def test_host_time_is_printed() -> None:
-    """No time is asserted: perf/bench_host.py prints them."""
-    command = [sys.executable, "perf/bench_host.py", "--tensors", "10", "--repeats", "2"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "RMSprop" in printed
-    assert "floor" in printed

@@ -1,0 +1,80 @@
+"""The programs that a newcomer runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import triton_optim
+from triton_optim import __main__ as self_check
+
+ROOT = Path(__file__).parent.parent
+
+
+def _run(*command: str, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_self_check() -> None:
+    printed = _run("-m", "triton_optim")
+    assert "28 passed, 0 failed" in printed
+    assert f"torch {torch.__version__}" in printed
+
+
+def test_self_check_fails_when_a_rule_is_worse(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(self_check, "RULES", self_check.RULES[:1])
+    monkeypatch.setattr(self_check, "DTYPES", (torch.float32,))
+    assert self_check.main() == 0
+    hyperparameters = triton_optim.SGD._hyperparameters
+
+    def slightly_wrong(self: triton_optim.SGD, group: dict[str, Any]) -> tuple[Any, ...]:
+        lr, *others = hyperparameters(self, group)
+        return lr * 1.001, *others
+
+    monkeypatch.setattr(triton_optim.SGD, "_hyperparameters", slightly_wrong)
+    assert self_check.main() == 1
+    assert "WORSE" in capsys.readouterr().out
+
+
+def test_host_time_is_printed() -> None:
+    """No time is asserted."""
+    printed = _run("perf/bench_host.py", "--tensors", "10", "--repeats", "3")
+    assert "RMSprop" in printed
+    assert "floor" in printed
+
+
+def test_main_job(tmp_path: Path) -> None:
+    plot = tmp_path / "curves.png"
+    printed = _run(
+        *("perf/train_lm.py", "--optimizer", "rmsprop", "--against", "torch"),
+        *("--size", "32", "--steps", "25", "--batch", "8", "--context", "32", "--plot", str(plot)),
+    )
+    assert "interpreter" in printed or torch.cuda.is_available()
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    rows = [line.split() for line in printed.splitlines() if line.startswith("rmsprop ")]
+    assert [row[1] for row in rows] == ["triton_optim", "torch"]
+    assert float(rows[0][3]) < float(rows[0][2])
+    assert float(rows[-1][-1]) < 0.05  # the largest difference of the two loss curves
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "--steps"),
+        (["--text", "no such file"], "no such file"),
+        (["--device", "nowhere"], "nowhere"),
+    ],
+)
+def test_main_job_refuses_bad_input(arguments: list[str], message: str) -> None:
+    assert message in _run("perf/train_lm.py", *arguments, code=2)
