@@ -389,6 +389,18 @@ def test_rmsprop_refuses_fused_beside(other: str) -> None:
 
 
 @every_state
+def test_inside_a_compiled_program(case: Case) -> None:
+    pair = Pair(case)
+    steps: list[Any] = [optimizer.step for optimizer in pair.optimizers]
+    steps[0] = torch.compile(steps[0], backend="eager")
+    for _ in range(3):
+        for tensors, step in zip(pair.tensors, steps, strict=True):
+            tensors.new_gradients()
+            step()
+        pair.check()
+
+
+@every_state
 @pytest.mark.parametrize("fused", [None, True])
 def test_grad_scaler(case: Case, fused: bool | None) -> None:
     """The scaler unscales before the step, and skips it on an infinite gradient."""

@@ -57,11 +57,15 @@ def test_differentiable_takes_torchs_way(case: Case) -> None:
     results = []
     for make in (case.ours, case.theirs):
         start = torch.ones(3, device=DEVICE, requires_grad=True)
+        lr = torch.tensor(0.25, device=DEVICE, requires_grad=True)
         param = start * 2
         param.grad = torch.full_like(start, 0.5).requires_grad_(False)
-        make([param], differentiable=True).step()
-        (gradient,) = torch.autograd.grad(param.square().sum(), start)
-        results.append((param.detach(), gradient))
+        optimizer = make([param], differentiable=True)
+        if case.optimizer == "SGD":
+            optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        gradients = torch.autograd.grad(param.square().sum(), (start, lr), allow_unused=True)
+        results.append((param.detach(), *gradients))
     assert_same_bits(results[0], results[1])
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from .plan import Plan
 from .ways import Group, State, group_refusal
@@ -92,8 +93,8 @@ class FusedStep(_Optimizer):
             self._planned_step()
         return loss
 
+    @_disable_dynamo  # a compiled program would trace addresses; it breaks here instead
     def _planned_step(self) -> None:
-        hypers = self._scalars()
         plan = self._plan
         found = plan.find(self) if plan is not None else None
         if plan is None or found is None:
@@ -104,6 +105,7 @@ class FusedStep(_Optimizer):
                 f"{type(self).__name__}.step() was called under CUDA graph capture: a replay would "
                 "repeat this step's rates and addresses; pass fused=False"
             )
+        hypers = self._scalars() if plan.uses_kernels else []
         if found is None:
             plan.move_strays()
         if plan.rest:

@@ -54,7 +54,7 @@ class Plan:
 
     def __init__(self, optimizer: FusedStep) -> None:
         self.rest: list[Tensor] = []
-        self.on_gpu = False
+        self.uses_kernels = self.on_gpu = False
         self._key = optimizer._groups_key()
         self._params = list(_all_params(optimizer))
         self._states: list[State] = []
@@ -94,6 +94,7 @@ class Plan:
         reordered = not same_order(param, grad) or grad.is_conj() or grad.is_neg()
         entry = Entry(param, grad, index, optimizer._flags(group), names, reordered)
         self._entries[param.device].append(entry)
+        self.uses_kernels = True
         self.on_gpu |= param.is_cuda
 
     def _leave(
