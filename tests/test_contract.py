@@ -1,0 +1,187 @@
+"""The class around the step: constructor, state dicts, copies, hooks, scaler, compiler."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, Case, assert_same_bits
+from pair import Pair, every_state, two_groups
+from torch.nn import Parameter
+
+import triton_optim
+
+
+@every_state
+def test_state_dict_to_torch_and_back(case: Case) -> None:
+    pair = Pair(case, two_groups)
+    pair.step(3)
+    file = io.BytesIO()
+    torch.save([optimizer.state_dict() for optimizer in pair.optimizers], file)
+    file.seek(0)
+    ours, theirs = torch.load(file, weights_only=True)
+    assert ours["state"].keys() == theirs["state"].keys()
+    # Crossed: ours takes torch's checkpoint and torch's takes ours.
+    pair.optimizers[0].load_state_dict(theirs)
+    pair.optimizers[0].param_groups[0]["foreach"] = None
+    pair.optimizers[0].param_groups[1]["foreach"] = None
+    pair.optimizers[1].load_state_dict(ours)
+    pair.step(3)
+
+
+@every_state
+def test_load_state_dict_in_mid_run(case: Case) -> None:
+    pair = Pair(case)
+    pair.step(2)
+    saved = [copy.deepcopy(optimizer.state_dict()) for optimizer in pair.optimizers]
+    pair.step(2)
+    for optimizer, state_dict in zip(pair.optimizers, saved, strict=True):
+        optimizer.load_state_dict(state_dict)
+    pair.step(2)
+
+
+def test_state_dict_of_sgd_from_before_the_first_momentum() -> None:
+    pair = Pair(next(case for case in CASES if case.name == "sgd-dampening"))
+    pair.each(lambda o, params: o.state[params[0]].update(momentum_buffer=None))
+    pair.step(3)
+
+
+@every_state
+def test_deepcopy_and_pickle(case: Case) -> None:
+    pair = Pair(case)
+    pair.step(2)
+    duplicates: list[Any] = [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))]
+    for duplicate in duplicates:
+        for i, tensors in enumerate(pair.tensors):
+            optimizer = duplicate(pair.optimizers[i])
+            pair.optimizers[i] = optimizer
+            tensors.params = [p for group in optimizer.param_groups for p in group["params"]]
+        pair.step(2)
+
+
+def test_closure_hooks_and_order() -> None:
+    calls: list[str] = []
+    param = Parameter(torch.ones(3, device="cpu"))
+    optimizer = triton_optim.SGD([param], lr=0.5)
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+
+    def closure() -> torch.Tensor:
+        calls.append("closure")
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = (param * param).sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        assert float(optimizer.step(closure).detach()) == 3.0
+    assert calls == ["pre", "closure", "post"]
+    assert torch.equal(param, torch.zeros(3))
+
+
+@every_state
+def test_an_exception_in_the_closure_leaves_everything(case: Case) -> None:
+    pair = Pair(case)
+    pair.step(2)
+    before = copy.deepcopy(pair.optimizers[0].state_dict())
+
+    def closure() -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pair.optimizers[0].step(closure)
+    assert_same_bits(pair.optimizers[0].state_dict(), before)
+    pair.step(2)
+
+
+@every_state
+def test_named_parameters(case: Case) -> None:
+    names = "abcd"
+    pair = Pair(case, lambda params: list(zip(names, params, strict=True)))
+    pair.step(2)
+    assert pair.optimizers[0].state_dict()["param_groups"][0]["param_names"] == list(names)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "RMSprop"])
+def test_constructor_is_torchs(name: str) -> None:
+    ours, theirs = getattr(triton_optim, name), getattr(torch.optim, name)
+    assert issubclass(ours, theirs)
+    signature, expected = inspect.signature(ours), inspect.signature(theirs)
+    parameters = list(signature.parameters.values())
+    if name == "RMSprop":
+        fused = parameters.pop()
+        assert (fused.name, fused.kind, fused.default) == ("fused", fused.KEYWORD_ONLY, None)
+    found = [(p.name, p.kind, p.default) for p in parameters]
+    assert found == [(p.name, p.kind, p.default) for p in expected.parameters.values()]
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("SGD", {"lr": -1.0}),
+        ("SGD", {"momentum": -1.0}),
+        ("SGD", {"weight_decay": -1.0}),
+        ("SGD", {"nesterov": True}),
+        ("SGD", {"lr": torch.ones(2)}),
+        ("SGD", {"fused": True, "foreach": True}),
+        ("SGD", {"fused": True, "differentiable": True}),
+        ("Adagrad", {"lr_decay": -1.0}),
+        ("Adagrad", {"initial_accumulator_value": -1.0}),
+        ("Adagrad", {"eps": -1.0}),
+        ("Adagrad", {"fused": True, "foreach": True}),
+        ("RMSprop", {"alpha": -1.0}),
+        ("RMSprop", {"momentum": -1.0}),
+        ("RMSprop", {"unknown": 1}),
+    ],
+)
+def test_constructor_refuses_as_torch_does(name: str, kwargs: dict[str, Any]) -> None:
+    errors = []
+    for module in (triton_optim, torch.optim):
+        with pytest.raises((ValueError, RuntimeError, TypeError)) as caught:
+            getattr(module, name)([Parameter(torch.ones(1))], **kwargs)
+        errors.append((caught.type, str(caught.value)))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("other", ["foreach", "differentiable", "capturable"])
+def test_rmsprop_refuses_fused_beside(other: str) -> None:
+    with pytest.raises(RuntimeError, match=f"`fused`.*`{other}`"):
+        triton_optim.RMSprop([Parameter(torch.ones(1))], fused=True, **{other: True})
+
+
+@every_state
+def test_inside_a_compiled_program(case: Case) -> None:
+    pair = Pair(case)
+    steps: list[Any] = [optimizer.step for optimizer in pair.optimizers]
+    steps[0] = torch.compile(steps[0], backend="eager")
+    for _ in range(3):
+        for tensors, step in zip(pair.tensors, steps, strict=True):
+            tensors.new_gradients()
+            step()
+        pair.check()
+
+
+@every_state
+@pytest.mark.parametrize("fused", [None, True])
+def test_grad_scaler(case: Case, fused: bool | None) -> None:
+    """The scaler unscales before the step, and skips it on an infinite gradient."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    params = [Parameter(torch.ones(3)), Parameter(torch.ones(3))]
+    optimizers = [case.ours([params[0]], fused=fused), case.theirs([params[1]])]
+    for factor in (1.0, float("inf"), 1.0):
+        for param, optimizer in zip(params, optimizers, strict=True):
+            optimizer.zero_grad()
+            scaler.scale((param * factor).sum()).backward()
+            scaler.step(optimizer)
+        scaler.update()
+    torch.testing.assert_close(params[0], params[1])
+    assert_same_bits(
+        [list(s) for s in optimizers[0].state.values()],
+        [list(s) for s in optimizers[1].state.values()],
+    )
