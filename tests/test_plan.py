@@ -239,3 +239,30 @@ def test_same_objects_are_not_compared_by_value() -> None:
     a, b = torch.zeros(1), torch.zeros(1)
     assert plan._differ([a], [b])
     assert not plan._differ([a, b], [a, b])
+
+
+@every_state
+@pytest.mark.parametrize("offset", [4, 1])
+@pytest.mark.parametrize("numel", [1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1])
+def test_nothing_beside_a_tensor_is_written(case: Case, numel: int, offset: int) -> None:
+    """Parameter, gradient and state lie inside larger memory, at aligned and other addresses."""
+    fences: list[Tensor] = []
+
+    def fenced(values: Tensor) -> Tensor:
+        memory = torch.full((numel + 2 * BLOCK,), 7.0, device=DEVICE)
+        inside = memory[BLOCK + offset - 4 :][:numel]
+        inside.copy_(values)
+        fences.append(memory)
+        return inside
+
+    param = Parameter(fenced(torch.ones(numel)))
+    param.grad = fenced(torch.ones(numel))
+    optimizer = case.ours([param], fused=True)
+    optimizer.step()
+    for key, value in optimizer.state.get(param, {}).items():
+        if key != "step":
+            optimizer.state[param][key] = fenced(value)
+    optimizer.step()
+    for memory in fences:
+        memory[BLOCK + offset - 4 :][:numel] = 7.0
+        assert bool((memory == 7.0).all())
