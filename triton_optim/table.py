@@ -144,7 +144,8 @@ class Table:
             runtime.launch(self._rule, *bucket, self._tables)
         if self._pack is not None:
             self._pack.add_(1)
-        self._seen = [1.0] * len(self._params)
+        elif self._sends_steps:
+            self._seen = [1.0] * len(self._params)
         increment_version(written)
 
     def _send(self, grads: list[int], hypers: list[float | Tensor]) -> None:
@@ -152,7 +153,9 @@ class Table:
         on_gpu = {i: h for i, h in enumerate(hypers) if isinstance(h, Tensor)}
         values = [None if isinstance(h, Tensor) else h for h in hypers]
         steps: list[float] = []
-        if self._sends_steps:
+        if (
+            self._sends_steps
+        ):  # a pack of another device is one of the CPU: reading it waits for none
             steps = self._seen if self._pack is None else self._pack.tolist()
         content = (grads, values, steps)
         if content != self._sent:
