@@ -194,3 +194,19 @@ def assert_same_bits(a: Any, b: Any) -> None:
             assert_same_bits(x, y)
     else:
         assert a == b
+
+
+def new_param(*shape: int, **kwargs: Any) -> Parameter:
+    param = Parameter(torch.randn(*shape, device=DEVICE, **kwargs))
+    param.grad = torch.randn_like(param)
+    return param
+
+
+def twins_of(param: Parameter) -> list[Parameter]:
+    assert param.grad is not None
+    twins = []
+    for _ in range(2):
+        twin = Parameter(param.detach().clone())
+        twin.grad = param.grad.clone()
+        twins.append(twin)
+    return twins
