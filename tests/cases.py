@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import pytest
 import torch
+from fences import fenced
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
 import triton_optim
 
@@ -138,7 +143,7 @@ class Tensors:
     def draw(self, *shape: int) -> Tensor:
         kind = torch.complex128 if self._storage.is_complex else torch.float64
         values = torch.randn(shape, generator=self._generator, dtype=kind)
-        return values.to(self._storage).to(self._dtype).to(DEVICE)
+        return fenced(values.to(self._storage).to(self._dtype).to(DEVICE))
 
     def new_gradients(self) -> None:
         for spec, param in zip(self._specs, self.params, strict=True):
@@ -196,8 +201,21 @@ def assert_same_bits(a: Any, b: Any) -> None:
         assert a == b
 
 
+@contextmanager
+def refused(message: str, optimizer: Optimizer, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """What is done inside raises, and leaves these tensors and the optimizer to the bit."""
+
+    def state() -> list[Any]:
+        return copy.deepcopy([[t.detach() for t in tensors], dict(optimizer.state_dict())])
+
+    before = state()
+    with pytest.raises(RuntimeError, match=message):
+        yield
+    assert_same_bits(state(), before)
+
+
 def new_param(*shape: int, **kwargs: Any) -> Parameter:
-    param = Parameter(torch.randn(*shape, device=DEVICE, **kwargs))
+    param = Parameter(fenced(torch.randn(*shape, device=DEVICE, **kwargs)))
     param.grad = torch.randn_like(param)
     return param
 
@@ -210,3 +228,8 @@ def twins_of(param: Parameter) -> list[Parameter]:
         twin.grad = param.grad.clone()
         twins.append(twin)
     return twins
+
+
+def main_state(case: Case) -> str:
+    """The state tensor that every parameter of this optimizer has."""
+    return {"SGD": "momentum_buffer", "Adagrad": "sum", "RMSprop": "square_avg"}[case.optimizer]

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from .checks import check_keys, check_loadable, check_state, check_step, describe
 from .plan import Plan
-from .ways import Group, State, group_refusal
+from .ways import Group, State, group_refusal, refusal
 
 if TYPE_CHECKING:
     _Optimizer = torch.optim.Optimizer
@@ -28,8 +29,8 @@ class FusedStep(_Optimizer):
     """
 
     _rule: str  # its name in kernels/rules.py
+    _state_keys: frozenset[str]  # every key that a parameter's state may have
     _step_flags: frozenset[str] = frozenset()  # flags under which the rule reads the step
-    _counts_steps = True  # state has a `step`
     _state_follows_parameter = False  # state on another device is moved, not refused
 
     _plan: Plan | None = None
@@ -40,10 +41,35 @@ class FusedStep(_Optimizer):
         self._step_supports_amp_scaling = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        loaded = "defaults" not in state  # by load_state_dict; a copy brings everything
         for group in state["param_groups"]:
             group.setdefault("fused", None)
+        if loaded:
+            check_keys(state["state"], state["param_groups"], self._state_keys)
         super().__setstate__(state)
         self._plan = None
+        if loaded:
+            self._check_states()
+
+    @_disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of an optimizer over the same parameters, torch's or this one.
+
+        Args:
+            state_dict: what `state_dict()` returned. Its groups replace this optimizer's.
+
+        Raises:
+            ValueError: the groups differ in number or size.
+            RuntimeError: a state tensor is missing or nobody's, or does not fit its parameter. The
+                optimizer is as it was then.
+        """
+        check_loadable(state_dict["state"])
+        groups, state = self.param_groups, self.state
+        try:
+            super().load_state_dict(state_dict)
+        except BaseException:
+            self.param_groups, self.state = groups, state
+            raise
 
     def _flags(self, group: Group) -> frozenset[str]:
         """Names of the rule's flags that a parameter group sets."""
@@ -72,6 +98,24 @@ class FusedStep(_Optimizer):
         """Whether a parameter with this state has been set up."""
         return bool(state)
 
+    @property
+    def _counts_steps(self) -> bool:
+        return "step" in self._state_keys
+
+    def _check_states(self) -> None:
+        """Refuse state that would not let the kernels step."""
+        for index, group in enumerate(self.param_groups):
+            for position, param in enumerate(group["params"]):
+                state = self.state.get(param, {})
+                if self._has_state(state) and not (group_refusal(group) or refusal(param, param)):
+                    self._check_state(param, group, describe(group, index, position))
+
+    def _check_state(self, param: Tensor, group: Group, where: str) -> None:
+        state, names = self.state[param], self._state_names(group)
+        check_state(param, state, names, where, follows=self._state_follows_parameter)
+        if self._counts_steps:
+            check_step(state, where)
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
 
@@ -82,8 +126,9 @@ class FusedStep(_Optimizer):
             What `closure` returned, or None.
 
         Raises:
-            RuntimeError: a gradient or a state tensor does not fit its parameter, or `fused=True`
-                asks for kernels where there are none. Nothing has been written then.
+            RuntimeError: a gradient or a state tensor does not fit its parameter, parameters share
+                memory, or `fused=True` asks for kernels where there are none. Nothing has been
+                written then.
         """
         loss = None
         if closure is not None:
@@ -109,7 +154,7 @@ class FusedStep(_Optimizer):
         if found is None:
             plan.move_strays()
         if plan.rest:
-            self._torch_step({id(param) for param in plan.rest})
+            self._torch_step({id(param) for param, _ in plan.rest})
         if found is None:
             found = plan.prepare(self)
         plan.run(found, hypers)
@@ -139,16 +184,16 @@ class FusedStep(_Optimizer):
         """
         step = inspect.unwrap(super().step)
         groups = self.param_groups
-        self.param_groups = [
-            {
-                **group,
-                "params": [param for param in group["params"] if id(param) in rest],
-                # torch's fused CPU kernels skip and garble elements; its for-loop does not
-                "fused": None if group.get("fused") is None else False,
-            }
-            for group in groups
-        ]
         try:
+            self.param_groups = [
+                {
+                    **group,
+                    "params": [param for param in group["params"] if id(param) in rest],
+                    # torch's fused CPU kernels skip and garble elements; its for-loop does not
+                    "fused": None if group.get("fused") is None else False,
+                }
+                for group in groups
+            ]
             step(self)
         finally:
             self.param_groups = groups

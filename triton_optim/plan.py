@@ -13,18 +13,10 @@ import torch
 from torch import Tensor
 
 from . import runtime
+from .checks import check_apart, check_tensors, describe
 from .layout import same_order
 from .table import Entry, Found, Table
-from .ways import (
-    Group,
-    State,
-    check_gradient,
-    check_state,
-    check_step,
-    group_refusal,
-    refusal,
-    strays,
-)
+from .ways import Group, State, group_refusal, refusal, strays
 
 if TYPE_CHECKING:
     from .fused import FusedStep
@@ -48,12 +40,12 @@ class Plan:
         optimizer: its parameters have their gradients.
 
     Raises:
-        RuntimeError: a gradient or a state tensor does not fit its parameter, or `fused=True` asks
-            for kernels where there are none.
+        RuntimeError: a gradient or a state tensor does not fit its parameter, tensors share memory,
+            or `fused=True` asks for kernels where there are none.
     """
 
     def __init__(self, optimizer: FusedStep) -> None:
-        self.rest: list[Tensor] = []
+        self.rest: list[tuple[Tensor, str]] = []
         self.uses_kernels = self.on_gpu = False
         self._key = optimizer._groups_key()
         self._params = list(_all_params(optimizer))
@@ -63,13 +55,16 @@ class Plan:
         self._entries: dict[torch.device, list[Entry]] = defaultdict(list)
         self._strays: list[Stray] = []
         self._tables: list[Table] = []
+        written: list[tuple[Tensor, str]] = []
         listed = Counter(map(id, self._params))
         for index, group in enumerate(optimizer.param_groups):
             for position, param in enumerate(group["params"]):
-                where = _where(group, index, position)
+                where = describe(group, index, position)
                 if param.grad is None:
                     self._idle.append(param)
-                elif reason := group_refusal(group):
+                    continue
+                check_tensors(param, param.grad, where)
+                if reason := group_refusal(group):
                     self._leave(optimizer, param, group, where, reason)
                 elif listed[id(param)] > 1:
                     self._leave(optimizer, param, group, where, "it is listed twice")
@@ -77,25 +72,29 @@ class Plan:
                     self._leave(optimizer, param, group, where, reason)
                     self._reconsidered.append(param)
                 else:
-                    self._take(optimizer, param, param.grad, index, where)
+                    written += self._take(optimizer, param, param.grad, index, where)
+        check_apart(written)
 
     def _take(
         self, optimizer: FusedStep, param: Tensor, grad: Tensor, index: int, where: str
-    ) -> None:
+    ) -> list[tuple[Tensor, str]]:
+        """Returns what is there of the tensors that the update will write, with their names."""
         group = optimizer.param_groups[index]
         names = optimizer._state_names(group)
-        check_gradient(param, grad, where)
         state = optimizer.state.get(param, {})
+        written = [(param, where)]
         if optimizer._has_state(state):
-            check_state(param, state, names, where, follows=optimizer._state_follows_parameter)
-            if optimizer._counts_steps:
-                check_step(state, where)
-            self._strays += (Stray(param, state, name) for name in strays(param, state, names))
+            optimizer._check_state(param, group, where)
+            moving = strays(param, state, names)
+            self._strays += (Stray(param, state, name) for name in moving)
+            staying = (name for name in names if name not in moving)
+            written += ((state[name], f"state {name!r} of {where}") for name in staying)
         reordered = not same_order(param, grad) or grad.is_conj() or grad.is_neg()
         entry = Entry(param, grad, index, optimizer._flags(group), names, reordered)
         self._entries[param.device].append(entry)
         self.uses_kernels = True
         self.on_gpu |= param.is_cuda
+        return written
 
     def _leave(
         self, optimizer: FusedStep, param: Tensor, group: Group, where: str, reason: str
@@ -105,7 +104,7 @@ class Plan:
             if not param.is_cpu or runtime.DEVICE_TYPE == "cpu":
                 raise RuntimeError(f"{message}; leave `fused` out and torch's own way takes it")
             warnings.warn(f"{message}; torch's for-loop steps it", stacklevel=2)
-        self.rest.append(param)
+        self.rest.append((param, where))
         if optimizer._state_follows_parameter:
             state = optimizer.state.get(param, {})
             for name in optimizer._state_names(group):
@@ -122,6 +121,9 @@ class Plan:
             or any(refusal(p, p.grad) is None for p in self._reconsidered if p.grad is not None)
         ):
             return None
+        for param, where in self.rest:
+            if param.grad is not None:
+                check_tensors(param, param.grad, where)
         found = []
         for table in self._tables:
             tensors = table.find()
@@ -162,9 +164,3 @@ def _differ(objects: Iterable[object], others: Sequence[object]) -> bool:
     """Whether these are not the very same objects. A tensor's == would compare its elements."""
     objects = list(objects)
     return len(objects) != len(others) or any(map(is_not, objects, others))
-
-
-def _where(group: Group, index: int, position: int) -> str:
-    names = group.get("param_names")
-    name = f" ({names[position]!r})" if names else ""
-    return f"parameter {position}{name} of group {index}"

@@ -51,6 +51,7 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
     """
 
     _rule = "rmsprop_rule"
+    _state_keys = frozenset({"step", "square_avg", "grad_avg", "momentum_buffer"})
 
     def __init__(
         self,

@@ -48,7 +48,7 @@ class SGD(FusedStep, torch.optim.SGD):
 
     _rule = "sgd_rule"
     _step_flags = frozenset({"MOMENTUM"})
-    _counts_steps = False
+    _state_keys = frozenset({"momentum_buffer"})
 
     def __init__(
         self,

@@ -97,6 +97,7 @@ class Table:
         n_steps = len(self._params) if self._sends_steps else 0
         lengths = [n + n % 2 for n in (len(self._params), n_groups * width, n_steps)]
         self._buffer = torch.empty(sum(lengths), dtype=torch.int64, device=device)
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         grads, hypers, steps = torch.split(self._buffer, lengths)
         self._hypers = hypers.view(torch.float64)
         self._tables = runtime.Tables(
@@ -147,6 +148,18 @@ class Table:
         elif self._sends_steps:
             self._seen = [1.0] * len(self._params)
         increment_version(written)
+        self._outlive_the_stream()
+
+    def _outlive_the_stream(self) -> None:
+        """Keep the tables' memory from reuse until a step on another stream than theirs is done."""
+        if not self._buffer.is_cuda:
+            return
+        stream = torch.cuda.current_stream(self._buffer.device)
+        if stream != self._stream:
+            tables = (self._buffer, self._tables.rows, self._tables.steps)
+            for tensor in (*tables, *(bucket.blocks for bucket in self._buckets)):
+                if tensor is not None and tensor.is_cuda:
+                    tensor.record_stream(stream)
 
     def _send(self, grads: list[int], hypers: list[float | Tensor]) -> None:
         """Bring the buffer up to date; a scalar that lives on a GPU is copied on the device."""
@@ -234,7 +247,8 @@ def _buckets(
         blocks = _block_table(indices, [-(-numels[i] // size) for i in indices])
         blocks = _sendable(blocks, device).to(device, non_blocking=True)
         buckets.append(Bucket(variant, blocks, size))
-    return _sendable(_joined(rows), device).to(device, non_blocking=True), buckets
+    table = _joined(rows).view(-1, runtime.ROW_WIDTH)
+    return _sendable(table, device).to(device, non_blocking=True), buckets
 
 
 def _variant(

@@ -1,0 +1,168 @@
+"""What is refused, with an error that names parameter and remedy, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import runtime
+from .ways import PLAIN_TYPES, Group, State
+
+
+def describe(group: Group, index: int, position: int) -> str:
+    """A parameter in words: where it stands, and its name if it has one."""
+    names = group.get("param_names")
+    name = f" ({names[position]!r})" if names else ""
+    return f"parameter {position}{name} of group {index}"
+
+
+def check_tensors(param: Tensor, grad: Tensor, where: str) -> None:
+    """Refuse a parameter that cannot be written, and a gradient that is not its parameter's.
+
+    Whichever way the parameter goes; but subclasses of Tensor know best themselves.
+
+    Raises:
+        RuntimeError: a parameter on the meta device or expanded, a gradient of another shape or on
+            another device.
+    """
+    if type(param) not in PLAIN_TYPES or type(grad) not in PLAIN_TYPES:
+        return
+    if param.is_meta:
+        raise RuntimeError(
+            f"{where} is on the meta device and has no values; bring it to a real one with "
+            "to_empty() or give the optimizer the parameter that replaced it"
+        )
+    if grad.shape != param.shape or grad.device != param.device:
+        raise RuntimeError(
+            f"the gradient of {where} is {tuple(grad.shape)} on {grad.device}, the parameter "
+            f"{tuple(param.shape)} on {param.device}; clear it with zero_grad() and run backward "
+            "again"
+        )
+    if param.layout == torch.strided and _is_expanded(param):
+        raise RuntimeError(
+            f"{where} is expanded: several of its elements share one place in memory; clone() it"
+        )
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+
+
+def check_apart(tensors: Iterable[tuple[Tensor, str]]) -> None:
+    """Refuse tensors that share memory: the kernel writes them in no particular order.
+
+    Args:
+        tensors: dense ones that one step writes, each with its description.
+
+    Raises:
+        RuntimeError: two overlap, or one occurs twice.
+    """
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, name) for t, name in tensors if t.nbytes)
+    for (_, stop, name), (start, _, other) in pairwise(spans):
+        if start < stop:
+            raise RuntimeError(
+                f"{name} and {other} share memory: one update would overwrite the other; tie "
+                "weights by using one Parameter in both places, or clone() one of the two"
+            )
+
+
+def check_state(
+    param: Tensor, state: State, names: Iterable[str], where: str, *, follows: bool
+) -> None:
+    """Refuse state that an update of `param` could not use, as a wrong checkpoint brings it.
+
+    Args:
+        param: a parameter that the kernels take.
+        state: its entry of `optimizer.state`, not empty.
+        names: the tensors that the rule updates, each of the parameter's shape and device.
+        where: the parameter in words.
+        follows: whether state on another device is moved instead of refused.
+
+    Raises:
+        RuntimeError: a tensor is missing, or of the wrong type, size, dtype, layout or device.
+    """
+    dtypes = set()
+    for name in names:
+        value = state.get(name)
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            found = f"is {value.layout}" if isinstance(value, Tensor) else f"is {value!r}"
+        elif value.shape != param.shape:
+            found = f"has shape {tuple(value.shape)}, the parameter {tuple(param.shape)}"
+        elif value.dtype not in runtime.STORAGE_DTYPES or value.is_complex() != param.is_complex():
+            found = f"is {value.dtype}, the parameter {param.dtype}"
+        elif value.is_meta or (value.device != param.device and not follows):
+            found = f"is on {value.device}, the parameter on {param.device}"
+        elif type(value) not in PLAIN_TYPES or value.is_conj() or value.is_neg():
+            found = f"is a {type(value).__name__} that has no memory of its own"
+        else:
+            dtypes.add(value.dtype)
+            continue
+        raise _bad_state(name, where, found)
+    if len(dtypes) > 1:
+        raise _bad_state(", ".join(names), where, f"mixes {sorted(map(str, dtypes))}")
+
+
+def check_step(state: State, where: str) -> None:
+    """Refuse a step counter that is not one real number in a tensor.
+
+    Raises:
+        RuntimeError: it is missing, or something else.
+    """
+    step = state.get("step")
+    if not isinstance(step, Tensor) or step.numel() != 1 or step.is_complex() or step.is_meta:
+        raise _bad_state("step", where, f"is {step!r}")
+
+
+def check_loadable(state: Mapping[Any, Any]) -> None:
+    """Refuse a checkpoint's tensors on the meta device: there are no values to load.
+
+    Raises:
+        RuntimeError: there is one.
+    """
+    for index, entry in state.items():
+        for name, value in entry.items() if isinstance(entry, Mapping) else ():
+            if isinstance(value, Tensor) and value.is_meta:
+                raise _bad_state(name, f"parameter {index}", "is on meta and has no values")
+
+
+def check_keys(state: Mapping[Any, State], groups: Sequence[Group], known: frozenset[str]) -> None:
+    """Refuse a loaded state whose tensors nobody would read, and one without its step counters.
+
+    Args:
+        state: by parameter; by index where no parameter has it.
+        groups: the parameter groups.
+        known: every key that the optimizer may use.
+
+    Raises:
+        RuntimeError: a state of no parameter, a tensor under an unknown name, a missing `step`.
+    """
+    for key in state:
+        if isinstance(key, int):
+            count = sum(len(group["params"]) for group in groups)
+            raise RuntimeError(
+                f"the state dict has state for parameter {key}, but the optimizer has {count} "
+                "parameters; load the state_dict of an optimizer over the same parameters"
+            )
+    for index, group in enumerate(groups):
+        for position, param in enumerate(group["params"]):
+            entry = state.get(param, {})
+            where = describe(group, index, position)
+            for name in entry.keys() - known:
+                if isinstance(entry[name], Tensor):
+                    raise _bad_state(name, where, f"is none of {sorted(known)}")
+            step = entry.get("step")
+            if entry and "step" in known and not isinstance(step, int | float | Tensor):
+                raise _bad_state("step", where, f"is {step!r}")
+
+
+def _bad_state(name: str, where: str, found: str) -> RuntimeError:
+    return RuntimeError(
+        f"state {name!r} of {where} {found}; load the state_dict of an optimizer over the same "
+        "parameters, or delete the parameter's entry of optimizer.state to start it afresh"
+    )
