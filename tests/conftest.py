@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import fences
+
 from triton_optim import runtime
+from triton_optim.table import Table
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,6 +40,34 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _fences(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is written beside a tensor: see fences.py."""
+    for name in fences.ALLOCATIONS:
+        monkeypatch.setattr(torch, name, fences.fencing(getattr(torch, name)))
+    yield
+    broken = [fence for fence in fences.fences if not fence.is_whole()]
+    fences.fences.clear()
+    assert not broken
+
+
+@pytest.fixture(autouse=True)
+def _sanitizer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every interpreted load and store is within bounds: see sanitizer.py."""
+    if runtime.COMPILED:
+        yield
+        return
+    from sanitizer import Sanitizer
+    from traffic import watched
+
+    sanitizer = Sanitizer()
+    run = Table.run
+    monkeypatch.setattr(Table, "run", lambda table, *args: sanitizer.run(run, table, *args))
+    monkeypatch.setattr(runtime, "launch", partial(sanitizer.launch, runtime.launch))
+    with watched(sanitizer.watch):
+        yield
 
 
 @pytest.fixture

@@ -1,0 +1,102 @@
+"""Memory that must not be touched, and memory beyond 2^31 elements.
+
+Every other test is watched in the same way: see fences.py and sanitizer.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import BLOCK, DEVICE, STATEFUL_CASES, Case
+from fences import Fence, fenced, fences
+from torch.nn import Parameter
+
+import triton_optim
+from triton_optim import runtime, table
+
+interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="watches Triton's interpreter")
+every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
+
+
+@every_state
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("offset", [0, 1, 3])
+@pytest.mark.parametrize("numel", [1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1])
+def test_nothing_beside_a_tensor_is_written(
+    case: Case, numel: int, offset: int, dtype: torch.dtype
+) -> None:
+    """Parameter, gradient and state lie inside larger memory, at aligned and other addresses."""
+    param = Parameter(fenced(torch.ones(numel, dtype=dtype, device=DEVICE), offset))
+    param.grad = fenced(torch.ones_like(param), offset)
+    optimizer = case.ours([param], fused=True)
+    optimizer.step()
+    for key, value in optimizer.state.get(param, {}).items():
+        if key != "step":
+            optimizer.state[param][key] = fenced(value, offset)
+    optimizer.step()
+    assert len(fences) >= 2
+    assert all(fence.is_whole() for fence in fences)
+
+
+def test_a_broken_fence_is_seen() -> None:
+    inside = fenced(torch.zeros(5, device=DEVICE), 1)
+    assert inside.data_ptr() % 64 == 4
+    fence: Fence = fences[-1]
+    assert fence.is_whole()
+    for outside in (-1, 5):
+        torch.as_strided(inside, (1,), (1,), inside.storage_offset() + outside).fill_(1)
+        assert not fence.is_whole()
+        fence.memory[: fence.start].fill_(0xA5)
+        fence.memory[fence.stop :].fill_(0xA5)
+
+
+def _step(monkeypatch: pytest.MonkeyPatch, blocks: list[int], longer: int = 0) -> None:
+    """A step over BLOCK + 1 elements with this block table and this much more pretended."""
+    row = runtime.row
+    monkeypatch.setattr(table, "_block_table", lambda *_: torch.tensor(blocks))
+    monkeypatch.setattr(runtime, "row", lambda n, *args: row(n + longer, *args))
+    param = Parameter(torch.zeros(BLOCK + 1))
+    param.grad = torch.ones_like(param)
+    triton_optim.SGD([param]).step()
+
+
+@interpreted
+def test_the_sanitizer_sees_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    _step(monkeypatch, [0, 1])
+    with pytest.raises(AssertionError, match="not stored"):
+        _step(monkeypatch, [0])
+    with pytest.raises(AssertionError, match="stored twice"):
+        _step(monkeypatch, [0, 1, 1])
+    for blocks, longer in (([0, 1], 1), ([0, 1, 2], BLOCK)):
+        with pytest.raises(Exception, match="out of bounds"):
+            _step(monkeypatch, blocks, longer)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_beyond_two_to_the_31_elements(dtype: torch.dtype) -> None:
+    """The far end of a pretended tensor: only its last blocks are real, and only they are named."""
+    numel = 2**31 + BLOCK + 7
+    first = 2**31 // BLOCK - 1
+    real = numel - first * BLOCK
+    memory = [torch.randn(real).to(dtype) for _ in range(3)]
+    expected = [m.clone() for m in memory]
+    addresses = [m.data_ptr() - first * BLOCK * dtype.itemsize for m in memory]
+    last = first + -(-real // BLOCK)
+    name = runtime.STORAGE_DTYPES[dtype]
+    variant = runtime.Variant(frozenset(), 1, name, name, name, aligned=True, reads_step=False)
+    tables = runtime.Tables(
+        rows=torch.tensor(runtime.row(numel, 0, [addresses[0], addresses[2]])),
+        grads=torch.tensor([addresses[1]]),
+        hypers=torch.tensor([[0.1, 0.0, 1e-10, 0.0]], dtype=torch.float64),
+        steps=None,
+    )
+    memory[2].abs_()
+    expected[2].abs_()
+    runtime.launch("adagrad_rule", variant, torch.arange(first, last), BLOCK, tables)
+    param, grad, total = (m.double() for m in expected)
+    total += grad * grad
+    param -= 0.1 * grad / (total.sqrt() + 1e-10)
+    tolerance = torch.finfo(dtype).eps
+    torch.testing.assert_close(memory[0].double(), param, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(memory[2].double(), total, rtol=tolerance, atol=tolerance)
