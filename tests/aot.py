@@ -6,7 +6,9 @@ Prints one JSON list: a record a kernel and architecture.
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,6 +38,8 @@ BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def main(architectures: list[str]) -> None:
+    # Triton before 3.5 wants ROCm's linker; what is read here is the assembly before it.
+    os.environ.setdefault("TRITON_HIP_LLD_PATH", shutil.which("true") or "true")
     records = [
         _record(name, dtypes, architecture)
         for architecture in architectures

@@ -1,0 +1,159 @@
+"""Breaks the code in one place at a time, and shows which test goes red.
+
+Run by hand: `python tests/mutations.py [WORD...]`, for all, or those with a WORD in their names.
+Prints a table; exits with 1 if a mutation survives.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Mutation(NamedTuple):
+    """What to break, and the tests that should notice."""
+
+    name: str
+    old: str  # found once in kernels/ and triton_optim/
+    new: str
+    test_file: str
+    keyword: str  # of pytest -k
+
+
+def _rule(name: str, case: str, old: str, new: str) -> Mutation:
+    """A mutation that shows in the errors of a case of CASES."""
+    return Mutation(name, old, new, "test_rules.py", f"test_error_is and {case}-torch.float32")
+
+
+def _each_rule(name: str, old: str, new: str, test_file: str, test: str) -> list[Mutation]:
+    """A mutation of the kernel around the rules, to be noticed with each of them."""
+    cases = {"SGD": "sgd-dampening", "Adagrad": "adagrad-lr_decay", "RMSprop": "rmsprop-all"}
+    return [
+        Mutation(f"{rule}: {name}", old, new, test_file, f"{test} and {case}")
+        for rule, case in cases.items()
+    ]
+
+
+MUTATIONS = [
+    _rule(
+        "SGD: sign", "sgd",
+        "param - lr.to(param.dtype) * update, state",
+        "param + lr.to(param.dtype) * update, state",
+    ),
+    # SGD has no eps. Dampening comes nearest: a scalar beside the gradient, 0 by default.
+    _rule(
+        "SGD: dampening left out", "sgd-dampening",
+        "one_minus_dampening.to(grad.dtype) * update",
+        "update",
+    ),
+    _rule("SGD: first step", "sgd-dampening", "tl.where(step == 0, update, decayed)", "decayed"),
+    _rule("Adagrad: sign", "adagrad", "param -= lr", "param += lr"),
+    _rule(
+        "Adagrad: eps inside the root", "adagrad-eps",
+        "sqrt(sum) + eps.to(param.dtype)",
+        "sqrt(sum + eps.to(param.dtype))",
+    ),
+    _rule("Adagrad: first step", "adagrad-lr_decay", "step * lr_decay", "(step + 1) * lr_decay"),
+    _rule(
+        "RMSprop: sign", "rmsprop",
+        "param - lr.to(param.dtype) * update, new_state",
+        "param + lr.to(param.dtype) * update, new_state",
+    ),
+    _rule(
+        "RMSprop: eps inside the root", "rmsprop-eps",
+        "sqrt(variance) + eps.to(grad.dtype)",
+        "sqrt(variance + eps.to(grad.dtype))",
+    ),
+    # RMSprop treats no step apart, but its averages must start from zero.
+    _rule(
+        "RMSprop: first step", "rmsprop",
+        '"square_avg": torch.zeros_like(param)',
+        '"square_avg": torch.ones_like(param)',
+    ),
+    *_each_rule("group index off by one", "GROUP) * N_HYPERS", "GROUP) * N_HYPERS + N_HYPERS",
+                "test_step.py", "test_groups_have_their_own"),
+    *_each_rule("tail mask off by one", "offsets < remaining", "offsets <= remaining",
+                "test_memory.py", "test_nothing_beside"),
+    Mutation("a state of another size is taken", "value.shape != param.shape", "False",
+             "test_refusals.py", "state_that_shrinks"),
+    Mutation("a gradient of another shape is taken", "grad.shape != param.shape or", "",
+             "test_refusals.py", "forced_through_data"),
+    Mutation("layouts are not compared", "bool(self._guards.check(*tensors))", "True",
+             "test_refusals.py", "shrinks"),
+    Mutation("addresses are not compared", "!= self._addresses", "is None",
+             "test_step.py", "param_data_reassigned"),
+    Mutation("alignment is not looked at again", "!= self._misaligned", "is None",
+             "test_ways.py", "loses_its_alignment"),
+    Mutation("what changed is not sent again", "content != self._sent", "self._sent is None",
+             "test_step.py", "hyperparameters_change"),
+    Mutation("steps are not counted", "self._pack.add_(1)", "self._pack.add_(0)",
+             "test_plan.py", "step_counters"),
+    Mutation("autograd is not told", "increment_version(written)", "increment_version(())",
+             "test_step.py", "autograd_sees"),
+]  # fmt: skip
+
+
+def main(words: list[str]) -> int:
+    """Print a row a mutation; 1 if one survives."""
+    mutations = [m for m in MUTATIONS if not words or any(word in m.name for word in words)]
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder).resolve()
+        for name in ("kernels", "triton_optim", "tests"):
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignored)
+        shutil.copy(ROOT / "pyproject.toml", tree)
+        code, output = _pytest(
+            tree, {m.test_file for m in mutations}, " or ".join(f"({m.keyword})" for m in mutations)
+        )
+        if code != 0:
+            raise RuntimeError(f"red without a mutation:\n{output}")
+        print("| mutation | caught by |\n|---|---|")
+        survivors = 0
+        for mutation in mutations:
+            caught = _caught_by(mutation, tree)
+            survivors += caught is None
+            print(f"| {mutation.name} | {caught or 'nothing'} |", flush=True)
+    print(f"\n{len(mutations) - survivors} caught, {survivors} survived")
+    return 1 if survivors else 0
+
+
+def _caught_by(mutation: Mutation, tree: Path) -> str | None:
+    """The first test that fails, or None."""
+    sources = [*tree.glob("kernels/*.py"), *tree.glob("triton_optim/*.py")]
+    places = [path for path in sources if mutation.old in path.read_text()]
+    if len(places) != 1 or places[0].read_text().count(mutation.old) != 1:
+        raise RuntimeError(f"{mutation.name}: {mutation.old!r} is not in exactly one place")
+    text = places[0].read_text()
+    places[0].write_text(text.replace(mutation.old, mutation.new))
+    code, output = _pytest(tree, {mutation.test_file}, mutation.keyword)
+    places[0].write_text(text)
+    if code < 0:
+        return f"signal {-code} in `{mutation.test_file}`"
+    failed = re.findall(r"^(?:FAILED|ERROR) (tests/\S+::\S+)", output, re.MULTILINE)
+    if code != 0 and not failed:
+        raise RuntimeError(f"{mutation.name}: pytest exited with {code}:\n{output}")
+    return f"`{failed[0]}`" if failed else None
+
+
+def _pytest(tree: Path, test_files: set[str], keyword: str) -> tuple[int, str]:
+    """Exit code and output of pytest over the copy, before what is installed and without caches."""
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", "-k", keyword]
+    files = [f"tests/{name}" for name in sorted(test_files)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments, *files],
+        cwd=tree, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
