@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import STATEFUL_CASES, Case, Spec, Tensors
+from cases import STATEFUL_CASES, Case, Spec, Tensors, new_param, refused
 from torch.nn import Parameter
 
 import triton_optim
@@ -93,14 +99,87 @@ def test_capture_is_refused() -> None:
 
 
 def test_beyond_two_to_the_31_elements() -> None:
+    """Every element has a gradient of its own among its neighbours, and every one is checked."""
     numel = 2**31 + 4097
     if torch.cuda.mem_get_info()[0] < 5 * numel * 2:
         pytest.skip("needs 21 GB of free memory")
+
+    def chunks() -> Iterator[tuple[slice, torch.Tensor]]:
+        for start in range(0, numel, 2**27):
+            index = torch.arange(start, min(start + 2**27, numel), device="cuda")
+            yield slice(start, start + 2**27), (index % 251 + 1).bfloat16() / 256
+
     param = Parameter(torch.ones(numel, dtype=torch.bfloat16, device="cuda"))
-    param.grad = torch.full_like(param, 0.5)
+    param.grad = torch.empty_like(param)
+    for where, values in chunks():
+        param.grad[where] = values
     triton_optim.SGD([param], lr=1.0).step()
-    for chunk in param.detach().split(2**28):
-        assert bool((chunk == 0.5).all())
+    for where, values in chunks():
+        assert torch.equal(param.detach()[where], 1 - values)
+
+
+def test_a_gradient_on_another_device() -> None:
+    params = [new_param(5), new_param(3, 4)]
+    optimizer = triton_optim.RMSprop(params)
+    optimizer.step()
+    assert params[1].grad is not None
+    params[1].grad.data = params[1].grad.data.cpu()
+    with refused(r"gradient of parameter 1 of group 0 is \(3, 4\) on cpu", optimizer, params):
+        optimizer.step()
+
+
+@every_state
+def test_gradients_of_one_stream_and_steps_on_others(case: Case) -> None:
+    """The tables outlive what still runs when the optimizer is gone and its memory is reused."""
+    ours, theirs = (Tensors(torch.float64, specs=SPECS) for _ in range(2))
+    mine, other = case.ours(ours.params), case.theirs(theirs.params)
+    main, first, second = (torch.cuda.Stream() for _ in range(3))
+    torch.cuda.synchronize()
+    for stream in (first, second, second):
+        with torch.cuda.stream(main):
+            torch.cuda._sleep(10**7)
+            ours.new_gradients()
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10**7)
+            mine.step()
+        main.wait_stream(stream)
+        theirs.train(other, 1)
+    del mine
+    with torch.cuda.stream(first):
+        reused = [torch.full((1024,), -1, device="cuda") for _ in range(100)]
+    torch.cuda.synchronize()
+    assert len(reused) == 100
+    for p, q in zip(ours.params, theirs.params, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@every_state
+def test_two_optimizers_on_two_streams(case: Case) -> None:
+    sets = [Tensors(torch.float64, specs=SPECS, seed=seed) for seed in (1, 2, 1, 2)]
+    optimizers = [case.ours(t.params) for t in sets[:2]] + [case.theirs(t.params) for t in sets[2:]]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for _ in range(5):
+        for tensors, optimizer, stream in zip(sets, optimizers, streams * 2, strict=True):
+            with torch.cuda.stream(stream):
+                tensors.train(optimizer, 1)
+    torch.cuda.synchronize()
+    for ours, theirs in zip(sets[:2], sets[2:], strict=True):
+        for p, q in zip(ours.params, theirs.params, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "initcheck", "racecheck"])
+def test_compute_sanitizer(tool: str) -> None:
+    """Over a few steps of every state layout; without torch's cache, which would hide overruns."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("needs compute-sanitizer, of the CUDA toolkit")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    folder = Path(__file__).parent
+    subprocess.run([*command, "short_run.py"], check=True, cwd=folder, env=environment)
 
 
 def test_kernels_run_compiled() -> None:
