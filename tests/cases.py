@@ -171,13 +171,14 @@ def assert_no_worse(
     exact: Sequence[Tensor],
     label: str,
     units: int = 1,
+    specs: Sequence[Spec] = SPECS,
 ) -> None:
     """Tensor by tensor, the largest error of `ours` is no larger than that of `theirs`.
 
     But for `units` in the last place of the largest value among them.
     """
     unit = units * torch.finfo(theirs[0].dtype).eps * max(map(largest, exact))
-    for spec, p, q, e in zip(SPECS, ours, theirs, exact, strict=True):
+    for spec, p, q, e in zip(specs, ours, theirs, exact, strict=True):
         error, torch_error = largest(p.to(e.dtype) - e), largest(q.to(e.dtype) - e)
         message = f"{label} of {spec.name}: {error:.3e}, torch {torch_error:.3e}, unit {unit:.3e}"
         assert error <= torch_error + unit, message

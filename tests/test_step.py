@@ -144,20 +144,6 @@ def test_momentum_switched_on_and_off() -> None:
 
 
 @every_state
-def test_learning_rate_as_a_tensor(case: Case) -> None:
-    lr = case.kwargs["lr"]
-    for shape in ((), (1,)):
-        pair = Pair(case)
-        rates = [torch.full(shape, lr, dtype=torch.float64) for _ in range(2)]
-        for optimizer, rate in zip(pair.optimizers, rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate
-        pair.step(2)
-        for rate in rates:
-            rate.mul_(0.5)
-        pair.step(2)
-
-
-@every_state
 def test_add_param_group(case: Case) -> None:
     pair = Pair(case, lambda params: params[:2])
     for tensors in pair.tensors:
