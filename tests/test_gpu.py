@@ -178,8 +178,8 @@ def test_compute_sanitizer(tool: str) -> None:
         pytest.skip("needs compute-sanitizer, of the CUDA toolkit")
     command = [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    folder = Path(__file__).parent
-    subprocess.run([*command, "short_run.py"], check=True, cwd=folder, env=environment)
+    root = Path(__file__).parent.parent
+    subprocess.run([*command, "tests/short_run.py"], check=True, cwd=root, env=environment)
 
 
 def test_kernels_run_compiled() -> None:

@@ -49,9 +49,8 @@ def check_tensors(param: Tensor, grad: Tensor, where: str) -> None:
 
 
 def _is_expanded(tensor: Tensor) -> bool:
-    return any(
-        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
+    strides = zip(tensor.stride(), tensor.shape, strict=True)
+    return tensor.numel() > 0 and any(stride == 0 and size > 1 for stride, size in strides)
 
 
 def check_apart(tensors: Iterable[tuple[Tensor, str]]) -> None:
