@@ -93,6 +93,10 @@ class Programs(RuleBasedStateMachine):
                 p.grad = q.grad = None
                 continue
             values = self._values(p.shape, p.dtype)
+            # Away from zero: where weight decay all but cancels a gradient, g / |g| magnifies
+            # the rounding of either side.
+            parts = torch.view_as_real(values) if values.is_complex() else values
+            parts += parts.sign()
             # torch's complex weight decay carries NaN from one part of a number to the other
             if special is not None and not p.is_complex():
                 values.view(-1)[:2] = special
