@@ -52,3 +52,10 @@ def fenced(tensor: Tensor, offset: int = 0) -> Tensor:
 def fencing(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """An allocation of torch's whose tensors lie between fences."""
     return lambda *args, **kwargs: fenced(allocate(*args, **kwargs))
+
+
+def taken_down() -> list[Fence]:
+    """Forget all fences. Returns those that are not whole."""
+    broken = [fence for fence in fences if not fence.is_whole()]
+    fences.clear()
+    return broken

@@ -6,10 +6,20 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from cases import STATEFUL_CASES, Case, main_state, new_param, refused, twins_of
+from cases import (
+    DEVICE,
+    STATEFUL_CASES,
+    Case,
+    main_state,
+    new_param,
+    refused,
+    twins_of,
+)
 
+every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
 with_state = pytest.mark.parametrize("case", STATEFUL_CASES[1:], ids=lambda case: case.name)
 
 # What becomes of parameter 1 in a checkpoint, whose main state is {}, and the error.
@@ -20,7 +30,7 @@ CHECKPOINT_DAMAGES: dict[str, tuple[Callable[[dict[str, Any], str], object], str
     "number": (lambda e, n: e.update({n: 1.5}), "'{}' of parameter 1 .* is 1.5"),
     "sparse": (lambda e, n: e.update({n: e[n].to_sparse()}), "'{}' of parameter 1 .*sparse_coo"),
     "meta": (lambda e, n: e.update({n: e[n].to("meta")}), "'{}' of parameter 1 is on meta"),
-    "extra": (lambda e, n: e.update(exp_avg=e[n].clone()), "'exp_avg' of parameter 1 .* is none"),
+    "foreign": (lambda e, n: e.update(exp_avg=e.pop(n)), "'{}' of parameter 1 .* is None"),
 }
 STEP_DAMAGES: dict[str, tuple[Callable[[dict[str, Any], str], object], str]] = {
     "no-step": (lambda e, _: e.pop("step"), "'step' of parameter 1 .* is None"),
@@ -66,3 +76,73 @@ def test_a_checkpoint_of_more_parameters(case: Case) -> None:
     checkpoint["state"][7] = checkpoint["state"][0]
     with refused("state for parameter 7, but the optimizer has 1", optimizer, [param]):
         optimizer.load_state_dict(checkpoint)
+
+
+@every_state
+def test_a_checkpoint_of_another_optimizer(case: Case) -> None:
+    """Its groups have other hyperparameters, whether or not it holds state."""
+    param, other = new_param(3), new_param(3)
+    optimizer = case.ours([param])
+    optimizer.step()
+    adam = torch.optim.Adam([other])
+    for _ in range(2):
+        checkpoint = copy.deepcopy(adam.state_dict())
+        with refused("group 0 of the state dict has no|of parameter 0", optimizer, [param]):
+            optimizer.load_state_dict(checkpoint)
+        adam.step()
+
+
+@with_state
+def test_a_checkpoint_whose_entry_is_no_dict(case: Case) -> None:
+    param = new_param(3)
+    optimizer = case.ours([param])
+    optimizer.step()
+    checkpoint = {**optimizer.state_dict(), "state": {0: None}}
+    with refused("state of parameter 0 of group 0 is None", optimizer, [param]):
+        optimizer.load_state_dict(checkpoint)
+
+
+@with_state
+def test_a_checkpoint_whose_tensors_are_one(case: Case) -> None:
+    params = [new_param(3), new_param(3)]
+    optimizer = case.ours(params)
+    optimizer.step()
+    checkpoint, name = copy.deepcopy(optimizer.state_dict()), main_state(case)
+    checkpoint["state"][1][name] = checkpoint["state"][0][name]
+    with refused(f"'{name}' of parameter 0 .* share memory", optimizer, params):
+        optimizer.load_state_dict(checkpoint)
+
+
+@with_state
+def test_a_short_checkpoint_for_torchs_way(case: Case) -> None:
+    """Refused too; and at the step, if it came into the optimizer in another way."""
+    params = [new_param(3), new_param(5)]
+    optimizer = case.ours(params, fused=False)
+    optimizer.step()
+    name = main_state(case)
+    checkpoint = copy.deepcopy(optimizer.state_dict())
+    checkpoint["state"][1][name] = checkpoint["state"][1][name][:1]
+    with refused(f"'{name}' of parameter 1 of group 0 has shape", optimizer, params):
+        optimizer.load_state_dict(checkpoint)
+    optimizer.state[params[1]] = {**optimizer.state[params[1]], name: torch.ones(1, device=DEVICE)}
+    with refused(f"'{name}' of parameter 1 of group 0 has shape", optimizer, params):
+        optimizer.step()
+
+
+@every_state
+def test_what_torch_loads_is_loaded(case: Case) -> None:
+    """A wrapper's tensor beside ours, what a hook unwraps, names for some, steps from numpy."""
+    p, q = twins_of(new_param(3))
+    ours, theirs = case.ours([("p", p)]), case.theirs([("q", q)])
+    for optimizer, param in ((ours, p), (theirs, q)):
+        optimizer.step()
+        optimizer.state[param]["slow"] = param.detach().clone()
+        optimizer.register_load_state_dict_pre_hook(lambda _, wrapped: wrapped["optimizer"])
+        checkpoint = copy.deepcopy(optimizer.state_dict())
+        checkpoint["param_groups"][0]["param_names"] = []
+        for state in checkpoint["state"].values():
+            state.update((k, np.int64(v)) for k, v in state.items() if k == "step")
+        optimizer.load_state_dict({"optimizer": checkpoint})
+        optimizer.step()
+    torch.testing.assert_close(p, q)
+    torch.testing.assert_close(ours.state[p]["slow"], theirs.state[q]["slow"])

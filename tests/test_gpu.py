@@ -132,24 +132,26 @@ def test_a_gradient_on_another_device() -> None:
 def test_gradients_of_one_stream_and_steps_on_others(case: Case) -> None:
     """The tables outlive what still runs when the optimizer is gone and its memory is reused."""
     ours, theirs = (Tensors(torch.float64, specs=SPECS) for _ in range(2))
-    mine, other = case.ours(ours.params), case.theirs(theirs.params)
+    theirs.train(case.theirs(theirs.params), 3)
+    optimizer = case.ours(ours.params)
     main, first, second = (torch.cuda.Stream() for _ in range(3))
     torch.cuda.synchronize()
     for stream in (first, second, second):
         with torch.cuda.stream(main):
-            torch.cuda._sleep(10**7)
+            torch.cuda._sleep(10**8)
             ours.new_gradients()
         stream.wait_stream(main)
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(10**7)
-            mine.step()
+            torch.cuda._sleep(10**8)
+            optimizer.step()
         main.wait_stream(stream)
-        theirs.train(other, 1)
-    del mine
+    state = dict(optimizer.state)
+    del optimizer
     with torch.cuda.stream(first):
         reused = [torch.full((1024,), -1, device="cuda") for _ in range(100)]
+    assert not second.query()
     torch.cuda.synchronize()
-    assert len(reused) == 100
+    assert len(reused) == 100 and len(state) in (0, len(SPECS))
     for p, q in zip(ours.params, theirs.params, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
@@ -177,8 +179,12 @@ def test_compute_sanitizer(tool: str) -> None:
     if sanitizer is None:
         pytest.skip("needs compute-sanitizer, of the CUDA toolkit")
     command = [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     root = Path(__file__).parent.parent
+    environment = {
+        **os.environ,
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+    }
     subprocess.run([*command, "tests/short_run.py"], check=True, cwd=root, env=environment)
 
 

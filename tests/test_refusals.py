@@ -189,12 +189,15 @@ def test_parameters_that_share_memory(case: Case, start: int, first: bool) -> No
 
 
 @with_state
-def test_state_that_is_shared(case: Case) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_state_that_is_shared(case: Case, transposed: bool) -> None:
     name = main_state(case)
-    params = [new_param(5), new_param(5)]
+    params = [new_param(5, 5), new_param(5, 5)]
     optimizer = case.ours(params)
     optimizer.step()
-    optimizer.state[params[1]][name] = optimizer.state[params[0]][name]
+    shared = optimizer.state[params[0]][name]
+    for param in params:
+        optimizer.state[param][name] = shared.t() if transposed else shared
     message = (
         f"'{name}' of parameter 0 of group 0 and state '{name}' of parameter 1 of group 0 share"
     )

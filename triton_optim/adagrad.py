@@ -49,7 +49,6 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
     """
 
     _rule = "adagrad_rule"
-    _state_keys = frozenset({"step", "sum"})
     _step_flags = frozenset({"LR_DECAY"})
     _state_follows_parameter = True
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from . import runtime
+from .layout import is_dense
 from .ways import PLAIN_TYPES, Group, State
 
 
 def describe(group: Group, index: int, position: int) -> str:
     """A parameter in words: where it stands, and its name if it has one."""
     names = group.get("param_names")
-    name = f" ({names[position]!r})" if names else ""
+    name = f" ({names[position]!r})" if names and position < len(names) else ""
     return f"parameter {position}{name} of group {index}"
 
 
@@ -57,12 +58,17 @@ def check_apart(tensors: Iterable[tuple[Tensor, str]]) -> None:
     """Refuse tensors that share memory: the kernel writes them in no particular order.
 
     Args:
-        tensors: dense ones that one step writes, each with its description.
+        tensors: what one step writes, each with its description. Of one that is not dense, only
+            its first element counts.
 
     Raises:
         RuntimeError: two overlap, or one occurs twice.
     """
-    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, name) for t, name in tensors if t.nbytes)
+    spans = sorted(
+        (t.data_ptr(), t.data_ptr() + (t.nbytes if is_dense(t) else t.element_size()), name)
+        for t, name in tensors
+        if t.numel()
+    )
     for (_, stop, name), (start, _, other) in pairwise(spans):
         if start < stop:
             raise RuntimeError(
@@ -71,28 +77,41 @@ def check_apart(tensors: Iterable[tuple[Tensor, str]]) -> None:
             )
 
 
+def check_shapes(param: Tensor, state: State, names: Iterable[str], where: str) -> None:
+    """Refuse state that no update of `param` could use, whichever way it goes.
+
+    Raises:
+        RuntimeError: a tensor is missing, or has another shape than its parameter.
+    """
+    for name in names:
+        value = state.get(name)
+        if not isinstance(value, Tensor):
+            raise _bad_state(name, where, f"is {value!r}")
+        if value.shape != param.shape:
+            found = f"has shape {tuple(value.shape)}, the parameter {tuple(param.shape)}"
+            raise _bad_state(name, where, found)
+
+
 def check_state(
     param: Tensor, state: State, names: Iterable[str], where: str, *, follows: bool
 ) -> None:
-    """Refuse state that an update of `param` could not use, as a wrong checkpoint brings it.
+    """Refuse state that the kernels could not use, as a wrong checkpoint brings it.
 
     Args:
         param: a parameter that the kernels take.
-        state: its entry of `optimizer.state`, not empty.
-        names: the tensors that the rule updates, each of the parameter's shape and device.
+        state: its entry of `optimizer.state`; `check_shapes` has passed.
+        names: the tensors that the rule updates.
         where: the parameter in words.
         follows: whether state on another device is moved instead of refused.
 
     Raises:
-        RuntimeError: a tensor is missing, or of the wrong type, size, dtype, layout or device.
+        RuntimeError: a tensor of the wrong type, dtype, layout or device.
     """
     dtypes = set()
     for name in names:
-        value = state.get(name)
-        if not isinstance(value, Tensor) or value.layout != torch.strided:
-            found = f"is {value.layout}" if isinstance(value, Tensor) else f"is {value!r}"
-        elif value.shape != param.shape:
-            found = f"has shape {tuple(value.shape)}, the parameter {tuple(param.shape)}"
+        value = state[name]
+        if value.layout != torch.strided:
+            found = f"is {value.layout}"
         elif value.dtype not in runtime.STORAGE_DTYPES or value.is_complex() != param.is_complex():
             found = f"is {value.dtype}, the parameter {param.dtype}"
         elif value.is_meta or (value.device != param.device and not follows):
@@ -118,7 +137,7 @@ def check_step(state: State, where: str) -> None:
         raise _bad_state("step", where, f"is {step!r}")
 
 
-def check_loadable(state: Mapping[Any, Any]) -> None:
+def check_values(state: Mapping[Any, Any]) -> None:
     """Refuse a checkpoint's tensors on the meta device: there are no values to load.
 
     Raises:
@@ -130,16 +149,16 @@ def check_loadable(state: Mapping[Any, Any]) -> None:
                 raise _bad_state(name, f"parameter {index}", "is on meta and has no values")
 
 
-def check_keys(state: Mapping[Any, State], groups: Sequence[Group], known: frozenset[str]) -> None:
-    """Refuse a loaded state whose tensors nobody would read, and one without its step counters.
+def check_entries(state: Mapping[Any, Any], groups: Sequence[Group], *, counts_steps: bool) -> None:
+    """Refuse a loaded state that is not that of the parameters at all.
 
     Args:
         state: by parameter; by index where no parameter has it.
         groups: the parameter groups.
-        known: every key that the optimizer may use.
+        counts_steps: whether each entry has a `step`, a tensor or, in older ones, a number.
 
     Raises:
-        RuntimeError: a state of no parameter, a tensor under an unknown name, a missing `step`.
+        RuntimeError: an entry of no parameter, one that is no dict, a missing `step`.
     """
     for key in state:
         if isinstance(key, int):
@@ -151,13 +170,26 @@ def check_keys(state: Mapping[Any, State], groups: Sequence[Group], known: froze
     for index, group in enumerate(groups):
         for position, param in enumerate(group["params"]):
             entry = state.get(param, {})
-            where = describe(group, index, position)
-            for name in entry.keys() - known:
-                if isinstance(entry[name], Tensor):
-                    raise _bad_state(name, where, f"is none of {sorted(known)}")
-            step = entry.get("step")
-            if entry and "step" in known and not isinstance(step, int | float | Tensor):
-                raise _bad_state("step", where, f"is {step!r}")
+            if not isinstance(entry, Mapping):
+                where = describe(group, index, position)
+                raise RuntimeError(f"the state of {where} is {entry!r}; it must be a dict")
+            if entry and counts_steps and not hasattr(entry.get("step"), "__float__"):
+                where = describe(group, index, position)
+                raise _bad_state("step", where, f"is {entry.get('step')!r}")
+
+
+def check_groups(groups: Sequence[Group], defaults: Mapping[str, Any]) -> None:
+    """Refuse loaded groups of another optimizer.
+
+    Raises:
+        RuntimeError: a hyperparameter is missing.
+    """
+    for index, group in enumerate(groups):
+        if missing := sorted(defaults.keys() - group.keys()):
+            raise RuntimeError(
+                f"group {index} of the state dict has no {missing}; load the state_dict of the "
+                "same kind of optimizer"
+            )
 
 
 def _bad_state(name: str, where: str, found: str) -> RuntimeError:

@@ -11,9 +11,18 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from .checks import check_keys, check_loadable, check_state, check_step, describe
+from .checks import (
+    check_apart,
+    check_entries,
+    check_groups,
+    check_shapes,
+    check_state,
+    check_step,
+    check_values,
+    describe,
+)
 from .plan import Plan
-from .ways import Group, State, group_refusal, refusal
+from .ways import PLAIN_TYPES, Group, State, group_refusal, refusal
 
 if TYPE_CHECKING:
     _Optimizer = torch.optim.Optimizer
@@ -29,7 +38,7 @@ class FusedStep(_Optimizer):
     """
 
     _rule: str  # its name in kernels/rules.py
-    _state_keys: frozenset[str]  # every key that a parameter's state may have
+    _counts_steps = True  # state has a `step`
     _step_flags: frozenset[str] = frozenset()  # flags under which the rule reads the step
     _state_follows_parameter = False  # state on another device is moved, not refused
 
@@ -45,10 +54,12 @@ class FusedStep(_Optimizer):
         for group in state["param_groups"]:
             group.setdefault("fused", None)
         if loaded:
-            check_keys(state["state"], state["param_groups"], self._state_keys)
+            groups, counts = state["param_groups"], self._counts_steps
+            check_entries(state["state"], groups, counts_steps=counts)
         super().__setstate__(state)
         self._plan = None
         if loaded:
+            check_groups(self.param_groups, self.defaults)
             self._check_states()
 
     @_disable_dynamo
@@ -60,15 +71,16 @@ class FusedStep(_Optimizer):
 
         Raises:
             ValueError: the groups differ in number or size.
-            RuntimeError: a state tensor is missing or nobody's, or does not fit its parameter. The
-                optimizer is as it was then.
+            RuntimeError: a state tensor or a hyperparameter is missing, or does not fit its
+                parameter. The optimizer is as it was then, as after any exception of a hook.
         """
-        check_loadable(state_dict["state"])
         groups, state = self.param_groups, self.state
         try:
             super().load_state_dict(state_dict)
-        except BaseException:
+        except BaseException as error:
             self.param_groups, self.state = groups, state
+            if isinstance(error, NotImplementedError):  # torch cannot copy from the meta device
+                check_values(state_dict["state"])
             raise
 
     def _flags(self, group: Group) -> frozenset[str]:
@@ -98,23 +110,32 @@ class FusedStep(_Optimizer):
         """Whether a parameter with this state has been set up."""
         return bool(state)
 
-    @property
-    def _counts_steps(self) -> bool:
-        return "step" in self._state_keys
-
     def _check_states(self) -> None:
-        """Refuse state that would not let the kernels step."""
+        """Refuse loaded state with which a step would fail."""
+        written: list[tuple[Tensor, str]] = []
         for index, group in enumerate(self.param_groups):
             for position, param in enumerate(group["params"]):
                 state = self.state.get(param, {})
-                if self._has_state(state) and not (group_refusal(group) or refusal(param, param)):
-                    self._check_state(param, group, describe(group, index, position))
+                foreign = any(isinstance(value, Tensor) for value in state.values())
+                if type(param) not in PLAIN_TYPES or not (self._has_state(state) or foreign):
+                    continue
+                kernels = not (group_refusal(group) or refusal(param, param))
+                where = describe(group, index, position)
+                written += self._check_state(param, group, where, kernels=kernels)
+        check_apart(written)
 
-    def _check_state(self, param: Tensor, group: Group, where: str) -> None:
+    def _check_state(
+        self, param: Tensor, group: Group, where: str, *, kernels: bool
+    ) -> list[tuple[Tensor, str]]:
+        """Refuse bad state. Returns the tensors that the kernels will write, with their names."""
         state, names = self.state[param], self._state_names(group)
+        check_shapes(param, state, names, where)
+        if not kernels:
+            return []
         check_state(param, state, names, where, follows=self._state_follows_parameter)
         if self._counts_steps:
             check_step(state, where)
+        return [(state[name], f"state {name!r} of {where}") for name in names]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
@@ -126,16 +147,21 @@ class FusedStep(_Optimizer):
             What `closure` returned, or None.
 
         Raises:
-            RuntimeError: a gradient or a state tensor does not fit its parameter, parameters share
-                memory, or `fused=True` asks for kernels where there are none. Nothing has been
-                written then.
+            RuntimeError: a gradient or a state tensor does not fit its parameter, parameters that a
+                kernel would write share memory, or `fused=True` asks for kernels where there are
+                none. Nothing has been written then. What torch refuses on its own way it may refuse
+                after it has stepped other parameters.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
+        enabled = torch.is_grad_enabled()
+        try:
+            torch.set_grad_enabled(self.defaults["differentiable"])
             self._planned_step()
+        finally:
+            torch.set_grad_enabled(enabled)
         return loss
 
     @_disable_dynamo  # a compiled program would trace addresses; it breaks here instead
@@ -154,7 +180,7 @@ class FusedStep(_Optimizer):
         if found is None:
             plan.move_strays()
         if plan.rest:
-            self._torch_step({id(param) for param, _ in plan.rest})
+            self._torch_step({id(param) for param in plan.rest})
         if found is None:
             found = plan.prepare(self)
         plan.run(found, hypers)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from . import runtime
 from .checks import check_apart, check_tensors, describe
-from .layout import same_order
+from .layout import LayoutGuard, same_order
 from .table import Entry, Found, Table
-from .ways import Group, State, group_refusal, refusal, strays
+from .ways import PLAIN_TYPES, State, group_refusal, refusal, strays
 
 if TYPE_CHECKING:
     from .fused import FusedStep
@@ -45,13 +45,14 @@ class Plan:
     """
 
     def __init__(self, optimizer: FusedStep) -> None:
-        self.rest: list[tuple[Tensor, str]] = []
+        self.rest: list[Tensor] = []
         self.uses_kernels = self.on_gpu = False
         self._key = optimizer._groups_key()
         self._params = list(_all_params(optimizer))
         self._states: list[State] = []
         self._idle: list[Tensor] = []
-        self._reconsidered: list[Tensor] = []
+        self._steady: list[Tensor] = []  # of rest, those that a LayoutGuard can watch
+        self._reconsidered: list[Tensor] = []  # and the others, whose gradient may become dense
         self._entries: dict[torch.device, list[Entry]] = defaultdict(list)
         self._strays: list[Stray] = []
         self._tables: list[Table] = []
@@ -65,15 +66,16 @@ class Plan:
                     continue
                 check_tensors(param, param.grad, where)
                 if reason := group_refusal(group):
-                    self._leave(optimizer, param, group, where, reason)
+                    self._leave(optimizer, param, param.grad, index, where, reason)
                 elif listed[id(param)] > 1:
-                    self._leave(optimizer, param, group, where, "it is listed twice")
+                    self._leave(optimizer, param, param.grad, index, where, "it is listed twice")
                 elif reason := refusal(param, param.grad):
-                    self._leave(optimizer, param, group, where, reason)
-                    self._reconsidered.append(param)
+                    self._leave(optimizer, param, param.grad, index, where, reason)
                 else:
                     written += self._take(optimizer, param, param.grad, index, where)
         check_apart(written)
+        grads = [grad for grad in _grads(self._steady) if grad is not None]
+        self._guard = LayoutGuard([*self._steady, *grads])
 
     def _take(
         self, optimizer: FusedStep, param: Tensor, grad: Tensor, index: int, where: str
@@ -84,11 +86,8 @@ class Plan:
         state = optimizer.state.get(param, {})
         written = [(param, where)]
         if optimizer._has_state(state):
-            optimizer._check_state(param, group, where)
-            moving = strays(param, state, names)
-            self._strays += (Stray(param, state, name) for name in moving)
-            staying = (name for name in names if name not in moving)
-            written += ((state[name], f"state {name!r} of {where}") for name in staying)
+            written += optimizer._check_state(param, group, where, kernels=True)
+            self._strays += (Stray(param, state, name) for name in strays(param, state, names))
         reordered = not same_order(param, grad) or grad.is_conj() or grad.is_neg()
         entry = Entry(param, grad, index, optimizer._flags(group), names, reordered)
         self._entries[param.device].append(entry)
@@ -97,16 +96,21 @@ class Plan:
         return written
 
     def _leave(
-        self, optimizer: FusedStep, param: Tensor, group: Group, where: str, reason: str
+        self, optimizer: FusedStep, param: Tensor, grad: Tensor, index: int, where: str, reason: str
     ) -> None:
+        group = optimizer.param_groups[index]
         if group.get("fused"):
             message = f"`fused=True` cannot be kept for {where}: {reason}"
             if not param.is_cpu or runtime.DEVICE_TYPE == "cpu":
                 raise RuntimeError(f"{message}; leave `fused` out and torch's own way takes it")
             warnings.warn(f"{message}; torch's for-loop steps it", stacklevel=2)
-        self.rest.append((param, where))
+        state = optimizer.state.get(param, {})
+        if type(param) in PLAIN_TYPES and optimizer._has_state(state):
+            optimizer._check_state(param, group, where, kernels=False)
+        plain = all(type(t) in PLAIN_TYPES and t.layout == torch.strided for t in (param, grad))
+        (self._steady if plain else self._reconsidered).append(param)
+        self.rest.append(param)
         if optimizer._state_follows_parameter:
-            state = optimizer.state.get(param, {})
             for name in optimizer._state_names(group):
                 if name in state and state[name].device != param.device:
                     self._strays.append(Stray(param, state, name))
@@ -119,11 +123,9 @@ class Plan:
             or _differ(optimizer.state.values(), self._states)
             or any(param.grad is not None for param in self._idle)
             or any(refusal(p, p.grad) is None for p in self._reconsidered if p.grad is not None)
+            or not self._guard.check([*self._steady, *_grads(self._steady)])
         ):
             return None
-        for param, where in self.rest:
-            if param.grad is not None:
-                check_tensors(param, param.grad, where)
         found = []
         for table in self._tables:
             tensors = table.find()
@@ -158,6 +160,10 @@ class Plan:
 
 def _all_params(optimizer: FusedStep) -> Iterable[Tensor]:
     return chain.from_iterable(map(itemgetter("params"), optimizer.param_groups))
+
+
+def _grads(params: Sequence[Tensor]) -> list[Tensor | None]:
+    return [param.grad for param in params]
 
 
 def _differ(objects: Iterable[object], others: Sequence[object]) -> bool:

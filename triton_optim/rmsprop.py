@@ -51,7 +51,6 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
     """
 
     _rule = "rmsprop_rule"
-    _state_keys = frozenset({"step", "square_avg", "grad_avg", "momentum_buffer"})
 
     def __init__(
         self,

@@ -48,7 +48,7 @@ class SGD(FusedStep, torch.optim.SGD):
 
     _rule = "sgd_rule"
     _step_flags = frozenset({"MOMENTUM"})
-    _state_keys = frozenset({"momentum_buffer"})
+    _counts_steps = False
 
     def __init__(
         self,
