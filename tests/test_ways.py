@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from cases import BLOCK, DEVICE, STATEFUL_CASES, Case, assert_same_bits, new_param, twins_of
+from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim import runtime
+from triton_optim import runtime, ways
 
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
 
@@ -138,6 +139,43 @@ def test_state_in_another_memory_order_is_brought_home() -> None:
         optimizer.step()
     torch.testing.assert_close(p, q)
     torch.testing.assert_close(ours.state[p]["sum"], theirs.state[q]["sum"])
+
+
+def _inference_tensor() -> Tensor:
+    with torch.inference_mode():
+        return torch.ones(2, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("param", "grad", "reason"),
+    [
+        (torch.ones(2, device="meta"), torch.ones(2, device="meta"), "it is on meta"),
+        (torch.ones(2).int(), torch.ones(2).int(), "torch.int32 is none of"),
+        (torch.ones(2), torch.ones(2).to(torch.float8_e5m2), "torch.float8_e5m2 is none of"),
+        (torch.ones(2), torch.ones(2).to(torch.complex64), "torch.float32 with a torch.complex64"),
+        (
+            torch.ones(2).to(torch.complex64).conj(),
+            torch.ones(2).to(torch.complex64),
+            "do not fill one span",
+        ),
+        (_inference_tensor(), torch.ones(2), "it is an inference tensor"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_the_kernels_cannot_update(param: Tensor, grad: Tensor, reason: str) -> None:
+    if not param.is_meta:
+        param, grad = param.to(DEVICE), grad.to(DEVICE)
+    assert reason in str(ways.refusal(param, grad))
+
+
+def test_an_inference_tensor_in_inference_mode(launches: list[runtime.Variant]) -> None:
+    param = _inference_tensor()
+    optimizer = triton_optim.SGD([param], lr=0.5)
+    with torch.inference_mode():
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert len(launches) == 1
+    assert torch.equal(param, torch.full_like(param, 0.5))
 
 
 _LAPTOP = """
