@@ -166,9 +166,8 @@ class Table:
         on_gpu = {i: h for i, h in enumerate(hypers) if isinstance(h, Tensor)}
         values = [None if isinstance(h, Tensor) else h for h in hypers]
         steps: list[float] = []
-        if (
-            self._sends_steps
-        ):  # a pack of another device is one of the CPU: reading it waits for none
+        if self._sends_steps:
+            # A pack that is not on this device is on the CPU: reading it waits for no device.
             steps = self._seen if self._pack is None else self._pack.tolist()
         content = (grads, values, steps)
         if content != self._sent:
