@@ -1,4 +1,4 @@
-"""The one dense update kernel: find my block, load, RULE, store. A program owns one block."""
+"""The one dense update kernel: find my chunk, and for each of its blocks load, RULE, store."""
 
 import triton
 import triton.language as tl
@@ -12,6 +12,11 @@ PARAM = tl.constexpr(2)
 STATES = tl.constexpr(3)
 MAX_STATES = tl.constexpr(3)
 ROW_WIDTH = tl.constexpr(6)
+
+
+def _launch_metadata(grid, metadata, args):
+    """What Triton's profiler shows beside a launch's time."""
+    return {"name": f"{metadata.name}.{args['RULE'].__name__}", "bytes": round(args["n_bytes"])}
 
 
 @triton.jit
@@ -28,6 +33,7 @@ def _update_block(
     param_ptr,
     grad_ptr,
     state_ptrs,
+    start,
     remaining,
     hyper,
     step,
@@ -35,32 +41,37 @@ def _update_block(
     FLAGS: tl.constexpr,
     N_STATES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    EVICTION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     COMPUTE_DTYPE: tl.constexpr = (
         tl.float64 if param_ptr.dtype.element_ty == tl.float64 else tl.float32
     )
-    offsets = tl.arange(0, BLOCK_SIZE)
+    offsets = start + tl.arange(0, BLOCK_SIZE)
     mask = offsets < remaining if MASKED else None
     param = widen(tl.load(param_ptr + offsets, mask=mask), COMPUTE_DTYPE)
-    grad = widen(tl.load(grad_ptr + offsets, mask=mask), COMPUTE_DTYPE)
+    grad = tl.load(grad_ptr + offsets, mask=mask, eviction_policy=EVICTION)
+    grad = widen(grad, COMPUTE_DTYPE)
     state = ()
     for i in tl.static_range(N_STATES):
-        state = state + (widen(tl.load(state_ptrs[i] + offsets, mask=mask), COMPUTE_DTYPE),)
+        value = tl.load(state_ptrs[i] + offsets, mask=mask, eviction_policy=EVICTION)
+        state = state + (widen(value, COMPUTE_DTYPE),)
     param, state = RULE(param, grad, state, hyper, step, FLAGS)
     tl.store(param_ptr + offsets, narrow(param, param_ptr.dtype.element_ty), mask=mask)
     for i in tl.static_range(N_STATES):
-        state_ptr = state_ptrs[i]
-        tl.store(state_ptr + offsets, narrow(state[i], state_ptr.dtype.element_ty), mask=mask)
+        pointer = state_ptrs[i] + offsets
+        value = narrow(state[i], pointer.dtype.element_ty)
+        tl.store(pointer, value, mask=mask, eviction_policy=EVICTION)
 
 
-@triton.jit
+@triton.jit(launch_metadata=_launch_metadata)
 def multi_tensor_kernel(
-    blocks_ptr,
+    chunks_ptr,
     rows_ptr,
     grads_ptr,
     hypers_ptr,
     steps_ptr,
+    n_bytes,
     RULE: tl.constexpr,
     FLAGS: tl.constexpr,
     N_HYPERS: tl.constexpr,
@@ -70,23 +81,31 @@ def multi_tensor_kernel(
     STATE_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
-    """Update every tensor that the block table names, in place, each element once.
+    """Update every tensor that the chunk table names, in place, each element once.
+
+    A chunk is BLOCKS blocks of BLOCK_SIZE elements; a program updates one.
 
     Preconditions, none of which the kernel can check:
 
-    - blocks_ptr: int64, one a program: tensor << 32 | block. No pair twice;
+    - chunks_ptr: int64, one a program: tensor << 32 | chunk. No pair twice;
     - rows_ptr: int64 [tensors, ROW_WIDTH], the columns above;
     - grads_ptr: int64 [tensors], addresses of gradients;
     - hypers_ptr: float64 [groups, N_HYPERS];
     - steps_ptr: floating [tensors], or None where RULE reads no step;
+    - n_bytes: float, what the launch loads and stores of the tensors; for a profiler alone;
     - every table starts at a multiple of 16 bytes;
     - every address points to numel dense elements of its dtype, in the memory order of the
       parameter; ALIGNED promises that each is a multiple of 16 bytes.
+
+    EVICTION is the cache's policy for gradients and state: nothing reads them before the next step.
     """
-    entry = tl.load(blocks_ptr + tl.program_id(0))
+    entry = tl.load(chunks_ptr + tl.program_id(0))
     tensor = entry >> 32
-    start = (entry & 0xFFFFFFFF) * BLOCK_SIZE
+    start = (entry & 0xFFFFFFFF) * (BLOCKS * BLOCK_SIZE)
     row_ptr = rows_ptr + tensor * ROW_WIDTH
     remaining = tl.load(row_ptr + NUMEL) - start
 
@@ -105,14 +124,17 @@ def multi_tensor_kernel(
         address = tl.load(row_ptr + STATES + i)
         state_ptrs = state_ptrs + (_pointer(address, start, STATE_DTYPE, ALIGNED),)
 
-    # A mask that is not known at compile time costs the vector loads: only the last block has one.
-    if remaining >= BLOCK_SIZE:
-        _update_block(
-            param_ptr, grad_ptr, state_ptrs, remaining, hyper, step,
-            RULE, FLAGS, N_STATES, BLOCK_SIZE, MASKED=False,
-        )  # fmt: skip
+    # A mask that is not known at compile time costs the vector loads: only the last chunk has one.
+    if remaining >= BLOCKS * BLOCK_SIZE:
+        for block in tl.range(0, BLOCKS, num_stages=NUM_STAGES):
+            _update_block(
+                param_ptr, grad_ptr, state_ptrs, block * BLOCK_SIZE, remaining, hyper, step,
+                RULE, FLAGS, N_STATES, BLOCK_SIZE, EVICTION, MASKED=False,
+            )  # fmt: skip
     else:
-        _update_block(
-            param_ptr, grad_ptr, state_ptrs, remaining, hyper, step,
-            RULE, FLAGS, N_STATES, BLOCK_SIZE, MASKED=True,
-        )  # fmt: skip
+        rest = remaining.to(tl.int32)
+        for block in tl.range(0, tl.cdiv(rest, BLOCK_SIZE) if BLOCKS > 1 else 1):
+            _update_block(
+                param_ptr, grad_ptr, state_ptrs, block * BLOCK_SIZE, rest, hyper, step,
+                RULE, FLAGS, N_STATES, BLOCK_SIZE, EVICTION, MASKED=True,
+            )  # fmt: skip

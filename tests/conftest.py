@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from functools import partial
 
 import pytest
 import torch
@@ -66,7 +65,8 @@ def _sanitizer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sanitizer = Sanitizer()
     run = Table.run
     monkeypatch.setattr(Table, "run", lambda table, *args: sanitizer.run(run, table, *args))
-    monkeypatch.setattr(runtime, "launch", partial(sanitizer.launch, runtime.launch))
+    launch = runtime.Launch.run
+    monkeypatch.setattr(runtime.Launch, "run", lambda self: sanitizer.launch(launch, self))
     with watched(sanitizer.watch):
         yield
 
@@ -75,11 +75,11 @@ def _sanitizer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[runtime.Variant]:
     """The variant of every update launch of the test, in order."""
     seen: list[runtime.Variant] = []
-    launch = runtime.launch
+    run = runtime.Launch.run
 
-    def recorded(rule: str, variant: runtime.Variant, *args: object) -> None:
-        seen.append(variant)
-        launch(rule, variant, *args)  # type: ignore[arg-type]
+    def recorded(launch: runtime.Launch) -> None:
+        seen.append(launch.variant)
+        run(launch)
 
-    monkeypatch.setattr(runtime, "launch", recorded)
+    monkeypatch.setattr(runtime.Launch, "run", recorded)
     return seen

@@ -100,7 +100,7 @@ MUTATIONS = [
              "test_refusals.py", "shrinks"),
     Mutation("addresses are not compared", "!= self._addresses", "is None",
              "test_step.py", "param_data_reassigned"),
-    Mutation("alignment is not looked at again", "!= self._misaligned", "is None",
+    Mutation("alignment is not looked at again", "!= self._alignment", "is None",
              "test_ways.py", "loses_its_alignment"),
     Mutation("what changed is not sent again", "content != self._sent", "self._sent is None",
              "test_step.py", "hyperparameters_change"),
@@ -116,7 +116,7 @@ def main(words: list[str]) -> int:
     mutations = [m for m in MUTATIONS if not words or any(word in m.name for word in words)]
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder).resolve()
-        for name in ("kernels", "triton_optim", "tests"):
+        for name in ("kernels", "perf", "triton_optim", "tests"):
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignored)
         shutil.copy(ROOT / "pyproject.toml", tree)

@@ -14,7 +14,6 @@ from triton_optim import runtime
 from triton_optim.table import Found, Table
 
 Span = tuple[int, int]  # first byte, and the one after the last
-Launch = Callable[..., None]
 
 
 class Sanitizer:
@@ -29,7 +28,7 @@ class Sanitizer:
         self._writable: list[Span] = []  # while a table is run
         self._stored: list[Span] = []
 
-    def run(self, run: Launch, table: Table, found: Found, hypers: Any) -> None:
+    def run(self, run: Callable[..., None], table: Table, found: Found, hypers: Any) -> None:
         """`Table.run`, watched."""
         self._writable = _spans(found.written)
         self._grads = _spans(found.grads)
@@ -42,22 +41,22 @@ class Sanitizer:
         finally:
             self._writable = []
 
-    def launch(self, launch: Launch, *args: Any) -> None:
-        """`runtime.launch`, watched."""
+    def launch(self, run: Callable[[runtime.Launch], None], launch: runtime.Launch) -> None:
+        """`Launch.run`, watched."""
         if not self._writable:  # a test's own launch
-            launch(*args)
+            run(launch)
             return
-        _, variant, blocks, _, tables = args
+        variant, chunks, tables = launch.variant, launch.chunks, launch.tables
         addresses = tables.grads.tolist()
         if variant.aligned:
-            tensors = blocks.bitwise_right_shift(32).unique()
+            tensors = chunks.bitwise_right_shift(32).unique()
             promised = torch.cat([tables.rows[tensors, 2:].flatten(), tables.grads[tensors]])
             assert not bool((promised % runtime.ALIGNMENT).any()), "not aligned"
         copies = [(addresses[i], addresses[i] + size) for i, size in self._copied]
-        read = _spans([blocks, *(t for t in tables if t is not None)])
+        read = _spans([chunks, *(t for t in tables if t is not None)])
         self._readable = _merged([*read, *copies, *self._grads, *self._writable])
         try:
-            launch(*args)
+            run(launch)
         finally:
             self._readable = []
 

@@ -128,7 +128,7 @@ def test_a_first_step_that_fails_makes_no_state(
     before = copy.deepcopy((p, ours.state_dict()["state"]))
     with monkeypatch.context() as patch:
         if when == "launch":
-            patch.setattr(runtime, "launch", lambda *_: 1 / 0)
+            patch.setattr(runtime.Launch, "run", lambda self: 1 / 0)
         else:
             ours.param_groups[0]["lr"] = torch.ones(2)
         with pytest.raises((ValueError, ZeroDivisionError)):

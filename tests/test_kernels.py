@@ -1,14 +1,6 @@
-"""The kernels as machine code, and their conversions bit by bit."""
+"""The kernels' conversions, bit by bit."""
 
 from __future__ import annotations
-
-import json
-import os
-import subprocess
-import sys
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,29 +9,6 @@ import triton.language as tl
 from cases import DEVICE
 
 from triton_optim.kernels import numerics
-
-AOT = Path(__file__).parent / "aot.py"
-
-
-@cache
-def _records(architecture: str) -> list[dict[str, Any]]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(AOT), architecture]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    records: list[dict[str, Any]] = json.loads(done.stdout)
-    return records
-
-
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_machine_code(architecture: str) -> None:
-    """No register spills, and 128-bit loads and stores where a block is whole."""
-    records = _records(architecture)
-    assert len(records) == 18
-    for record in records:
-        assert record["spills"] == 0, record
-        assert record["widest"] == {"load": 128, "store": 128}, record
-        # 65,536 registers an SM, at least 3 programs of 128 threads or the like of it
-        assert record.get("registers", 0) <= 160, record
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]

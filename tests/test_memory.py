@@ -12,7 +12,8 @@ from fences import Fence, fenced, fences
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim import runtime, table
+from triton_optim import columns, runtime
+from triton_optim.tuning import Config
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="watches Triton's interpreter")
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
@@ -53,7 +54,7 @@ def test_a_broken_fence_is_seen() -> None:
 def _step(monkeypatch: pytest.MonkeyPatch, blocks: list[int], longer: int = 0) -> None:
     """A step over BLOCK + 1 elements with this block table and this much more pretended."""
     row = runtime.row
-    monkeypatch.setattr(table, "_block_table", lambda *_: torch.tensor(blocks))
+    monkeypatch.setattr(columns, "chunk_table", lambda *_: torch.tensor(blocks))
     monkeypatch.setattr(runtime, "row", lambda n, *args: row(n + longer, *args))
     param = Parameter(torch.zeros(BLOCK + 1))
     param.grad = torch.ones_like(param)
@@ -93,7 +94,8 @@ def test_beyond_two_to_the_31_elements(dtype: torch.dtype) -> None:
     )
     memory[2].abs_()
     expected[2].abs_()
-    runtime.launch("adagrad_rule", variant, torch.arange(first, last), BLOCK, tables)
+    config = Config(BLOCK, num_warps=1)
+    runtime.Launch("adagrad_rule", variant, config, torch.arange(first, last), tables, 0).run()
     param, grad, total = (m.double() for m in expected)
     total += grad * grad
     param -= 0.1 * grad / (total.sqrt() + 1e-10)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim import layout, plan, runtime, table
+from triton_optim import columns, layout, plan, runtime, tuning
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
@@ -67,7 +67,7 @@ def test_bytes_are_within_one_percent_of_the_floor(
     from traffic import Traffic, watched
 
     monkeypatch.setattr(
-        runtime, "block_size", lambda variant, _: runtime.compiled_block_size(variant)
+        runtime, "config", lambda variant, *_: tuning.config("sm_90", half=variant.half)
     )
     n = 20 if case in STATEFUL_CASES and dtype == torch.bfloat16 else 1
     optimizer = case.ours(_params(n, 100_000, dtype=dtype), fused=True)
@@ -84,13 +84,13 @@ def test_bytes_are_within_one_percent_of_the_floor(
 def test_nothing_is_sent_when_nothing_changed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """One copy a step where gradients are new, and none where they stayed."""
     sent: list[int] = []
-    sendable = table._sendable
+    sendable = columns.sendable
 
     def recorded(host: Tensor, device: torch.device) -> Tensor:
         sent.append(host.numel())
         return sendable(host, device)
 
-    monkeypatch.setattr(table, "_sendable", recorded)
+    monkeypatch.setattr(columns, "sendable", recorded)
     params = _params(3, 5)
     optimizer = case.ours(params)
     optimizer.step()
@@ -148,8 +148,8 @@ def test_buckets_by_dtype_and_alignment(launches: list[runtime.Variant]) -> None
     assert torch.equal(base, torch.tensor([0.0] + [-1e-3] * 5 + [0.0] * 3, device=DEVICE))
 
 
-def test_block_table_names_every_block_once() -> None:
-    entries = table._block_table([4, 0, 7], [3, 1, 2])
+def test_chunk_table_names_every_chunk_once() -> None:
+    entries = columns.chunk_table([4, 0, 7], [3, 1, 2])
     assert [(e >> 32, e & 0xFFFFFFFF) for e in entries.tolist()] == [
         (4, 0), (4, 1), (4, 2), (0, 0), (7, 0), (7, 1),
     ]  # fmt: skip
@@ -161,9 +161,12 @@ def test_interpreted_block_size_weighs_programs_against_padding(
 ) -> None:
     monkeypatch.undo()
     variant = runtime.Variant(frozenset(), 0, "float32", "float32", "float32", True, False)
-    assert runtime.block_size(variant, [10] * 100) == 1024
-    assert runtime.block_size(variant, [10**7]) == 2**18
-    assert runtime.block_size(variant, [10**6, *[100] * 50]) < 2**18
+    for numels, sizes in (
+        ([10] * 100, {1024}),
+        ([10**7], {2**18}),
+        ([10**6, *[100] * 50], {2**k for k in range(10, 18)}),
+    ):
+        assert runtime.config(variant, numels, torch.device("cpu")).block_size in sizes
 
 
 @pytest.mark.parametrize("private", [True, False])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,11 +52,43 @@ def test_self_check_fails_when_a_rule_is_worse(
     assert "WORSE" in capsys.readouterr().out
 
 
-def test_host_time_is_printed() -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="as it runs where there is no GPU")
+def test_host_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No time is asserted."""
-    printed = _run("perf/bench_host.py", "--tensors", "10", "--repeats", "3")
-    assert "RMSprop" in printed
-    assert "floor" in printed
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    rules = ("sgd", "rmsprop")
+    printed = _run(
+        *("perf/bench_host.py", "--tensors", "10", "100", "--repeats", "3", "--rules", *rules),
+        *("--out", str(tmp_path / "host.csv")),
+    )
+    assert "one launch directly" in printed and "by Triton's launcher" in printed
+    assert printed.count("none") == 6  # there is no fused RMSprop
+    assert re.search(r"empty Triton cache.*sgd \d+\.\d+ s, rmsprop \d+\.\d+ s", printed)
+    with (tmp_path / "host.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 * 5 + 6 * 4
+    assert {(row["tensors"], row["groups"]) for row in rows} == {
+        ("10", "1"), ("100", "1"), ("100", "20"),
+    }  # fmt: skip
+    assert all(float(row["p20"]) <= float(row["median"]) <= float(row["p80"]) for row in rows)
+    assert (tmp_path / "host.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("by", ["triton_optim", "torch"])
+def test_profile(by: str, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    command = ("perf/profile_step.py", "--model", "gru", "--size", "16", "--context", "8")
+    printed = _run(*command, "--by", by, "--trace", str(trace))
+    assert [line.split()[0] for line in printed.splitlines()[1:4]] == [
+        "forward", "backward", "optimizer",
+    ]  # fmt: skip
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"forward", "backward", "optimizer", "Optimizer.step#RMSprop.step"} <= names
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what it says without a GPU")
+def test_tuning_needs_a_gpu() -> None:
+    assert "torch sees none here" in _run("perf/tune.py", code=2)
 
 
 def test_main_job(tmp_path: Path) -> None:

@@ -74,7 +74,6 @@ def _row(name: str, kwargs: dict[str, Any], dtype: torch.dtype) -> tuple[Any, ..
     # the reference, and each step may add one.
     units = STEPS if dtype == torch.float64 else 1
     slack = units * torch.finfo(dtype).eps * float(max(p.abs().max() for p in exact))
-    sizes = [_bytes_per_param(variant) for variant in variants[-1:]]
     label = f"{name}({', '.join(f'{k}={v}' for k, v in kwargs.items())})"
     return (
         label,
@@ -82,7 +81,7 @@ def _row(name: str, kwargs: dict[str, Any], dtype: torch.dtype) -> tuple[Any, ..
         f"{error:.2e}",
         f"{torch_error:.2e}",
         f"{len(variants) / STEPS:g}",
-        f"{sum(sizes)}",
+        f"{variants[-1].bytes_per_element}",
         "ok" if error <= torch_error + slack else "WORSE",
     )
 
@@ -110,29 +109,21 @@ def _error(params: list[Tensor], exact: list[Tensor]) -> float:
     return max(float((p - e).abs().max()) for p, e in zip(params, exact, strict=True))
 
 
-def _bytes_per_param(variant: runtime.Variant) -> int:
-    """Each gradient read once, each parameter and state read once and written once."""
-    sizes = {name: dtype.itemsize for dtype, name in runtime.STORAGE_DTYPES.items()
-             if not dtype.is_complex}  # fmt: skip
-    states = variant.n_states * sizes[variant.state_dtype]
-    return 2 * sizes[variant.param_dtype] + sizes[variant.grad_dtype] + 2 * states
-
-
 @contextmanager
 def _launches() -> Iterator[list[runtime.Variant]]:
     """The variants that are launched meanwhile."""
     variants: list[runtime.Variant] = []
-    launch = runtime.launch
+    run = runtime.Launch.run
 
-    def recorded(rule: str, variant: runtime.Variant, *args: Any) -> None:
-        variants.append(variant)
-        launch(rule, variant, *args)
+    def recorded(launch: runtime.Launch) -> None:
+        variants.append(launch.variant)
+        run(launch)
 
-    runtime.launch = recorded  # type: ignore[assignment]
+    runtime.Launch.run = recorded  # type: ignore[assignment, method-assign]
     try:
         yield variants
     finally:
-        runtime.launch = launch
+        runtime.Launch.run = run  # type: ignore[method-assign]
 
 
 def _version(package: str) -> str:

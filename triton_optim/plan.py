@@ -14,12 +14,15 @@ from torch import Tensor
 
 from . import runtime
 from .checks import check_apart, check_tensors, describe
+from .columns import Entry
 from .layout import LayoutGuard, same_order
-from .table import Entry, Found, Table
+from .table import Found, Table
 from .ways import PLAIN_TYPES, State, group_refusal, refusal, strays
 
 if TYPE_CHECKING:
     from .fused import FusedStep
+
+_PARAMS = itemgetter("params")
 
 
 class Stray(NamedTuple):
@@ -49,6 +52,7 @@ class Plan:
         self.uses_kernels = self.on_gpu = False
         self._key = optimizer._groups_key()
         self._params = list(_all_params(optimizer))
+        self._lengths = [*map(len, map(_PARAMS, optimizer.param_groups))]
         self._states: list[State] = []
         self._idle: list[Tensor] = []
         self._steady: list[Tensor] = []  # of rest, those that a LayoutGuard can watch
@@ -76,6 +80,10 @@ class Plan:
         check_apart(written)
         grads = [grad for grad in _grads(self._steady) if grad is not None]
         self._guard = LayoutGuard([*self._steady, *grads])
+        self._get_values = itemgetter(*optimizer.defaults)
+        self._values: list[object] = []
+        self._values_mutate = False
+        self._keep_values(optimizer, self._group_values(optimizer))
 
     def _take(
         self, optimizer: FusedStep, param: Tensor, grad: Tensor, index: int, where: str
@@ -118,12 +126,11 @@ class Plan:
     def find(self, optimizer: FusedStep) -> list[Found] | None:
         """What to step with, table by table; None if the plan no longer describes the optimizer."""
         if (
-            self._key != optimizer._groups_key()
+            not self._same_groups(optimizer)
             or _differ(_all_params(optimizer), self._params)
+            or [*map(len, map(_PARAMS, optimizer.param_groups))] != self._lengths
             or _differ(optimizer.state.values(), self._states)
-            or any(param.grad is not None for param in self._idle)
-            or any(refusal(p, p.grad) is None for p in self._reconsidered if p.grad is not None)
-            or not self._guard.check([*self._steady, *_grads(self._steady)])
+            or ((self._idle or self.rest) and self._others_changed())
         ):
             return None
         found = []
@@ -134,6 +141,33 @@ class Plan:
             found.append(tensors)
         return found
 
+    def _same_groups(self, optimizer: FusedStep) -> bool:
+        """Whether parameters go the same ways; brings the hyperparameters up to date."""
+        values = self._group_values(optimizer)
+        if _differ(values, self._values):
+            if optimizer._groups_key() != self._key:
+                return False
+            self._keep_values(optimizer, values)
+        elif self._values_mutate:
+            self._hypers = optimizer._scalars()
+        return True
+
+    def _group_values(self, optimizer: FusedStep) -> list[object]:
+        return [*chain.from_iterable(map(self._get_values, optimizer.param_groups))]
+
+    def _keep_values(self, optimizer: FusedStep, values: list[object]) -> None:
+        self._hypers = optimizer._scalars() if self.uses_kernels else []
+        self._values_mutate = not all(v is None or isinstance(v, (float, int)) for v in values)
+        self._values = values
+
+    def _others_changed(self) -> bool:
+        """Whether a parameter that the kernels do not take must be looked at again."""
+        return (
+            any(param.grad is not None for param in self._idle)
+            or any(refusal(p, p.grad) is None for p in self._reconsidered if p.grad is not None)
+            or not self._guard.check([*self._steady, *_grads(self._steady)])
+        )
+
     def move_strays(self) -> None:
         """Bring state to its parameter's device and memory order."""
         for param, state, name in self._strays:
@@ -142,14 +176,14 @@ class Plan:
 
     def prepare(self, optimizer: FusedStep) -> list[Found]:
         """Make the tables, and state where it is missing. Returns what `find` would."""
-        self._tables = [Table(optimizer, *item) for item in self._entries.items()]
+        self._tables = [Table(optimizer, *item, self._hypers) for item in self._entries.items()]
         self._entries.clear()
         return [table.first for table in self._tables if table.first is not None]
 
-    def run(self, found: list[Found], hypers: list[float | Tensor]) -> None:
-        """Launch the updates, one a bucket, and count the steps."""
+    def run(self, found: list[Found]) -> None:
+        """Launch the updates and count the steps."""
         for table, tensors in zip(self._tables, found, strict=True):
-            table.run(tensors, hypers)
+            table.run(tensors, self._hypers)
 
     def keep(self, optimizer: FusedStep) -> None:
         """After the first step: its new state is the optimizer's now."""
@@ -159,7 +193,7 @@ class Plan:
 
 
 def _all_params(optimizer: FusedStep) -> Iterable[Tensor]:
-    return chain.from_iterable(map(itemgetter("params"), optimizer.param_groups))
+    return chain.from_iterable(map(_PARAMS, optimizer.param_groups))
 
 
 def _grads(params: Sequence[Tensor]) -> list[Tensor | None]:
@@ -168,5 +202,5 @@ def _grads(params: Sequence[Tensor]) -> list[Tensor | None]:
 
 def _differ(objects: Iterable[object], others: Sequence[object]) -> bool:
     """Whether these are not the very same objects. A tensor's == would compare its elements."""
-    objects = list(objects)
+    objects = [*objects]
     return len(objects) != len(others) or any(map(is_not, objects, others))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import tuning
+from .tuning import Config
 
 try:
     import triton
@@ -37,16 +41,10 @@ STORAGE_DTYPES = {
     torch.complex128: "float64",
 }
 
-HALF_DTYPES = {"bfloat16", "float16"}
+ITEM_SIZES = {n: d.itemsize for d, n in STORAGE_DTYPES.items() if not d.is_complex}  # bytes
 
 ALIGNMENT = 16  # bytes: a 128-bit load
 
-# A thread updates 8 elements: more take too many registers. Blocks of 16-bit tensors are larger, so
-# that a program moves enough bytes beside its share of the tables.
-COMPILED_BLOCK_SIZE = 1024
-COMPILED_BLOCK_SIZE_16_BIT = 2048
-ELEMENTS_PER_THREAD = 8
-THREADS_PER_WARP = 64 if torch.version.hip else 32
 # An interpreted program costs about as much as 40,000 of its elements.
 INTERPRETED_BLOCK_SIZES = tuple(1 << k for k in range(10, 19))
 INTERPRETED_OVERHEAD = 40_000
@@ -63,6 +61,19 @@ class Variant(NamedTuple):
     aligned: bool
     reads_step: bool
 
+    @property
+    def bytes_per_element(self) -> int:
+        """The gradient read once, parameter and state read once and written once."""
+        states = self.n_states * ITEM_SIZES[self.state_dtype]
+        return 2 * ITEM_SIZES[self.param_dtype] + ITEM_SIZES[self.grad_dtype] + 2 * states
+
+    @property
+    def half(self) -> bool:
+        """Whether everything that is updated is of 16 bits."""
+        return {ITEM_SIZES[self.param_dtype], ITEM_SIZES[self.grad_dtype]} == {2} and (
+            not self.n_states or ITEM_SIZES[self.state_dtype] == 2
+        )
+
 
 class Tables(NamedTuple):
     """What a launch reads, all on the parameters' device."""
@@ -73,50 +84,104 @@ class Tables(NamedTuple):
     steps: Tensor | None  # floating [tensors]
 
 
-def block_size(variant: Variant, numels: Iterable[int]) -> int:
-    """Elements a program updates, for tensors of these numbers of elements."""
+def config(variant: Variant, numels: Iterable[int], device: torch.device) -> Config:
+    """How a launch over tensors of these numbers of elements is cut into programs."""
     if COMPILED:
-        return compiled_block_size(variant)
+        return tuning.config(architecture(device), half=variant.half)
     numels = list(numels)
-    return min(
+    size = min(
         INTERPRETED_BLOCK_SIZES,
         key=lambda size: (INTERPRETED_OVERHEAD + size) * sum(-(-n // size) for n in numels),
     )
+    return Config(size, num_warps=1)
 
 
-def compiled_block_size(variant: Variant) -> int:
-    """Elements a program updates on a GPU."""
-    dtypes = {variant.param_dtype, variant.grad_dtype, variant.state_dtype}
-    return COMPILED_BLOCK_SIZE_16_BIT if dtypes <= HALF_DTYPES else COMPILED_BLOCK_SIZE
+@cache
+def architecture(device: torch.device) -> str:
+    if torch.version.hip:
+        name: str = torch.cuda.get_device_properties(device).gcnArchName
+        return name.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
-def num_warps(size: int, threads_per_warp: int = THREADS_PER_WARP) -> int:
-    """Warps of a compiled program that updates `size` elements."""
-    return size // (ELEMENTS_PER_THREAD * threads_per_warp)
+def constants(rule: str, variant: Variant, config: Config, n_hypers: int) -> dict[str, Any]:
+    """The kernel's compile-time arguments, by name."""
+    return {
+        "RULE": getattr(rules, rule),
+        "FLAGS": sum(getattr(rules, flag).value for flag in variant.flags),
+        "N_HYPERS": n_hypers,
+        "N_STATES": variant.n_states,
+        "PARAM_DTYPE": getattr(tl, variant.param_dtype),
+        "GRAD_DTYPE": getattr(tl, variant.grad_dtype),
+        "STATE_DTYPE": getattr(tl, variant.state_dtype),
+        "ALIGNED": variant.aligned,
+        "BLOCK_SIZE": config.block_size,
+        "BLOCKS": config.blocks,
+        "NUM_STAGES": config.num_stages,
+        "EVICTION": config.eviction,
+    }
 
 
-def launch(rule: str, variant: Variant, blocks: Tensor, size: int, tables: Tables) -> None:
-    """Launch the update kernel: one program an entry of `blocks`, `size` elements each."""
-    on_gpu = blocks.device.type == "cuda"
-    with torch.cuda.device(blocks.device) if on_gpu else nullcontext():
-        multi_tensor.multi_tensor_kernel[(len(blocks),)](
-            blocks,
-            tables.rows,
-            tables.grads,
-            tables.hypers,
-            tables.steps if variant.reads_step else None,
-            RULE=getattr(rules, rule),
-            FLAGS=sum(getattr(rules, flag).value for flag in variant.flags),
-            N_HYPERS=tables.hypers.shape[1],
-            N_STATES=variant.n_states,
-            PARAM_DTYPE=getattr(tl, variant.param_dtype),
-            GRAD_DTYPE=getattr(tl, variant.grad_dtype),
-            STATE_DTYPE=getattr(tl, variant.state_dtype),
-            ALIGNED=variant.aligned,
-            BLOCK_SIZE=size,
-            num_warps=num_warps(size) if COMPILED else 1,
-            enable_fp_fusion=True,
-        )
+class Launch:
+    """One update launch: compiled and bound to its tables when it is made, run at every step.
+
+    A compiled kernel is called directly: Triton's launcher would look it up by all its arguments.
+
+    Args:
+        rule: its name in kernels/rules.py.
+        variant: what the kernel is compiled for.
+        config: how the launch is cut into programs.
+        chunks: int64, one a program.
+        tables: on the device of `chunks`.
+        n_bytes: what the launch loads and stores of the tensors.
+    """
+
+    def __init__(
+        self,
+        rule: str,
+        variant: Variant,
+        config: Config,
+        chunks: Tensor,
+        tables: Tables,
+        n_bytes: int,
+    ) -> None:
+        self.variant, self.chunks, self.tables = variant, chunks, tables
+        self.grid = (len(chunks), 1, 1)
+        self.arguments = {
+            "chunks_ptr": chunks,
+            "rows_ptr": tables.rows,
+            "grads_ptr": tables.grads,
+            "hypers_ptr": tables.hypers,
+            "steps_ptr": tables.steps if variant.reads_step else None,
+            "n_bytes": float(n_bytes),
+            **constants(rule, variant, config, tables.hypers.shape[1]),
+        }
+        self.options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
+        self._start = self._bound()
+
+    def _bound(self) -> Callable[[], object]:
+        kernel = multi_tensor.multi_tensor_kernel
+        if not COMPILED:
+            return partial(kernel[self.grid], **self.arguments)
+        with _current(self.chunks.device):
+            compiled = kernel.warmup(**self.arguments, **self.options, grid=self.grid)
+            start = compiled[self.grid]
+        # Addresses: Triton would ask the driver whose memory a tensor's is, at every launch.
+        values = (self.arguments[name] for name in kernel.arg_names)
+        return partial(start, *(v.data_ptr() if isinstance(v, Tensor) else v for v in values))
+
+    def run(self) -> None:
+        """Launch on the device's current stream."""
+        with _current(self.chunks.device):
+            self._start()
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one, which Triton launches on."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def row(numel: int, group: int, addresses: Sequence[int]) -> list[int]:

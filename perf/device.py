@@ -1,0 +1,123 @@
+"""The GPU on which steps are timed: its clock, queue, caches and memory."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+from typing import Any
+
+import torch
+from implementations import Step
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+COPY_BYTES = 1 << 30  # of the buffer whose copy measures bandwidth: far larger than any L2
+EMPTIED_BELOW = 4  # times the L2 that a step moves: below that, the L2 is emptied before each step
+CALIBRATION = 1_000_000  # cycles
+
+
+class Device:
+    """The first GPU: its clock, caches and memory.
+
+    A class of its own so that what measures can run without a GPU, with another in its place.
+    """
+
+    type = "cuda"
+
+    def __init__(self) -> None:
+        properties = torch.cuda.get_device_properties(0)
+        self.name: str = properties.name
+        self.l2_bytes: int = properties.L2_cache_size
+        self._source = self._buffer(COPY_BYTES).normal_()
+        self._target = torch.empty_like(self._source)
+        self._reader = self._source[: EMPTIED_BELOW * self.l2_bytes // 4]
+        self._cycles_per_us = CALIBRATION / self._sleep_us(CALIBRATION)
+
+    def _buffer(self, n_bytes: int) -> Tensor:
+        return torch.empty(n_bytes // 4, device=self.type)
+
+    def _sleep_us(self, cycles: int) -> float:
+        for _ in range(200):  # about 0.1 s, in which an idle GPU raises its clock
+            self.copy()
+        start = self.mark()
+        torch.cuda._sleep(cycles)
+        stop = self.mark()
+        self.synchronize()
+        return self.between(start, stop)
+
+    def driver(self) -> str:
+        """The driver's version, as nvidia-smi tells it."""
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+        return printed.splitlines()[0].strip()
+
+    def mark(self) -> Any:
+        """A moment in the device's queue."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, start: Any, stop: Any) -> float:
+        """Microseconds between two moments; both have passed."""
+        return 1e3 * float(start.elapsed_time(stop))
+
+    def passed(self, moment: Any) -> bool:
+        return bool(moment.query())
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def hold(self, microseconds: float) -> None:
+        """Keep the device busy, so that what is queued meanwhile then runs without gaps."""
+        torch.cuda._sleep(int(microseconds * self._cycles_per_us))
+
+    def empty_l2(self) -> None:
+        """Read so much that nothing of a step is left in the L2, and nothing has to be written."""
+        self._reader.sum()
+
+    def copy(self) -> None:
+        self._target.copy_(self._source)
+
+    def free_bytes(self) -> int:
+        """Free memory, after giving back all that nobody uses any more."""
+        torch._dynamo.reset()  # compiled steps keep their tensors
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+
+    def allocated(self) -> int:
+        """Bytes of tensors that somebody still uses."""
+        gc.collect()
+        return torch.cuda.memory_allocated()
+
+    def peak_of(self, step: Step) -> int:
+        """Bytes that a step allocates beyond what is there before it."""
+        self.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = self.allocated()
+        step()
+        self.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def launches(self, step: Step) -> int | None:
+        """Kernels of a step, not copies and fills; None where the profiler saw nothing."""
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            # The profiler can lose what runs first, and a first step sets things up.
+            for _ in range(3):
+                torch.cuda._sleep(1)
+                step()
+            torch.cuda._sleep(1)
+            self.synchronize()
+        kernels = sorted(
+            (event.time_range.start, event.name)
+            for event in profiler.events()
+            if event.device_type.name == "CUDA"
+            and not event.is_user_annotation
+            and not event.name.startswith(("Memcpy", "Memset"))
+        )
+        names = [name for _, name in kernels]
+        markers = [i for i, name in enumerate(names) if "spin_kernel" in name]
+        return markers[-1] - markers[-2] - 1 if len(markers) > 1 else None

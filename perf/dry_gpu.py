@@ -1,0 +1,71 @@
+"""A GPU that is not there: kernels are compiled for it as on a real one, and launches recorded.
+
+Shows without a GPU what is compiled and when, and what a launch is given. Parameters are on a CPU.
+Only without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+
+from triton_optim import runtime
+from triton_optim.kernels.multi_tensor import multi_tensor_kernel
+
+SHARED_MEMORY = 227 * 1024  # bytes a program can have on sm_90
+
+
+class DryGPU:
+    """What Triton asks of a driver.
+
+    Attributes:
+        launches: the arguments of every launch, as Triton's launcher gets them: grid, stream,
+            function, packed metadata, launch metadata, two hooks, and the kernel's own.
+    """
+
+    def __init__(self, architecture: str) -> None:
+        self.architecture = architecture
+        self.launches: list[tuple[Any, ...]] = []
+        self.utils = SimpleNamespace(
+            load_binary=self._load_binary,
+            get_device_properties=lambda _: {"max_shared_mem": SHARED_MEMORY},
+        )
+
+    def launcher_cls(self, *_: Any) -> Any:
+        return lambda *args: self.launches.append(args)
+
+    def _load_binary(self, name: str, *_: Any) -> tuple[Any, ...]:
+        values = ("module", name, 0, 0, 1024)  # registers, spills, threads a program may have
+        has_threads = "n_max_threads" in inspect.getsource(CompiledKernel)
+        return values if has_threads else values[:4]
+
+    def get_current_target(self) -> Any:
+        return GPUTarget("cuda", int(self.architecture.removeprefix("sm_")), 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+    def n_compiled(self) -> int:
+        """Kernels compiled, or loaded from Triton's cache, until now."""
+        return sum(len(cache[0]) for cache in multi_tensor_kernel.device_caches.values())
+
+
+@contextmanager
+def dry_gpu(architecture: str = "sm_90") -> Iterator[DryGPU]:
+    """Parameters on the CPU are taken for a GPU's meanwhile."""
+    gpu = DryGPU(architecture)
+    triton.runtime.driver.set_active(gpu)
+    named = patch.object(runtime, "architecture", lambda _: architecture)
+    with patch.object(runtime, "DEVICE_TYPE", "cpu"), named:
+        yield gpu

@@ -1,0 +1,200 @@
+"""What is measured against what: rules, storage, and everybody's optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+import triton_optim
+
+OURS = "triton_optim"
+COPY = "copy"  # not an optimizer: what bandwidth is measured by
+
+Step = Callable[[], object]
+
+
+class Rule(NamedTuple):
+    """An update rule: torch's class, its arguments, and the names of its state tensors."""
+
+    name: str
+    optimizer: str
+    kwargs: dict[str, Any]
+    states: tuple[str, ...]
+
+
+# Every step moves an element by 0.05 to 0.3, which shows in bfloat16 too.
+RULES = (
+    Rule("sgd", "SGD", {"lr": 0.1}, ()),
+    Rule("momentum", "SGD", {"lr": 0.1, "momentum": 0.9}, ("momentum_buffer",)),
+    Rule("adagrad", "Adagrad", {"lr": 0.1}, ("sum",)),
+    Rule("rmsprop", "RMSprop", {"lr": 0.01}, ("square_avg",)),
+    Rule(
+        "rmsprop-cm",
+        "RMSprop",
+        {"lr": 0.01, "centered": True, "momentum": 0.9},
+        ("square_avg", "grad_avg", "momentum_buffer"),
+    ),
+)
+
+
+class Storage(NamedTuple):
+    """Dtypes of parameters with their gradients, and of state."""
+
+    name: str
+    param: torch.dtype
+    state: torch.dtype
+
+
+STORAGES = (
+    Storage("float32", torch.float32, torch.float32),
+    Storage("bfloat16", torch.bfloat16, torch.bfloat16),
+    Storage("bfloat16+float32", torch.bfloat16, torch.float32),
+)
+
+
+def bytes_per_param(rule: Rule, storage: Storage) -> int:
+    """What a step must move: gradient read, parameter and state read and written, each once."""
+    return 3 * storage.param.itemsize + 2 * len(rule.states) * storage.state.itemsize
+
+
+def bytes_kept(rule: Rule, storage: Storage) -> int:
+    """What a parameter takes: itself, its gradient, its state."""
+    return 2 * storage.param.itemsize + len(rule.states) * storage.state.itemsize
+
+
+class Implementation(NamedTuple):
+    """Somebody's optimizers.
+
+    `build` takes a rule and parameters. `refusal` says why there is nothing to build, or None.
+    """
+
+    name: str
+    package: str
+    build: Callable[[Rule, list[Parameter]], Optimizer]
+    refusal: Callable[[Rule, Storage], str | None]
+    max_tensors: int | None = None
+    compiled: bool = False
+    torch_state: bool = True  # torch's state names, so that all of these share their state
+    step_on_gpu: bool = False  # where the step count lies
+
+    def why_not(self, rule: Rule, storage: Storage, n_tensors: int) -> str | None:
+        """Why this is not measured here, or None."""
+        if package_version(self.package) is None:
+            return f"{self.package} is not installed"
+        if self.max_tensors is not None and n_tensors > self.max_tensors:
+            return f"more than {self.max_tensors} tensors"
+        return self.refusal(rule, storage)
+
+
+def package_version(package: str) -> str | None:
+    """The version that is installed, or None."""
+    if package == OURS:  # a checkout need not be installed
+        return triton_optim.__version__
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _from(module: str, **extra: Any) -> Callable[[Rule, list[Parameter]], Optimizer]:
+    """Builds the class of torch's name and arguments that `module` has."""
+
+    def build(rule: Rule, params: list[Parameter]) -> Optimizer:
+        optimizer: Optimizer = getattr(import_module(module), rule.optimizer)(
+            params, **rule.kwargs, **extra
+        )
+        return optimizer
+
+    return build
+
+
+def _flash(rule: Rule, params: list[Parameter]) -> Optimizer:
+    # Its own 8-bit state and 24-bit weights are other storage; these two options leave them out.
+    module = import_module("flashoptim")
+    optimizer: Optimizer = module.FlashSGD(
+        params, **rule.kwargs, quantize=False, master_weight_bits=None
+    )
+    return optimizer
+
+
+def _anything(rule: Rule, storage: Storage) -> str | None:
+    return None
+
+
+def _torch(rule: Rule, storage: Storage) -> str | None:
+    same = storage.param == storage.state
+    return None if same else "torch's state has its parameter's dtype"
+
+
+def _torch_fused(rule: Rule, storage: Storage) -> str | None:
+    if rule.optimizer == "RMSprop":
+        return "torch has no fused RMSprop"
+    if rule.optimizer == "Adagrad" and _torch_release() < (2, 12):
+        return "torch has a fused Adagrad on GPUs since 2.12"
+    return _torch(rule, storage)
+
+
+def _torch_release() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+def _bitsandbytes(rule: Rule, storage: Storage) -> str | None:
+    if rule.name == "sgd":
+        return "bitsandbytes refuses SGD without momentum"
+    if rule.name == "rmsprop-cm":
+        return "bitsandbytes refuses centered and ignores RMSprop's momentum"
+    return None if storage.state == torch.float32 else "bitsandbytes keeps float32 state"
+
+
+def _sgd_only(name: str) -> Callable[[Rule, Storage], str | None]:
+    def refusal(rule: Rule, storage: Storage) -> str | None:
+        if rule.optimizer != "SGD":
+            return f"{name} has no {rule.optimizer}"
+        same = storage.param == storage.state
+        return None if same else f"{name}'s state has its parameter's dtype"
+
+    return refusal
+
+
+# torch's compile time grows with the number of tensors; beyond this it would take the whole run.
+MAX_COMPILED_TENSORS = 300
+
+IMPLEMENTATIONS = (
+    Implementation(OURS, OURS, _from(OURS, fused=True), _anything),
+    Implementation("torch for-loop", "torch", _from("torch.optim", foreach=False), _torch),
+    Implementation("torch foreach", "torch", _from("torch.optim", foreach=True), _torch),
+    Implementation(
+        "torch fused", "torch", _from("torch.optim", fused=True), _torch_fused, step_on_gpu=True
+    ),
+    Implementation(
+        "torch compiled",
+        "torch",
+        _from("torch.optim"),
+        _torch,
+        max_tensors=MAX_COMPILED_TENSORS,
+        compiled=True,
+    ),
+    Implementation(
+        "bitsandbytes",
+        "bitsandbytes",
+        _from("bitsandbytes.optim", optim_bits=32),
+        _bitsandbytes,
+        torch_state=False,
+    ),
+    Implementation(
+        "optimi",
+        "torch-optimi",
+        _from("optimi", triton=True, kahan_sum=False),
+        _sgd_only("optimi"),
+        torch_state=False,
+    ),
+    Implementation("FlashOptim", "flashoptim", _flash, _sgd_only("FlashOptim"), torch_state=False),
+)
+# torch's own that a user could choose instead: the best of these is what a goal compares with.
+TORCH_BEST = ("torch foreach", "torch fused", "torch compiled")

@@ -1,0 +1,124 @@
+"""One row a measurement, and the CSV files that hold them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+OK = "ok"
+WRONG = "wrong"
+NO_ROOM = "does not fit"
+NOT_AVAILABLE = "n/a"
+FAILED = "failed"
+
+
+@dataclass
+class Row:
+    """What one implementation did on one layout; see README.md for each column."""
+
+    date: str = ""
+    gpu: str = ""
+    driver: str = ""
+    torch: str = ""
+    triton: str = ""
+    suite: str = ""
+    layout: str = ""
+    tensors: int = 0
+    params: int = 0
+    rule: str = ""
+    storage: str = ""
+    implementation: str = ""
+    version: str = ""
+    status: str = ""
+    detail: str = ""
+    error: float | None = None
+    tolerance: float | None = None
+    repeats: int | None = None
+    gpu_us: float | None = None
+    gpu_us_p20: float | None = None
+    gpu_us_p80: float | None = None
+    wall_us: float | None = None
+    wall_us_p20: float | None = None
+    wall_us_p80: float | None = None
+    host_us: float | None = None
+    host_us_p20: float | None = None
+    host_us_p80: float | None = None
+    gaps: float | None = None
+    launches: int | None = None
+    step_bytes: int | None = None
+    l2: str = ""
+    gb_per_s: float | None = None
+    copy_gb_per_s: float | None = None
+    percent_of_copy: float | None = None
+    step_extra_bytes: int | None = None
+    kept_bytes: int | None = None
+    model_bytes: int | None = None
+    first_ms: float | None = None
+    cold: bool = False
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        """What the rows that were measured together have in common."""
+        return self.layout, self.rule, self.storage
+
+
+COLUMNS = [field.name for field in fields(Row)]
+_TYPES = get_type_hints(Row)
+
+
+class Table:
+    """A CSV file that grows row by row."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Append rows; they are on the disk when this returns."""
+        self.rows += rows
+        new = not self.path.exists()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", newline="") as file:
+            _write(file, rows, header=new)
+
+    def rewrite(self) -> None:
+        """Write all rows once more, after they were changed."""
+        with self.path.with_suffix(".new").open("w", newline="") as file:
+            _write(file, self.rows, header=True)
+        self.path.with_suffix(".new").replace(self.path)
+
+
+def _write(file: Any, rows: Iterable[Row], header: bool) -> None:
+    writer = csv.DictWriter(file, COLUMNS)
+    if header:
+        writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file.
+
+    Raises:
+        ValueError: it has other columns, or a value of another type.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != COLUMNS:
+            raise ValueError(f"{path} has other columns than perf/rows.py")
+        return [
+            Row(**{name: _parsed(name, text) for name, text in line.items()}) for line in reader
+        ]
+
+
+def _parsed(name: str, text: str) -> Any:
+    kind = _TYPES[name]
+    if kind in (str, int):
+        return kind(text)
+    if kind is bool:
+        return text == "True"
+    if text == "":
+        return None
+    return int(text) if kind == int | None else float(text)

@@ -1,0 +1,174 @@
+"""Lists of the shapes that models train, from their published dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+Tensors = list[tuple[str, tuple[int, ...]]]
+
+
+class Layout(NamedTuple):
+    """The parameters of one model, or of one point of a sweep."""
+
+    name: str
+    tensors: Tensors
+
+    @property
+    def params(self) -> int:
+        return sum(math.prod(shape) for _, shape in self.tensors)
+
+
+def gpt2() -> Layout:
+    """GPT-2 small, its head tied to its embedding.
+
+    Radford et al., "Language models are unsupervised multitask learners", 2019, and the
+    configuration `gpt2` of the released checkpoint: 124,439,808 parameters.
+    """
+    width, layers = 768, 12
+    tensors: Tensors = [("wte", (50257, width)), ("wpe", (1024, width))]
+    for i in range(layers):
+        for name, out, size in (
+            ("attn.c_attn", 3 * width, width),
+            ("attn.c_proj", width, width),
+            ("mlp.c_fc", 4 * width, width),
+            ("mlp.c_proj", width, 4 * width),
+        ):
+            tensors += [(f"h.{i}.{name}.weight", (size, out)), (f"h.{i}.{name}.bias", (out,))]
+        tensors += _layer_norm(f"h.{i}.ln_1", width) + _layer_norm(f"h.{i}.ln_2", width)
+    return Layout("gpt2", tensors + _layer_norm("ln_f", width))
+
+
+def _layer_norm(name: str, width: int) -> Tensors:
+    return [(f"{name}.weight", (width,)), (f"{name}.bias", (width,))]
+
+
+def llama3_8b() -> Layout:
+    """Llama 3 8B: 32 layers, grouped-query attention with 8 heads of keys and values.
+
+    Grattafiori et al., "The Llama 3 herd of models", 2024: 8,030,261,248 parameters.
+    """
+    vocabulary, width, key_width, hidden, layers = 128256, 4096, 1024, 14336, 32
+    tensors: Tensors = [("embed_tokens", (vocabulary, width))]
+    for i in range(layers):
+        tensors += [
+            (f"{i}.q_proj", (width, width)),
+            (f"{i}.k_proj", (key_width, width)),
+            (f"{i}.v_proj", (key_width, width)),
+            (f"{i}.o_proj", (width, width)),
+            (f"{i}.gate_proj", (hidden, width)),
+            (f"{i}.up_proj", (hidden, width)),
+            (f"{i}.down_proj", (width, hidden)),
+            (f"{i}.input_layernorm", (width,)),
+            (f"{i}.post_attention_layernorm", (width,)),
+        ]
+    return Layout("llama3-8b", [*tensors, ("norm", (width,)), ("lm_head", (vocabulary, width))])
+
+
+def resnet50() -> Layout:
+    """ResNet-50 for ImageNet.
+
+    He et al., "Deep residual learning for image recognition", 2015, table 1, as in torchvision:
+    25,557,032 parameters.
+    """
+    tensors = _convolution("conv1", 64, 3, 7)
+    channels = 64
+    for stage, (width, blocks) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3)), start=1):
+        for block in range(blocks):
+            name = f"layer{stage}.{block}"
+            tensors += _convolution(f"{name}.conv1", width, channels, 1)
+            tensors += _convolution(f"{name}.conv2", width, width, 3)
+            tensors += _convolution(f"{name}.conv3", 4 * width, width, 1)
+            if block == 0:
+                tensors += _convolution(f"{name}.downsample", 4 * width, channels, 1)
+            channels = 4 * width
+    return Layout("resnet50", [*tensors, ("fc.weight", (1000, channels)), ("fc.bias", (1000,))])
+
+
+def _convolution(name: str, out: int, channels: int, size: int) -> Tensors:
+    """A convolution without bias, and the weight and bias of its batch normalisation."""
+    weight = (f"{name}.weight", (out, channels, size, size))
+    return [weight, (f"{name}.bn.weight", (out,)), (f"{name}.bn.bias", (out,))]
+
+
+# Rows of the 26 embedding tables of MLPerf's DLRM on Criteo Terabyte, hashed to at most 40,000,000.
+DLRM_ROWS = (
+    39884406, 39043, 17289, 7420, 20263, 3, 7120, 1543, 63, 38532951, 2953546, 403346, 10, 2208,
+    11938, 155, 4, 976, 14, 39979771, 25641295, 39664984, 585935, 12972, 108, 36,
+)  # fmt: skip
+DLRM_CAP = 4_000_000
+
+
+def dlrm(cap: int = DLRM_CAP) -> Layout:
+    """MLPerf's DLRM, with no table longer than `cap` rows.
+
+    Naumov et al., "Deep learning recommendation model", 2019, with the sizes of MLPerf training
+    0.7 to 2.1. Uncapped it has 24 billion parameters and, with gradients and momentum, 288 GB in
+    float32: the five tables of 26 to 40 million rows are cut to 4 million. Gradients are dense.
+    """
+    width = 128
+    tensors: Tensors = [
+        (f"emb.{i}", (min(rows, cap), width)) for i, rows in enumerate(DLRM_ROWS)
+    ]  # fmt: skip
+    interactions = width + 27 * 26 // 2
+    for name, sizes in (
+        ("bot", (13, 512, 256, width)),
+        ("top", (interactions, 1024, 1024, 512, 256, 1)),
+    ):
+        for i in range(len(sizes) - 1):
+            tensors.append((f"{name}.{i}.weight", (sizes[i + 1], sizes[i])))
+            tensors.append((f"{name}.{i}.bias", (sizes[i + 1],)))
+    return Layout("dlrm", tensors)
+
+
+def moe() -> Layout:
+    """OLMoE-1B-7B: 64 experts a layer, three matrices each, a tensor of its own for every one.
+
+    Muennighoff et al., "OLMoE: Open mixture-of-experts language models", 2024: 6,919,161,856
+    parameters in 3,219 tensors.
+    """
+    vocabulary, width, hidden, layers, experts = 50304, 2048, 1024, 16, 64
+    tensors: Tensors = [("embed_tokens", (vocabulary, width))]
+    for i in range(layers):
+        tensors += [(f"{i}.{name}_proj", (width, width)) for name in "qkvo"]
+        norms = ("q_norm", "k_norm", "input_layernorm", "post_attention_layernorm")
+        tensors += [(f"{i}.{name}", (width,)) for name in norms]
+        tensors.append((f"{i}.gate", (experts, width)))
+        for expert in range(experts):
+            tensors += [
+                (f"{i}.{expert}.gate_proj", (hidden, width)),
+                (f"{i}.{expert}.up_proj", (hidden, width)),
+                (f"{i}.{expert}.down_proj", (width, hidden)),
+            ]
+    return Layout("moe", [*tensors, ("norm", (width,)), ("lm_head", (vocabulary, width))])
+
+
+def sweep() -> list[Layout]:
+    """From 1 tensor of 64 elements to 8 billion parameters, and 1,000 small tensors.
+
+    Tensors have a billion elements at the most: some peers count them in 32 bits.
+    """
+    points = [(1, 1 << log) for log in (6, 10, 14, 18, 22, 25)]
+    points += [(1000, 1024), (1, 100_000_000), (10, 100_000_000), (8, 1_000_000_000)]
+    return [
+        Layout(f"{n}x{_short(size)}", [(f"{i}", (size,)) for i in range(n)]) for n, size in points
+    ]
+
+
+def _short(size: int) -> str:
+    for unit, name in ((10**9, "B"), (10**6, "M")):
+        if size % unit == 0:
+            return f"{size // unit}{name}"
+    return str(size)
+
+
+SMALL_TENSORS = "1000x1024"  # the point of the sweep with many small tensors
+SUITES: dict[str, Callable[[], list[Layout]]] = {
+    "sweep": sweep,
+    "gpt2": lambda: [gpt2()],
+    "llama3-8b": lambda: [llama3_8b()],
+    "resnet50": lambda: [resnet50()],
+    "dlrm": lambda: [dlrm()],
+    "moe": lambda: [moe()],
+}

@@ -1,0 +1,211 @@
+"""Finds how the update kernel should be cut into programs on this GPU. Needs a GPU.
+
+    python perf/tune.py
+
+Every config is checked against torch's for-loop in float64, then all are timed in turn on large and
+on small tensors. Prints them by their time over the default's, writes a CSV file to perf/results,
+and ends with the line for triton_optim/tuning.py. Nothing is tuned while training: each trial of an
+in-place kernel would be a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from statistics import geometric_mean
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from device import EMPTIED_BELOW, Device
+from implementations import IMPLEMENTATIONS, RULES, STORAGES, Rule, Step, Storage, bytes_per_param
+from suites import Layout
+from timing import Summary, measure
+from workload import Workload, tolerance
+
+from triton_optim import runtime, tuning
+from triton_optim.tuning import Config
+
+RESULTS = Path(__file__).parent / "results"
+LAYOUTS = (
+    Layout("large", [(f"weight{i}", (4096, 4096)) for i in range(8)]),
+    Layout("small", [(f"weight{i}", (32, 64)) for i in range(1000)]),
+)
+OURS = IMPLEMENTATIONS[0]
+BLOCK_SIZES = (512, 1024, 2048, 4096)
+ELEMENTS_PER_THREAD = (4, 8, 16)
+MAX_WARPS = 16
+BLOCKS = (2, 4, 8)
+NUM_STAGES = (1, 2, 3)
+KEPT = 2  # configs that go on to the next stage
+
+
+class Trial(NamedTuple):
+    """One config on one workload."""
+
+    storage: str
+    layout: str
+    rule: str
+    config: Config
+    gpu_us: float  # NaN where the config is wrong or does not compile
+    relative: float  # to the default config
+
+
+def sizes(default: Config, lanes: int) -> list[Config]:
+    """One block a program: every size and number of warps."""
+    configs = [
+        Config(size, size // (lanes * elements))
+        for size, elements in product(BLOCK_SIZES, ELEMENTS_PER_THREAD)
+    ]
+    return [default, *(c for c in configs if 1 <= c.num_warps <= MAX_WARPS and c != default)]
+
+
+def loops(best: Sequence[Config]) -> list[Config]:
+    """Several blocks a program, pipelined or not."""
+    return [
+        config._replace(blocks=blocks, num_stages=stages)
+        for config, blocks, stages in product(best, BLOCKS, NUM_STAGES)
+    ]
+
+
+def evictions(best: Sequence[Config]) -> list[Config]:
+    """Gradients and state leave the cache first."""
+    return [config._replace(eviction="evict_first") for config in best]
+
+
+class Tuner:
+    """Times configs on the workloads of one storage.
+
+    Args:
+        device: where.
+        storage: dtypes of parameters and state.
+        default: the config that the others are compared with.
+        repeats: how often each is timed, at the most.
+        stop: the `time.monotonic()` after which no further repeat begins.
+    """
+
+    def __init__(
+        self, device: Device, storage: Storage, default: Config, repeats: int, stop: float
+    ) -> None:
+        self._device, self._storage, self._default = device, storage, default
+        self._repeats, self._stop = repeats, stop
+        self.trials: list[Trial] = []
+
+    def run(self, lanes: int) -> list[tuple[Config, float]]:
+        """All configs that are right everywhere, with their mean relative time, best first."""
+        self._try(sizes(self._default, lanes))
+        for stage in (loops, evictions):
+            self._try([self._default, *stage([config for config, _ in self.ranked()[:KEPT]])])
+        return self.ranked()
+
+    def ranked(self) -> list[tuple[Config, float]]:
+        relative: dict[Config, list[float]] = {}
+        for trial in self.trials:
+            relative.setdefault(trial.config, []).append(trial.relative)
+        means = {config: geometric_mean(times) for config, times in relative.items()}
+        right = ((config, mean) for config, mean in means.items() if mean == mean)
+        return sorted(right, key=lambda item: item[1])
+
+    def _try(self, configs: Sequence[Config]) -> None:
+        for layout, rule in product(LAYOUTS, RULES):
+            times = self._times(layout, rule, configs)
+            self.trials += (
+                Trial(
+                    self._storage.name,
+                    layout.name,
+                    rule.name,
+                    config,
+                    us,
+                    us / times[self._default],
+                )
+                for config, us in times.items()
+            )
+
+    def _times(self, layout: Layout, rule: Rule, configs: Iterable[Config]) -> dict[Config, float]:
+        """Microseconds of the device; NaN for a config that is wrong or does not compile."""
+        workload = Workload(layout, rule, self._storage, self._device.type)
+        steps: dict[str, Step] = {}
+        times = {config: float("nan") for config in configs}
+        for config in times:
+            step = self._right_step(workload, config)
+            if step is not None:
+                steps[str(config)] = step
+        small = layout.params * bytes_per_param(rule, self._storage)
+        emptied = small < EMPTIED_BELOW * self._device.l2_bytes
+        limits = (self._repeats, self._stop)
+        measured = measure(self._device, steps, emptied, *limits, workload.renew)
+        for config in times:
+            if str(config) in measured:
+                times[config] = Summary.of(measured[str(config)].gpu).median
+        return times
+
+    def _right_step(self, workload: Workload, config: Config) -> Step | None:
+        try:
+            with forced(config):
+                step = workload.build(OURS)
+                error, _ = workload.check(step, self._device.synchronize)
+        except Exception as reason:
+            print(f"{config}: {type(reason).__name__}: {reason}".splitlines()[0])
+            return None
+        return step if error <= tolerance(self._storage) else None
+
+
+@contextmanager
+def forced(config: Config) -> Iterator[None]:
+    """Launches that are made meanwhile are cut up so."""
+    with patch.object(runtime, "config", lambda *_: config):
+        yield
+
+
+def write(path: Path, trials: Iterable[Trial], machine: Sequence[str]) -> None:
+    """The trials as CSV."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        header = ["gpu", "driver", "torch", "triton", "storage", "layout", "rule", *Config._fields]
+        writer.writerow([*header, "gpu_us", "relative"])
+        for trial in trials:
+            storage, layout, rule, config, us, relative = trial
+            row = [*machine, storage, layout, rule, *config, f"{us:.3f}", f"{relative:.4f}"]
+            writer.writerow(row)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=9.0, help="of the whole run")
+    parser.add_argument("--repeats", type=int, default=10)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("tune.py times a GPU, and torch sees none here.", file=sys.stderr)
+        return 2
+    import triton
+
+    device = Device()
+    here = torch.device("cuda", 0)
+    architecture = runtime.architecture(here)
+    lanes = torch.cuda.get_device_properties(here).warp_size
+    begin, chosen, trials = time.monotonic(), {}, []
+    for i, (kind, storage) in enumerate((("wide", STORAGES[0]), ("half", STORAGES[1]))):
+        default = tuning.config(architecture, half=kind == "half")
+        stop = begin + 60 * args.minutes * (i + 1) / 2
+        tuner = Tuner(device, storage, default, args.repeats, stop)
+        ranked = tuner.run(lanes)
+        trials += tuner.trials
+        chosen[kind] = ranked[0][0]
+        print(f"\n{storage.name}: time over that of {default}")
+        for config, mean in ranked:
+            print(f"{mean:8.3f}  {config}")
+    path = RESULTS / f"tune-{architecture}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.csv"
+    write(path, trials, [device.name, device.driver(), torch.__version__, triton.__version__])
+    print(f"\nwrote {path}; for TUNED in triton_optim/tuning.py:")
+    print(f'    "{architecture}": Pair(wide={chosen["wide"]}, half={chosen["half"]}),')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

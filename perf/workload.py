@@ -1,0 +1,144 @@
+"""The tensors that all implementations step in turn, and the check that they step them rightly."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import torch
+from implementations import Implementation, Rule, Step, Storage, bytes_kept
+from suites import Layout
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+CHECKED_STEPS = 3
+PROBED = 1024  # elements of a tensor that are checked: evenly spaced, first and last among them
+
+
+class Workload:
+    """Parameters, gradients and state of one layout, which the implementations share.
+
+    Sharing lets them all be ready at once where only one of them would fit the memory.
+    """
+
+    def __init__(self, layout: Layout, rule: Rule, storage: Storage, device: str) -> None:
+        self.layout, self.rule, self.storage, self.device = layout, rule, storage, device
+        self._generator = torch.Generator(device).manual_seed(0)
+        self.params: list[Parameter] = []
+        self._states: list[dict[str, Tensor]] = []
+        for _, shape in layout.tensors:
+            values = torch.empty(shape, dtype=storage.param, device=device)
+            self.params.append(Parameter(values.normal_(generator=self._generator)))
+            self.params[-1].grad = torch.empty_like(values)
+            state = {n: torch.zeros_like(values, dtype=storage.state) for n in rule.states}
+            self._states.append(state)
+        self._places = {p.numel(): _places(p.numel(), device) for p in self.params}
+        self.new_gradients()
+
+    @staticmethod
+    def size(layout: Layout, rule: Rule, storage: Storage) -> int:
+        """Bytes of parameters, gradients and state."""
+        return layout.params * bytes_kept(rule, storage)
+
+    def new_gradients(self) -> None:
+        """Random ones, at the same addresses."""
+        for grad in self._grads():
+            grad.normal_(generator=self._generator)
+
+    def renew(self) -> None:
+        """New random parameters and gradients, and state of zeros, at the same addresses.
+
+        With one gradient for ever, centered RMSprop divides by the root of a rounding error: it
+        ends in NaN, on which divisions and roots may take another time.
+        """
+        with torch.no_grad():
+            for param in self.params:
+                param.normal_(generator=self._generator)
+        self.new_gradients()
+        self._clear_state()
+
+    def build(self, implementation: Implementation) -> Step:
+        """An implementation's step over these tensors, from state of zeros."""
+        optimizer = implementation.build(self.rule, self.params)
+        if implementation.torch_state:
+            self._share_state(optimizer, self.device if implementation.step_on_gpu else "cpu")
+        return _compiled(optimizer) if implementation.compiled else optimizer.step
+
+    def _share_state(self, optimizer: Optimizer, step_device: str) -> None:
+        for param, state in zip(self.params, self._states, strict=True):
+            if state:
+                count = {} if self.rule.optimizer == "SGD" else {"step": torch.zeros(())}
+                steps = {name: step.to(step_device) for name, step in count.items()}
+                optimizer.state[param] = {**steps, **state}
+        self._clear_state()
+
+    def _clear_state(self) -> None:
+        for state in self._states:
+            for tensor in state.values():
+                tensor.zero_()
+
+    def probe(self, tensors: Iterable[Tensor]) -> Tensor:
+        """The checked elements of every tensor, as one float64 tensor."""
+        places = self._places
+        return torch.cat([t.detach().view(-1)[places[t.numel()]].double() for t in tensors])
+
+    def check(self, step: Step, synchronize: Step) -> tuple[float, float]:
+        """Take steps with new gradients, beside torch's for-loop in float64.
+
+        Rules work element by element, so that the reference needs only the checked elements.
+
+        Returns:
+            The largest error, relative to the value where that is above 1, and the milliseconds
+            that the first step took until the device was done.
+        """
+        exact = Parameter(self.probe(self.params))
+        reference = getattr(torch.optim, self.rule.optimizer)(
+            [exact], **self.rule.kwargs, foreach=False
+        )
+        times = []
+        for _ in range(CHECKED_STEPS):
+            self.new_gradients()
+            exact.grad = self.probe(self._grads())
+            synchronize()
+            start = time.perf_counter()
+            step()
+            synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
+            reference.step()
+        values = exact.detach()
+        error = (self.probe(self.params) - values).abs() / values.abs().clamp(min=1)
+        return float(error.max()), times[0]
+
+    def _grads(self) -> list[Tensor]:
+        return [param.grad for param in self.params if param.grad is not None]
+
+
+def tolerance(storage: Storage) -> float:
+    """The largest error that a right implementation makes in the checked steps.
+
+    A step rounds a 16-bit parameter by up to half a unit; the other half is for 16-bit state and
+    intermediates, which move an update by a few percent at the most. In float32 approximate roots
+    and divisions may add a few units more: 8 a step.
+    """
+    units = 8 if storage.param == torch.float32 else 1
+    return CHECKED_STEPS * units * torch.finfo(storage.param).eps
+
+
+def _places(numel: int, device: str) -> Tensor:
+    count = min(numel, PROBED)
+    return torch.arange(count, device=device) * (numel - 1) // max(1, count - 1)
+
+
+def _compiled(optimizer: Optimizer) -> Step:
+    """torch.compile of a step, as torch's tutorial on compiled optimizers does it.
+
+    Rates stay Python floats, which favours it: they become constants of its kernels.
+    """
+    torch._dynamo.reset()  # it compiles one function a few times only, then runs it uncompiled
+
+    @torch.compile(fullgraph=False)
+    def step() -> None:
+        optimizer.step()
+
+    return step

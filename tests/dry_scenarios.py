@@ -1,0 +1,143 @@
+"""What `test_launch.py` shows with compiled kernels. Run without TRITON_INTERPRET.
+
+Prints one JSON object: by scenario, None or the traceback of what went wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from dry_gpu import DryGPU, dry_gpu
+from torch import Tensor
+from torch.nn import Parameter
+
+import triton_optim
+from triton_optim.kernels.multi_tensor import multi_tensor_kernel
+
+OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
+    ("SGD", {}),
+    ("SGD", {"momentum": 0.9}),
+    ("Adagrad", {"lr_decay": 0.1}),
+    ("RMSprop", {"momentum": 0.9, "centered": True}),
+]
+
+
+def _params(*numels: int, dtype: torch.dtype = torch.float32) -> list[Parameter]:
+    params = [Parameter(torch.randn(numel, dtype=dtype)) for numel in numels]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    return params
+
+
+def nothing_is_compiled_after_the_first_step(gpu: DryGPU) -> None:
+    for name, kwargs in OPTIMIZERS:
+        make = getattr(triton_optim, name)
+        params = _params(1000, 7)
+        optimizer = make(params, **kwargs)
+        before = gpu.n_compiled()
+        optimizer.step()
+        assert gpu.n_compiled() == before + 1, name
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        for step in range(3):
+            for param in params:
+                param.grad = torch.randn_like(param)
+            optimizer.param_groups[0]["weight_decay"] = 0.1 * step
+            optimizer.step()
+            scheduler.step()
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
+        optimizer.step()
+        for numels in ((1,), (16,), (17, 64, 1024), (2**20 + 1, *range(1, 300))):
+            others = _params(*numels)
+            groups = [{"params": others[i::3], "lr": 0.1 * (i + 1)} for i in range(3)]
+            make(groups, lr=1.0, **kwargs).step()
+        assert gpu.n_compiled() == before + 1, name
+
+
+def a_launch_is_what_triton_would_launch(gpu: DryGPU) -> None:
+    for name, kwargs in OPTIMIZERS:
+        optimizer = getattr(triton_optim, name)(_params(5000, 3), **kwargs)
+        optimizer.step()
+        launches = optimizer._plan._tables[0]._launches
+        assert len(launches) == 1
+        ours, launch = gpu.launches[-1], launches[0]
+        multi_tensor_kernel[launch.grid](**launch.arguments, **launch.options)
+        theirs = gpu.launches[-1]
+        assert _addressed(ours[:6] + ours[9:]) == _addressed(theirs[:6] + theirs[9:])
+
+
+def _addressed(arguments: Iterable[Any]) -> list[Any]:
+    return [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+
+
+def a_profiler_is_told_the_bytes(gpu: DryGPU) -> None:
+    from triton import knobs
+
+    def enter(_: Any) -> None:
+        pass
+
+    params = _params(1000, 24)
+    optimizer = triton_optim.RMSprop(params)
+    knobs.runtime.launch_enter_hook.add(enter)
+    try:
+        optimizer.step()
+    finally:
+        knobs.runtime.launch_enter_hook.remove(enter)
+    metadata = gpu.launches[-1][6].get()
+    assert metadata["bytes"] == 20 * 1024
+    assert metadata["name"] == "multi_tensor_kernel.rmsprop_rule"
+
+
+def everything_is_compiled_before_anything_is_launched(gpu: DryGPU) -> None:
+    params = [*_params(10), *_params(10, dtype=torch.float64)]
+    before = [param.detach().clone() for param in params]
+    optimizer = triton_optim.RMSprop(params, alpha=0.5)
+    warmup = type(multi_tensor_kernel).warmup
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(kwargs["PARAM_DTYPE"]) == "fp64":
+            raise MemoryError
+        return warmup(self, *args, **kwargs)
+
+    launched = len(gpu.launches)
+    type(multi_tensor_kernel).warmup = failing
+    try:
+        optimizer.step()
+    except MemoryError:
+        pass
+    else:
+        raise AssertionError("the second kernel was not compiled")
+    finally:
+        type(multi_tensor_kernel).warmup = warmup
+    assert len(gpu.launches) == launched
+    assert not optimizer.state
+    assert all(map(torch.equal, params, before))
+    optimizer.step()
+    assert len(gpu.launches) == launched + 2
+
+
+SCENARIOS: tuple[Callable[[DryGPU], None], ...] = (
+    nothing_is_compiled_after_the_first_step,
+    a_launch_is_what_triton_would_launch,
+    a_profiler_is_told_the_bytes,
+    everything_is_compiled_before_anything_is_launched,
+)
+
+
+def main() -> None:
+    outcomes: dict[str, str | None] = {}
+    with dry_gpu() as gpu:
+        for scenario in SCENARIOS:
+            try:
+                scenario(gpu)
+                outcomes[scenario.__name__] = None
+            except Exception:
+                outcomes[scenario.__name__] = traceback.format_exc()
+    print(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What is made of measured rows: goals, files and plots. All numbers here are made up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import goals
+import numpy as np
+import plot
+import pytest
+import rows
+from implementations import COPY, OURS, RULES
+
+
+def _row(name: str, us: float, **columns: Any) -> rows.Row:
+    """A made-up row; no machine gave it."""
+    made_up = {
+        "date": "2000-01-01", "gpu": "made-up", "suite": "sweep", "layout": "1000x1024",
+        "params": 1_024_000, "rule": "adagrad", "storage": "float32", "implementation": name,
+        "status": rows.OK, "gpu_us": us, "wall_us": 2 * us, "step_bytes": 20_480_000,
+        "gb_per_s": 20_480 / us, "copy_gb_per_s": 4000.0, "kept_bytes": 0,
+        "model_bytes": 12_288_000,
+    }  # fmt: skip
+    return rows.Row(**{**made_up, **columns})
+
+
+def test_goals_are_judged_by_the_worst_row() -> None:
+    large = {"layout": "10x100M", "params": 1_000_000_000, "model_bytes": 12_000_000_000}
+    measured = [
+        _row(OURS, 10.0),
+        _row("torch fused", 31.0),
+        _row("torch foreach", 9.0),
+        _row(OURS, 100.0, percent_of_copy=96.0, kept_bytes=11_000_000, step_extra_bytes=0, **large),
+        _row("torch foreach", 260.0, **large),
+        _row(OURS, 100.0, percent_of_copy=94.9, **{**large, "layout": "llama3-8b", "suite": "l"}),
+        _row("torch compiled", 1.0, **{**large, "status": rows.WRONG}),
+    ]
+    found = {goal.text: goal for goal in goals.judged(measured)}
+    assert [(goal.met, goal.reached.split(" (")[0]) for goal in found.values()] == [
+        (False, "94.9 %"),
+        (False, "1.11 of its time"),
+        (False, "1.11 of its time"),
+        (True, "2.60x"),
+        (True, "3.10x"),
+        (True, "3.10x"),
+        (True, "0.092 %"),
+    ]
+    assert goals.judged([_row("torch fused", 1.0)]) == []
+
+
+def test_rows_survive_their_file(tmp_path: Path) -> None:
+    table = rows.Table(tmp_path / "new folder" / "step-x.csv")
+    first = _row(OURS, 0.1, detail='a, "b"', cold=True, launches=None)
+    table.add([first])
+    table.add([_row("torch fused", 3.5, error=1e-9)])
+    assert rows.read(table.path) == table.rows
+    first.launches = 1
+    table.rewrite()
+    assert rows.read(table.path)[0].launches == 1
+    table.path.write_text("gpu,time\nx,1\n")
+    with pytest.raises(ValueError, match="other columns"):
+        rows.read(table.path)
+
+
+def _sweep_of_rows() -> list[rows.Row]:
+    """A made-up sweep; no machine gave it."""
+    found = []
+    for rule in RULES[:3]:
+        for size in (1 << 10, 1 << 20, 1 << 30):
+            columns = {"layout": f"1x{size}", "params": size, "step_bytes": 20 * size}
+            for name, factor in ((OURS, 1.0), ("torch foreach", 3.0), ("bitsandbytes", 2.0)):
+                us = factor * (5 + 20 * size / 4e6)
+                found.append(
+                    _row(name, us, rule=rule.name, gb_per_s=20 * size / us / 1e3, **columns)
+                )
+        found.append(_row(COPY, 500.0, rule=rule.name, gb_per_s=4000.0, layout="1x1024"))
+    return found
+
+
+def test_plots_are_drawn_from_the_file_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = rows.Table(tmp_path / "step-made-up.csv")
+    table.add(_sweep_of_rows())
+    assert plot.main([str(table.path), "--folder", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for kind in ("time-against-torch", "roofline"):
+        picture = tmp_path / f"{kind}-made-up-float32.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert f"wrote {picture}\n" in printed
+
+
+def test_a_plot_shows_each_implementation_against_the_best_of_torch() -> None:
+    (picture,) = plot.pictures(_sweep_of_rows()).values()
+    panel = plot.time_against_torch(picture).axes[0]
+    lines = {line.get_label(): line.get_ydata() for line in panel.get_lines()}
+    assert lines["torch foreach"] == pytest.approx([1.0, 1.0, 1.0])
+    assert lines[OURS] == pytest.approx([1 / 3] * 3)
+    roof = plot.roofline(picture).axes[0]
+    heights = [np.asarray(line.get_ydata()).tolist() for line in roof.get_lines()]
+    assert [4000.0, 4000.0] in heights
+
+
+def test_a_picture_shows_the_latest_rows_that_have_a_time() -> None:
+    later = _row(OURS, 2.0, date="2000-01-02")
+    wrong = _row("torch fused", 1.0, status=rows.WRONG)
+    (picture,) = plot.pictures([later, _row(OURS, 1.0), wrong]).values()
+    assert list(picture.values()) == [later]
+
+
+def test_a_plot_without_a_file_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    assert plot.main([]) == 1
+    assert "bench_step.py writes them" in capsys.readouterr().err
+    assert plot.main([str(tmp_path / "no such file.csv")]) == 2
+    assert "no such file" in capsys.readouterr().err

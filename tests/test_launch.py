@@ -1,0 +1,54 @@
+"""How compiled kernels are launched, shown without a GPU; and every way to cut a launch up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, DEVICE, Case, Tensors, assert_same_bits
+from dry_scenarios import SCENARIOS
+
+from triton_optim import runtime
+from triton_optim.tuning import Config
+
+
+@cache
+def _outcomes() -> dict[str, str | None]:
+    tests = Path(__file__).parent
+    paths = [str(tests), str(tests.parent / "perf"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(tests / "dry_scenarios.py")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    outcomes: dict[str, str | None] = json.loads(done.stdout)
+    return outcomes
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="pretends a GPU where there is none")
+@pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
+def test_compiled(scenario: str) -> None:
+    """On a GPU that is not there: see dry_gpu.py."""
+    assert _outcomes()[scenario] is None, _outcomes()[scenario]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Config(64, 1, blocks=2), Config(128, 4, blocks=3, num_stages=3, eviction="evict_first")],
+    ids=str,
+)
+@pytest.mark.parametrize("case", CASES[::3], ids=lambda case: case.name)
+def test_the_cut_of_a_launch_changes_no_bit(
+    case: Case, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, cut = Tensors(torch.bfloat16), Tensors(torch.bfloat16)
+    expected.train(case.ours(expected.params), 2)
+    monkeypatch.setattr(runtime, "config", lambda *_: config)
+    cut.train(case.ours(cut.params), 2)
+    for p, q in zip(cut.params, expected.params, strict=True):
+        assert_same_bits(p, q)

@@ -1,0 +1,101 @@
+"""perf/tune.py without its GPU: what is tried, what is chosen, what is thrown out."""
+
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+
+import pytest
+import tune
+from clockwork import Clockwork
+from implementations import RULES, STORAGES
+from suites import Layout
+from tune import Trial, Tuner
+from workload import Workload
+
+from triton_optim import runtime, tuning
+from triton_optim.tuning import Config
+
+DEFAULT = Config(64, 1)
+
+
+def test_every_candidate_can_be_launched() -> None:
+    for lanes in (32, 64):
+        default = tuning.config("gfx942" if lanes == 64 else "sm_90", half=False)
+        sizes = tune.sizes(default, lanes)
+        assert sizes[0] == default
+        assert len(set(sizes)) == len(sizes)
+        for config in [*sizes, *tune.loops(sizes[:2]), *tune.evictions(sizes[:2])]:
+            assert config.block_size.bit_count() == config.num_warps.bit_count() == 1
+            assert config.block_size % (config.num_warps * lanes) == 0
+            assert config.num_warps <= 16
+
+
+def _tuner(monkeypatch: pytest.MonkeyPatch) -> Tuner:
+    monkeypatch.setattr(tune, "LAYOUTS", (Layout("tiny", [("weight", (10, 20))]),))
+    monkeypatch.setattr(tune, "RULES", (RULES[1],))
+    monkeypatch.setattr(tune, "sizes", lambda *_: [DEFAULT, Config(128, 1), Config(256, 1)])
+    return Tuner(Clockwork(), STORAGES[0], DEFAULT, 2, time.monotonic())
+
+
+def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tuner = _tuner(monkeypatch)
+    ranked = tuner.run(32)
+    configs = {config for config, _ in ranked}
+    assert {DEFAULT, Config(128, 1), Config(256, 1)} <= configs
+    assert any(config.blocks == 8 and config.num_stages == 3 for config in configs)
+    assert any(config.eviction == "evict_first" for config in configs)
+    times = [mean for _, mean in ranked]
+    assert times == sorted(times)
+    tune.write(tmp_path / "tune.csv", tuner.trials, ["gpu", "driver", "torch", "triton"])
+    with (tmp_path / "tune.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(tuner.trials)
+    assert {row["layout"] for row in rows} == {"tiny"}
+    assert {row["relative"] for row in rows if row["block_size"] == "64" and row["blocks"] == "1"
+            and not row["eviction"]} == {"1.0000"}  # fmt: skip
+
+
+def test_a_config_that_is_wrong_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose launches fail, and one that leaves the last chunk out."""
+    tuner = _tuner(monkeypatch)
+    make = runtime.Launch.__init__
+
+    def faulty(self: runtime.Launch, rule: str, variant: runtime.Variant, config: Config,
+               chunks: object, *args: object) -> None:  # fmt: skip
+        if config.block_size == 256:
+            raise RuntimeError("out of registers")
+        if config.block_size == 128:
+            chunks = chunks[:-1]  # type: ignore[index]
+        make(self, rule, variant, config, chunks, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runtime.Launch, "__init__", faulty)
+    tuner._try([DEFAULT, Config(128, 1), Config(256, 1)])
+    assert tuner.ranked() == [(DEFAULT, 1.0)]
+
+
+def test_the_mean_is_over_everything() -> None:
+    tuner = Tuner(Clockwork(), STORAGES[0], DEFAULT, 2, 0.0)
+    other = Config(128, 1)
+    for layout, relative in (("a", 0.5), ("b", 1.0)):
+        tuner.trials.append(Trial("float32", layout, "sgd", DEFAULT, 1.0, 1.0))
+        tuner.trials.append(Trial("float32", layout, "sgd", other, relative, relative))
+    assert tuner.ranked() == [(other, pytest.approx(0.5**0.5)), (DEFAULT, 1.0)]
+
+
+def test_a_forced_config_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout("tiny", [("weight", (10, 20))])
+    workload = Workload(layout, RULES[0], STORAGES[0], Clockwork.type)
+    chunks = []
+    run = runtime.Launch.run
+
+    def recorded(launch: runtime.Launch) -> None:
+        chunks.append(len(launch.chunks))
+        run(launch)
+
+    monkeypatch.setattr(runtime.Launch, "run", recorded)
+    for config in (Config(64, 1, blocks=2), Config(64, 1)):
+        with tune.forced(config):
+            workload.build(tune.OURS)()
+    assert chunks == [2, 4]

@@ -1,0 +1,46 @@
+"""How the update kernel is cut into programs, by GPU architecture; made with `perf/tune.py`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    """How one launch is cut into programs."""
+
+    block_size: int  # elements that a program holds at once
+    num_warps: int
+    blocks: int = 1  # that a program updates, one after the other
+    num_stages: int = 1  # loads of how many blocks are in flight at once
+    eviction: str = ""  # the cache's policy for gradients and state
+
+    @property
+    def chunk(self) -> int:
+        """Elements that a program updates."""
+        return self.block_size * self.blocks
+
+
+class Pair(NamedTuple):
+    """Configs for one architecture."""
+
+    wide: Config
+    half: Config  # where parameters, gradients and state are all of 16 bits
+
+
+# A thread updates 8 elements: more take too many registers. Blocks of 16-bit tensors are larger, so
+# that a program moves enough bytes beside its share of the tables.
+DEFAULT = Pair(wide=Config(1024, 4), half=Config(2048, 8))
+DEFAULT_64_LANES = Pair(wide=Config(1024, 2), half=Config(2048, 4))
+TUNED: dict[str, Pair] = {}  # by architecture, such as "sm_90" or "gfx942"; none was measured yet
+
+
+def config(architecture: str, *, half: bool) -> Config:
+    """The config of a launch.
+
+    Args:
+        architecture: such as "sm_90" or "gfx942".
+        half: whether everything it updates is of 16 bits.
+    """
+    default = DEFAULT_64_LANES if architecture.startswith("gfx9") else DEFAULT
+    pair = TUNED.get(architecture, default)
+    return pair.half if half else pair.wide
