@@ -3,7 +3,7 @@
     python perf/audit_kernels.py [--arch sm_80 sm_90 sm_100 gfx942] [--json FILE]
 
 compiles every kernel that the optimizers can launch, prints a row for each, and exits 1 if one of
-them breaks a limit: see `findings` in kernel_report.py. The rows of the last commit are written by
+them breaks a limit: see `findings` in lab/kernel_report.py. The committed rows are written by
 
     python perf/audit_kernels.py --json perf/results/audit.json
 """
@@ -26,11 +26,11 @@ if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
-from disassembly import Usage, amdgcn, amdgcn_usage, sass, sass_usage
-from gpus import GPUS
-from interpreted import Step
-from kernel_report import Row, as_json, findings, print_table
-from machine_code import Code, Instruction, MainPath
+from lab.disassembly import Usage, amdgcn, amdgcn_usage, sass, sass_usage
+from lab.gpus import GPUS
+from lab.interpreted import Step
+from lab.kernel_report import Row, as_json, findings, print_table
+from lab.machine_code import Code, Instruction, MainPath
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -95,9 +95,10 @@ def _steps(architectures: Sequence[str]) -> dict[str, list[Step]]:
 
 
 def _interpret(task: tuple[str, str]) -> list[Step]:
-    command = [sys.executable, str(Path(__file__).with_name("interpreted.py")), *task]
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
-    return [Step.from_json(item) for item in json.loads(printed)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "lab.interpreted", *task]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
+    return [Step.from_json(item) for item in json.loads(done.stdout)]
 
 
 def examine(architecture: str, steps: Sequence[Step]) -> list[Row]:

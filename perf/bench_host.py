@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from dry_gpu import dry_gpu
+from lab.dry_gpu import dry_gpu
 from matplotlib.figure import Figure
 from torch.nn import Parameter
 

@@ -20,12 +20,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from device import Device
-from group import Group, bench, count_launches
-from implementations import RULES, STORAGES, package_version
-from report import print_goals, print_group, print_launches
-from rows import Row, Table
-from suites import SUITES
+from lab.device import Device
+from lab.group import Group, bench, count_launches
+from lab.implementations import RULES, STORAGES, package_version
+from lab.report import print_goals, print_group, print_launches
+from lab.rows import Row, Table
+from lab.suites import SUITES
 
 RESULTS = Path(__file__).parent / "results"
 COUNTING = 0.2  # share of a run's time that counting launches may take

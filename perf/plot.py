@@ -18,9 +18,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from implementations import COPY, IMPLEMENTATIONS, OURS, RULES, TORCH_BEST
+from lab.implementations import COPY, IMPLEMENTATIONS, OURS, RULES, TORCH_BEST
+from lab.rows import OK, Row, read
 from matplotlib.figure import Figure
-from rows import OK, Row, read
 
 RESULTS = Path(__file__).parent / "results"
 Picture = dict[tuple[str, str, str], Row]  # by layout, rule and implementation

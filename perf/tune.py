@@ -23,11 +23,19 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
-from device import EMPTIED_BELOW, Device
-from implementations import IMPLEMENTATIONS, RULES, STORAGES, Rule, Step, Storage, bytes_per_param
-from suites import Layout
-from timing import Summary, measure
-from workload import Workload, tolerance
+from lab.device import EMPTIED_BELOW, Device
+from lab.implementations import (
+    IMPLEMENTATIONS,
+    RULES,
+    STORAGES,
+    Rule,
+    Step,
+    Storage,
+    bytes_per_param,
+)
+from lab.suites import Layout
+from lab.timing import Summary, measure
+from lab.workload import Workload, tolerance
 
 from triton_optim import runtime, tuning
 from triton_optim.tuning import Config

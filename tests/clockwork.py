@@ -1,4 +1,4 @@
-"""What stands in for the GPU that perf/device.py describes."""
+"""What stands in for the GPU that perf/lab/device.py describes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import time
 
 import torch
 from cases import DEVICE
-from device import Device
-from implementations import Step
+from lab.device import Device
+from lab.implementations import Step
 
 
 class Clockwork(Device):

@@ -59,8 +59,8 @@ def _sanitizer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if runtime.COMPILED:
         yield
         return
+    from lab.traffic import watched
     from sanitizer import Sanitizer
-    from traffic import watched
 
     sanitizer = Sanitizer()
     run = Table.run

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from dry_gpu import DryGPU, dry_gpu
+from lab.dry_gpu import DryGPU, dry_gpu
 from torch import Tensor
 from torch.nn import Parameter
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from lab.traffic import Access
 from torch import Tensor
-from traffic import Access
 
 from triton_optim import runtime
 from triton_optim.table import Found, Table

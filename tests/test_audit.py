@@ -12,9 +12,9 @@ import pytest
 import torch
 import triton
 from cases import CASES, DEVICE
-from gpus import GPUS
-from interpreted import flag_sets, measure
-from kernel_report import Row, findings, from_json
+from lab.gpus import GPUS
+from lab.interpreted import flag_sets, measure
+from lab.kernel_report import Row, findings, from_json
 from torch.nn import Parameter
 
 import triton_optim
@@ -113,8 +113,8 @@ EXAMINE = """
 import sys
 sys.path[:0] = sys.argv[1:]
 from audit_kernels import examine
-from interpreted import Step
-from kernel_report import findings
+from lab.interpreted import Step
+from lab.kernel_report import findings
 from triton_optim import runtime
 variant = runtime.Variant(frozenset(), 1, "float32", "float32", "float32", True, False)
 for row in examine("sm_90", [Step("adagrad_rule", variant, 4, 20.08, 1)]):

@@ -14,15 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import bench_step
-import group
 import pytest
-import rows
-import suites
 import torch
-import workload
 from cases import DEVICE
 from clockwork import Clockwork
-from implementations import (
+from lab import group, rows, suites, workload
+from lab.implementations import (
     COPY,
     IMPLEMENTATIONS,
     OURS,
@@ -32,8 +29,8 @@ from implementations import (
     Rule,
     Storage,
 )
-from suites import Layout
-from timing import Summary, measure
+from lab.suites import Layout
+from lab.timing import Summary, measure
 from torch.nn import Parameter
 from torch.optim import Optimizer
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import goals
 import numpy as np
 import plot
 import pytest
-import rows
-from implementations import COPY, OURS, RULES
+from lab import goals, rows
+from lab.implementations import COPY, OURS, RULES
 
 
 def _row(name: str, us: float, **columns: Any) -> rows.Row:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-import suites
-from implementations import (
+from lab import suites
+from lab.implementations import (
     IMPLEMENTATIONS,
     OURS,
     RULES,
@@ -15,7 +15,7 @@ from implementations import (
     Rule,
     bytes_per_param,
 )
-from suites import Layout
+from lab.suites import Layout
 
 FLOAT32, BFLOAT16, MIXED = STORAGES
 SGD, MOMENTUM, ADAGRAD, RMSPROP, RMSPROP_CM = RULES

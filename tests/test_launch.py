@@ -33,7 +33,7 @@ def _outcomes() -> dict[str, str | None]:
 @pytest.mark.skipif(DEVICE != "cpu", reason="pretends a GPU where there is none")
 @pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
 def test_compiled(scenario: str) -> None:
-    """On a GPU that is not there: see dry_gpu.py."""
+    """On a GPU that is not there: see perf/lab/dry_gpu.py."""
     assert _outcomes()[scenario] is None, _outcomes()[scenario]
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from disassembly import amdgcn, parse_sass
-from machine_code import Code, MainPath
+from lab.disassembly import amdgcn, parse_sass
+from lab.machine_code import Code, MainPath
 
 # A block is 16 bytes a thread. Whole blocks: around a loop, which may call. The rest: under a mask.
 SASS = """

@@ -64,7 +64,7 @@ def test_bytes_are_within_one_percent_of_the_floor(
 
     20 tensors for some cases; 1, which has the same tables an element, for the others.
     """
-    from traffic import Traffic, watched
+    from lab.traffic import Traffic, watched
 
     monkeypatch.setattr(
         runtime, "config", lambda variant, *_: tuning.config("sm_90", half=variant.half)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import tune
 from clockwork import Clockwork
-from implementations import RULES, STORAGES
-from suites import Layout
+from lab.implementations import RULES, STORAGES
+from lab.suites import Layout
+from lab.workload import Workload
 from tune import Trial, Tuner
-from workload import Workload
 
 from triton_optim import runtime, tuning
 from triton_optim.tuning import Config

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import NamedTuple
 
-from gpus import GPUS
+from lab.gpus import GPUS
 
 ALIGNMENT = 16  # bytes: that of a vector
 VECTOR_BITS = 128  # 4 elements of float32, 8 of 16 bits

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
-from machine_code import Instruction
+
+from lab.machine_code import Instruction
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

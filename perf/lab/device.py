@@ -7,9 +7,10 @@ import subprocess
 from typing import Any
 
 import torch
-from implementations import Step
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+from lab.implementations import Step
 
 COPY_BYTES = 1 << 30  # of the buffer whose copy measures bandwidth: far larger than any L2
 EMPTIED_BELOW = 4  # times the L2 that a step moves: below that, the L2 is emptied before each step

@@ -7,8 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from device import Device
-from implementations import COPY, Step
+from lab.device import Device
+from lab.implementations import COPY, Step
 
 SAMPLE_US = 2000.0  # one sample is about this long, and at most MAX_STEPS steps
 MAX_STEPS = 10

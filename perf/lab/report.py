@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from goals import judged
-from rows import OK, Row
+from lab.goals import judged
+from lab.rows import OK, Row
 
 
 def print_group(rows: Sequence[Row]) -> None:

@@ -107,7 +107,7 @@ def read(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != COLUMNS:
-            raise ValueError(f"{path} has other columns than perf/rows.py")
+            raise ValueError(f"{path} has other columns than perf/lab/rows.py")
         return [
             Row(**{name: _parsed(name, text) for name, text in line.items()}) for line in reader
         ]

@@ -6,11 +6,12 @@ import time
 from collections.abc import Iterable
 
 import torch
-from implementations import Implementation, Rule, Step, Storage, bytes_kept
-from suites import Layout
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
+
+from lab.implementations import Implementation, Rule, Step, Storage, bytes_kept
+from lab.suites import Layout
 
 CHECKED_STEPS = 3
 PROBED = 1024  # elements of a tensor that are checked: evenly spaced, first and last among them

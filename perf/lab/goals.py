@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from implementations import OURS, TORCH_BEST
-from rows import OK, Row
-from suites import SMALL_TENSORS
+from lab.implementations import OURS, TORCH_BEST
+from lab.rows import OK, Row
+from lab.suites import SMALL_TENSORS
 
 LARGE = 100_000_000  # parameters of a large model
 SHARE_OF_COPY = 95.0  # percent

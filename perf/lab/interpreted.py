@@ -1,6 +1,6 @@
 """Every kernel that the optimizers can launch, and what a step with it moves, interpreted.
 
-    python perf/interpreted.py sm_90
+    python -m lab.interpreted sm_90
 
 prints one JSON list, an item a kernel. `perf/audit_kernels.py` runs it, in a process of its own:
 Triton either interprets or compiles.
@@ -23,9 +23,9 @@ if __name__ == "__main__":
 
 import torch
 from torch.nn import Parameter
-from traffic import Traffic, watched
 
 import triton_optim
+from lab.traffic import Traffic, watched
 from triton_optim import runtime, tuning
 from triton_optim.ways import group_refusal
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from device import COPY_BYTES, EMPTIED_BELOW, Device
-from implementations import (
+
+from lab.device import COPY_BYTES, EMPTIED_BELOW, Device
+from lab.implementations import (
     COPY,
     IMPLEMENTATIONS,
     Implementation,
@@ -19,10 +20,10 @@ from implementations import (
     bytes_per_param,
     package_version,
 )
-from rows import FAILED, NO_ROOM, NOT_AVAILABLE, OK, WRONG, Row
-from suites import Layout
-from timing import Summary, Times, measure
-from workload import Workload, tolerance
+from lab.rows import FAILED, NO_ROOM, NOT_AVAILABLE, OK, WRONG, Row
+from lab.suites import Layout
+from lab.timing import Summary, Times, measure
+from lab.workload import Workload, tolerance
 
 
 class Group(NamedTuple):
