@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,11 +86,11 @@ def main() -> None:
         print(f"{'':<37}{'floor':>22}{'triton_optim':>22}{'':>9}", end="")
         print("".join(f"{f'torch {name}':>22}" for name in TORCH))
         rows: list[Row] = []
-        for case in product(args.rules, args.tensors, GROUPS, ("stay", "fresh")):
-            if case[2] == 1 or case[1] >= 100:
-                measured = _measure(*case, args.repeats)
-                _print(measured)
-                rows += measured
+        for case in product(args.rules, args.tensors, ("stay", "fresh")):
+            measured = _measure(*case, args.repeats)
+            rows += measured
+            for _, of_groups in groupby(measured, key=lambda row: row.groups):
+                _print([*of_groups])
         _print_launch(args.rules[0])
     _print_first_step(args.rules)
     if args.out:
@@ -124,9 +124,9 @@ def _works(rule: str, params: Sequence[Parameter], groups: int) -> dict[str, Wor
     works: dict[str, Work] = {
         "floor": lambda: [p.grad.data_ptr() for p in params]  # type: ignore[union-attr]
     }
-    flags = {"triton_optim": {}, **{k: v for k, v in TORCH.items() if k != "fused"}}
-    if name != "RMSprop":
-        flags["fused"] = TORCH["fused"]
+    flags = {"triton_optim": {}, **TORCH}
+    if name == "RMSprop":
+        del flags["fused"]  # torch has none
     for implementation, arguments in flags.items():
         module: Any = triton_optim if implementation == "triton_optim" else torch.optim
         parts = [{"params": params[i::groups]} for i in range(groups)]
@@ -135,19 +135,28 @@ def _works(rule: str, params: Sequence[Parameter], groups: int) -> dict[str, Wor
     return works
 
 
-def _measure(rule: str, n: int, groups: int, gradients: str, repeats: int) -> list[Row]:
+def _measure(rule: str, n: int, gradients: str, repeats: int) -> list[Row]:
+    """Everything that steps these tensors, in turn."""
     params = _params(n)
     _backward(params)
-    works = _works(rule, params, groups)
-    series: dict[str, list[float]] = {name: [] for name in works}
+    works = {
+        (groups, name): work
+        for groups in GROUPS
+        if n >= 5 * groups
+        for name, work in _works(rule, params, groups).items()
+    }
+    series: dict[tuple[int, str], list[float]] = {key: [] for key in works}
     for repeat in range(repeats + WARMUP):
-        for name, work in works.items():
+        for key, work in works.items():
             if gradients == "fresh":
                 _backward(params)
             elapsed = _microseconds(work)
             if repeat >= WARMUP:
-                series[name].append(elapsed)
-    return [Row(rule, n, groups, gradients, name, *_summary(s)) for name, s in series.items()]
+                series[key].append(elapsed)
+    return [
+        Row(rule, n, groups, gradients, name, *_summary(times))
+        for (groups, name), times in series.items()
+    ]
 
 
 def _microseconds(work: Work) -> float:
