@@ -8,10 +8,11 @@ from .numerics import narrow, widen
 # Columns of a row of the tensor table; the addresses of up to MAX_STATES states follow.
 NUMEL = tl.constexpr(0)
 GROUP = tl.constexpr(1)
-PARAM = tl.constexpr(2)
-STATES = tl.constexpr(3)
+FIRST = tl.constexpr(2)  # program of the launch
+PARAM = tl.constexpr(3)
+STATES = tl.constexpr(4)
 MAX_STATES = tl.constexpr(3)
-ROW_WIDTH = tl.constexpr(6)
+ROW_WIDTH = tl.constexpr(8)
 
 
 def _launch_metadata(grid, metadata, args):
@@ -66,7 +67,7 @@ def _update_block(
 
 @triton.jit(launch_metadata=_launch_metadata)
 def multi_tensor_kernel(
-    chunks_ptr,
+    owners_ptr,
     rows_ptr,
     grads_ptr,
     hypers_ptr,
@@ -85,13 +86,14 @@ def multi_tensor_kernel(
     NUM_STAGES: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
-    """Update every tensor that the chunk table names, in place, each element once.
+    """Update every tensor that owns a program, in place, each element once.
 
-    A chunk is BLOCKS blocks of BLOCK_SIZE elements; a program updates one.
+    A program updates one chunk: BLOCKS blocks of BLOCK_SIZE elements.
 
     Preconditions, none of which the kernel can check:
 
-    - chunks_ptr: int64, one a program: tensor << 32 | chunk. No pair twice;
+    - owners_ptr: int32, one a program: its tensor. The programs of a tensor follow one another, as
+      many as it has chunks;
     - rows_ptr: int64 [tensors, ROW_WIDTH], the columns above;
     - grads_ptr: int64 [tensors], addresses of gradients;
     - hypers_ptr: float64 [groups, N_HYPERS];
@@ -103,10 +105,10 @@ def multi_tensor_kernel(
 
     EVICTION is the cache's policy for gradients and state: nothing reads them before the next step.
     """
-    entry = tl.load(chunks_ptr + tl.program_id(0))
-    tensor = entry >> 32
-    start = (entry & 0xFFFFFFFF) * (BLOCKS * BLOCK_SIZE)
+    program = tl.program_id(0)
+    tensor = tl.load(owners_ptr + program).to(tl.int64)
     row_ptr = rows_ptr + tensor * ROW_WIDTH
+    start = (program - tl.load(row_ptr + FIRST)) * (BLOCKS * BLOCK_SIZE)
     remaining = tl.load(row_ptr + NUMEL) - start
 
     hyper = ()

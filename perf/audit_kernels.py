@@ -42,7 +42,7 @@ WORKERS = 2
 BATCH = 12  # kernels that are disassembled together
 # The kernel's run-time arguments as a GPU is given them.
 ARGUMENTS = {
-    "chunks_ptr": "*i64",
+    "owners_ptr": "*i32",
     "rows_ptr": "*i64",
     "grads_ptr": "*i64",
     "hypers_ptr": "*fp64",

@@ -11,6 +11,7 @@ from lab.traffic import Access
 from torch import Tensor
 
 from triton_optim import runtime
+from triton_optim.kernels.multi_tensor import PARAM
 from triton_optim.table import Found, Table
 
 Span = tuple[int, int]  # first byte, and the one after the last
@@ -46,14 +47,16 @@ class Sanitizer:
         if not self._writable:  # a test's own launch
             run(launch)
             return
-        variant, chunks, tables = launch.variant, launch.chunks, launch.tables
+        variant, owners, tables = launch.variant, launch.owners, launch.tables
         addresses = tables.grads.tolist()
         if variant.aligned:
-            tensors = chunks.bitwise_right_shift(32).unique()
-            promised = torch.cat([tables.rows[tensors, 2:].flatten(), tables.grads[tensors]])
+            tensors = owners.unique()
+            promised = torch.cat(
+                [tables.rows[tensors, PARAM.value :].flatten(), tables.grads[tensors]]
+            )
             assert not bool((promised % runtime.ALIGNMENT).any()), "not aligned"
         copies = [(addresses[i], addresses[i] + size) for i, size in self._copied]
-        read = _spans([chunks, *(t for t in tables if t is not None)])
+        read = _spans([owners, *(t for t in tables if t is not None)])
         self._readable = _merged([*read, *copies, *self._grads, *self._writable])
         try:
             run(launch)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, assert_same_bits
+from cases import CASES, DEVICE, Case, assert_same_bits
 from pair import Pair, every_state, two_groups
 from torch.nn import Parameter
 
@@ -83,6 +83,38 @@ def test_closure_hooks_and_order() -> None:
         assert float(optimizer.step(closure).detach()) == 3.0
     assert calls == ["pre", "closure", "post"]
     assert torch.equal(param, torch.zeros(3))
+
+
+def test_hooks_around_a_step_that_overrides_ours() -> None:
+    """Run once: torch wraps the step of the class below, and leaves ours alone."""
+
+    class Doubled(triton_optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            return super().step(closure)
+
+    calls: list[str] = []
+    for make in (triton_optim.SGD, Doubled):
+        param = Parameter(torch.ones(3, device=DEVICE))
+        param.grad = torch.ones_like(param)
+        optimizer = make([param], lr=0.25)
+        optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+        optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+        optimizer.step()
+        assert calls == ["pre", "post"]
+        calls.clear()
+    assert torch.equal(param, torch.full_like(param, 0.5))
+
+
+def test_a_profiler_sees_the_step() -> None:
+    param = Parameter(torch.ones(3, device=DEVICE))
+    param.grad = torch.ones_like(param)
+    optimizer = triton_optim.SGD([param])
+    optimizer.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        optimizer.step()
+    assert "Optimizer.step#SGD.step" in {event.key for event in profiler.key_averages()}
+    assert list(inspect.signature(optimizer.step).parameters) == ["closure"]
 
 
 @every_state

@@ -51,26 +51,30 @@ def test_a_broken_fence_is_seen() -> None:
         fence.memory[fence.stop :].fill_(0xA5)
 
 
-def _step(monkeypatch: pytest.MonkeyPatch, blocks: list[int], longer: int = 0) -> None:
-    """A step over BLOCK + 1 elements with this block table and this much more pretended."""
+def _step(monkeypatch: pytest.MonkeyPatch, programs: int, longer: int = 0) -> None:
+    """A step over BLOCK + 1 elements with so many programs and so many more elements pretended."""
     row = runtime.row
-    monkeypatch.setattr(columns, "chunk_table", lambda *_: torch.tensor(blocks))
-    monkeypatch.setattr(runtime, "row", lambda n, *args: row(n + longer, *args))
+    owners = torch.zeros(programs, dtype=torch.int32)
     param = Parameter(torch.zeros(BLOCK + 1))
     param.grad = torch.ones_like(param)
-    triton_optim.SGD([param]).step()
+    with monkeypatch.context() as patch:
+        patch.setattr(columns, "owners", lambda *_: owners)
+        patch.setattr(runtime, "row", lambda n, *args: row(n + longer, *args))
+        triton_optim.SGD([param]).step()
 
 
 @interpreted
 def test_the_sanitizer_sees_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    _step(monkeypatch, [0, 1])
+    _step(monkeypatch, 2)
     with pytest.raises(AssertionError, match="not stored"):
-        _step(monkeypatch, [0])
-    with pytest.raises(AssertionError, match="stored twice"):
-        _step(monkeypatch, [0, 1, 1])
-    for blocks, longer in (([0, 1], 1), ([0, 1, 2], BLOCK)):
+        _step(monkeypatch, 1)
+    for programs, longer in ((2, 1), (3, BLOCK)):
         with pytest.raises(Exception, match="out of bounds"):
-            _step(monkeypatch, blocks, longer)
+            _step(monkeypatch, programs, longer)
+    run = runtime.Launch.run
+    monkeypatch.setattr(runtime.Launch, "run", lambda launch: (run(launch), run(launch)))
+    with pytest.raises(AssertionError, match="stored twice"):
+        _step(monkeypatch, 2)
 
 
 @interpreted
@@ -83,11 +87,10 @@ def test_beyond_two_to_the_31_elements(dtype: torch.dtype) -> None:
     memory = [torch.randn(real).to(dtype) for _ in range(3)]
     expected = [m.clone() for m in memory]
     addresses = [m.data_ptr() - first * BLOCK * dtype.itemsize for m in memory]
-    last = first + -(-real // BLOCK)
     name = runtime.STORAGE_DTYPES[dtype]
     variant = runtime.Variant(frozenset(), 1, name, name, name, aligned=True, reads_step=False)
     tables = runtime.Tables(
-        rows=torch.tensor(runtime.row(numel, 0, [addresses[0], addresses[2]])),
+        rows=torch.tensor(runtime.row(numel, 0, -first, [addresses[0], addresses[2]])),
         grads=torch.tensor([addresses[1]]),
         hypers=torch.tensor([[0.1, 0.0, 1e-10, 0.0]], dtype=torch.float64),
         steps=None,
@@ -95,7 +98,8 @@ def test_beyond_two_to_the_31_elements(dtype: torch.dtype) -> None:
     memory[2].abs_()
     expected[2].abs_()
     config = Config(BLOCK, num_warps=1)
-    runtime.Launch("adagrad_rule", variant, config, torch.arange(first, last), tables, 0).run()
+    owners = torch.zeros(-(-real // BLOCK), dtype=torch.int32)
+    runtime.Launch("adagrad_rule", variant, config, owners, tables, 0).run()
     param, grad, total = (m.double() for m in expected)
     total += grad * grad
     param -= 0.1 * grad / (total.sqrt() + 1e-10)

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 import triton_optim
 from triton_optim import columns, layout, plan, runtime, tuning
+from triton_optim.kernels.multi_tensor import FIRST
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
@@ -148,11 +149,18 @@ def test_buckets_by_dtype_and_alignment(launches: list[runtime.Variant]) -> None
     assert torch.equal(base, torch.tensor([0.0] + [-1e-3] * 5 + [0.0] * 3, device=DEVICE))
 
 
-def test_chunk_table_names_every_chunk_once() -> None:
-    entries = columns.chunk_table([4, 0, 7], [3, 1, 2])
-    assert [(e >> 32, e & 0xFFFFFFFF) for e in entries.tolist()] == [
-        (4, 0), (4, 1), (4, 2), (0, 0), (7, 0), (7, 1),
-    ]  # fmt: skip
+def test_programs_of_a_tensor_follow_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every launch; the row of a tensor says which program is its first."""
+    monkeypatch.setattr(runtime, "config", lambda *_: tuning.Config(4, 1, blocks=2))
+    kinds = [torch.float32, torch.bfloat16, torch.float32, torch.float32]
+    params = [p for n, d in zip((17, 9, 0, 8), kinds, strict=True) for p in _params(1, n, dtype=d)]
+    optimizer = triton_optim.SGD(params)
+    optimizer.step()
+    assert optimizer._plan is not None
+    launches = optimizer._plan._tables[0]._launches
+    assert [launch.owners.tolist() for launch in launches] == [[0, 0, 0, 3], [1, 1]]
+    assert launches[0].tables.rows[:, FIRST.value].tolist() == [0, 0, 0, 3]
+    assert launches[0].owners.dtype == torch.int32
 
 
 @interpreted

@@ -63,12 +63,12 @@ def test_a_config_that_is_wrong_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -
     make = runtime.Launch.__init__
 
     def faulty(self: runtime.Launch, rule: str, variant: runtime.Variant, config: Config,
-               chunks: object, *args: object) -> None:  # fmt: skip
+               owners: object, *args: object) -> None:  # fmt: skip
         if config.block_size == 256:
             raise RuntimeError("out of registers")
         if config.block_size == 128:
-            chunks = chunks[:-1]  # type: ignore[index]
-        make(self, rule, variant, config, chunks, *args)  # type: ignore[arg-type]
+            owners = owners[:-1]  # type: ignore[index]
+        make(self, rule, variant, config, owners, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(runtime.Launch, "__init__", faulty)
     tuner._try([DEFAULT, Config(128, 1), Config(256, 1)])
@@ -87,15 +87,15 @@ def test_the_mean_is_over_everything() -> None:
 def test_a_forced_config_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout("tiny", [("weight", (10, 20))])
     workload = Workload(layout, RULES[0], STORAGES[0], Clockwork.type)
-    chunks = []
+    programs = []
     run = runtime.Launch.run
 
     def recorded(launch: runtime.Launch) -> None:
-        chunks.append(len(launch.chunks))
+        programs.append(len(launch.owners))
         run(launch)
 
     monkeypatch.setattr(runtime.Launch, "run", recorded)
     for config in (Config(64, 1, blocks=2), Config(64, 1)):
         with tune.forced(config):
             workload.build(tune.OURS)()
-    assert chunks == [2, 4]
+    assert programs == [2, 4]

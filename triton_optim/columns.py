@@ -1,17 +1,19 @@
-"""What a launch reads about its tensors, as columns of 8-byte values, and the launch itself."""
+"""What launches read about their tensors, and how these are cut into programs."""
 
 from __future__ import annotations
 
 import sys
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import runtime
+from .tuning import Config
 from .ways import State
 
 if TYPE_CHECKING:
@@ -31,20 +33,40 @@ class Entry(NamedTuple):
     reordered: bool  # the gradient must be copied into the parameter's memory order first
 
 
-def rows_and_members(
+class Cut(NamedTuple):
+    """What one launch updates, cut into programs."""
+
+    variant: runtime.Variant
+    config: Config
+    owners: Tensor  # int32, one a program: the row of its tensor
+    n_bytes: int
+
+
+def rows_and_cuts(
     optimizer: FusedStep, entries: Sequence[Entry], states: Sequence[State]
-) -> tuple[Tensor, dict[runtime.Variant, dict[int, int]]]:
-    """The table of rows; and by variant, how many elements of which entries it updates."""
+) -> tuple[Tensor, list[Cut]]:
+    """The table of rows, on the host, and the launches that read it."""
+    numels = [e.param.numel() * (2 if e.param.is_complex() else 1) for e in entries]
+    updated = [[s[name] for name in e.state_names] for e, s in zip(entries, states, strict=True)]
+    addresses = [addresses_of([e.param, *u]) for e, u in zip(entries, updated, strict=True)]
+    members: dict[runtime.Variant, list[int]] = defaultdict(list)
+    for i, entry in enumerate(entries):
+        if numels[i]:
+            members[_variant(optimizer, entry, updated[i], addresses[i])].append(i)
+    first = [0] * len(entries)
+    cuts = []
+    for variant, indices in members.items():
+        sizes = [numels[i] for i in indices]
+        config = runtime.config(variant, sizes, entries[0].param.device)
+        counts = [-(-size // config.chunk) for size in sizes]
+        for i, place in zip(indices, accumulate(counts, initial=0), strict=False):
+            first[i] = place
+        n_bytes = variant.bytes_per_element * sum(sizes)
+        cuts.append(Cut(variant, config, owners(indices, counts), n_bytes))
     rows: list[int] = []
-    members: dict[runtime.Variant, dict[int, int]] = defaultdict(dict)
-    for i, (entry, state) in enumerate(zip(entries, states, strict=True)):
-        updated = [state[name] for name in entry.state_names]
-        addresses = addresses_of([entry.param, *updated])
-        numel = entry.param.numel() * (2 if entry.param.is_complex() else 1)
-        rows += runtime.row(numel, entry.group, addresses)
-        if numel:
-            members[_variant(optimizer, entry, updated, addresses)][i] = numel
-    return as_tensor(column("q", rows)).view(-1, runtime.ROW_WIDTH), members
+    for i, entry in enumerate(entries):
+        rows += runtime.row(numels[i], entry.group, first[i], addresses[i])
+    return as_tensor(column("q", rows)).view(-1, runtime.ROW_WIDTH), cuts
 
 
 def _variant(
@@ -62,27 +84,10 @@ def _variant(
     )
 
 
-def launch(
-    rule: str,
-    variant: runtime.Variant,
-    device: torch.device,
-    numels: Mapping[int, int],
-    tables: runtime.Tables,
-) -> runtime.Launch:
-    """The launch that updates one variant's members."""
-    config = runtime.config(variant, numels.values(), device)
-    chunks = chunk_table([*numels], [-(-n // config.chunk) for n in numels.values()])
-    chunks = sendable(chunks, device).to(device, non_blocking=True)
-    n_bytes = variant.bytes_per_element * sum(numels.values())
-    return runtime.Launch(rule, variant, config, chunks, tables, n_bytes)
-
-
-def chunk_table(tensors: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """One int64 a chunk: tensor << 32 | index of the chunk within the tensor."""
-    n_chunks = torch.tensor(counts, device="cpu")
-    tensor = torch.repeat_interleave(torch.tensor(tensors, device="cpu"), n_chunks)
-    first = torch.repeat_interleave(n_chunks.cumsum(0) - n_chunks, n_chunks)
-    return tensor << 32 | torch.arange(len(tensor), device="cpu") - first
+def owners(tensors: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """Each tensor's row, as often as it has chunks."""
+    rows = torch.tensor(tensors, dtype=torch.int32, device="cpu")
+    return torch.repeat_interleave(rows, torch.tensor(counts, device="cpu"))
 
 
 def addresses_of(tensors: Iterable[Tensor | None]) -> list[int]:

@@ -172,7 +172,10 @@ class FusedStep(torch.optim.Optimizer):
             or _global_optimizer_post_hooks
             or _profiler_enabled()
         )
-        return (self._watched_step if watched else self._closure_step)(*args, **kwargs)
+        # It has wrapped the step of a class that overrides this one.
+        if watched and type(self).step is FusedStep.step:
+            return self._watched_step(*args, **kwargs)
+        return self._closure_step(*args, **kwargs)
 
     step.__signature__ = inspect.signature(_closure_step)  # type: ignore[attr-defined]
     step.hooked = True  # type: ignore[attr-defined]

@@ -132,8 +132,8 @@ class Launch:
         rule: its name in kernels/rules.py.
         variant: what the kernel is compiled for.
         config: how the launch is cut into programs.
-        chunks: int64, one a program.
-        tables: on the device of `chunks`.
+        owners: int32, one a program: the row of its tensor.
+        tables: on the device of `owners`.
         n_bytes: what the launch loads and stores of the tensors.
     """
 
@@ -142,14 +142,14 @@ class Launch:
         rule: str,
         variant: Variant,
         config: Config,
-        chunks: Tensor,
+        owners: Tensor,
         tables: Tables,
         n_bytes: int,
     ) -> None:
-        self.variant, self.chunks, self.tables = variant, chunks, tables
-        self.grid = (len(chunks), 1, 1)
+        self.variant, self.owners, self.tables = variant, owners, tables
+        self.grid = (len(owners), 1, 1)
         self.arguments = {
-            "chunks_ptr": chunks,
+            "owners_ptr": owners,
             "rows_ptr": tables.rows,
             "grads_ptr": tables.grads,
             "hypers_ptr": tables.hypers,
@@ -164,7 +164,7 @@ class Launch:
         kernel = multi_tensor.multi_tensor_kernel
         if not COMPILED:
             return partial(kernel[self.grid], **self.arguments)
-        with _current(self.chunks.device):
+        with _current(self.owners.device):
             compiled = kernel.warmup(**self.arguments, **self.options, grid=self.grid)
             start = compiled[self.grid]
         # Addresses: Triton would ask the driver whose memory a tensor's is, at every launch.
@@ -173,7 +173,7 @@ class Launch:
 
     def run(self) -> None:
         """Launch on the device's current stream."""
-        with _current(self.chunks.device):
+        with _current(self.owners.device):
             self._start()
 
 
@@ -184,7 +184,14 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
-def row(numel: int, group: int, addresses: Sequence[int]) -> list[int]:
-    """A row of the tensor table; `addresses`: the parameter's, then one a state."""
-    values = [numel, group, *addresses]
+def row(numel: int, group: int, first: int, addresses: Sequence[int]) -> list[int]:
+    """A row of the tensor table.
+
+    Args:
+        numel: elements.
+        group: its row of hyperparameters.
+        first: the first of its programs.
+        addresses: the parameter's, then one a state.
+    """
+    values = [numel, group, first, *addresses]
     return values + [0] * (ROW_WIDTH - len(values))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
@@ -75,23 +75,35 @@ class Table:
         self._grad_column = column("q", self._grads)
         self._alignment = alignment(self._grad_column)
 
-        rows, members = columns.rows_and_members(optimizer, entries, complete)
-        self._allocate(device, rows, members, len(optimizer.param_groups), hypers)
+        rows, cuts = columns.rows_and_cuts(optimizer, entries, complete)
+        self._allocate(
+            device,
+            rows,
+            any(cut.variant.reads_step for cut in cuts),
+            len(optimizer.param_groups),
+            hypers,
+        )
         self._launches = [
-            columns.launch(optimizer._rule, variant, device, numels, self._tables)
-            for variant, numels in members.items()
+            runtime.Launch(
+                optimizer._rule,
+                cut.variant,
+                cut.config,
+                columns.sendable(cut.owners, device).to(device, non_blocking=True),
+                self._tables,
+                cut.n_bytes,
+            )
+            for cut in cuts
         ]
 
     def _allocate(
         self,
         device: torch.device,
         rows: Tensor,
-        variants: Iterable[runtime.Variant],
+        reads_step: bool,
         n_groups: int,
         hypers: Sequence[object],
     ) -> None:
         """The tables; what changes is one buffer: gradient addresses, hyperparameters, steps."""
-        reads_step = any(variant.reads_step for variant in variants)
         self._sends_steps = reads_step and (self._pack is None or self._pack.device != device)
         n_steps = len(self._params) if self._sends_steps else 0
         lengths = [n + n % 2 for n in (len(self._params), len(hypers), n_steps)]
@@ -159,7 +171,7 @@ class Table:
         stream = torch.cuda.current_stream(self._buffer.device)
         if stream != self._stream:
             tables = (self._buffer, self._tables.rows, self._tables.steps)
-            for tensor in (*tables, *(launch.chunks for launch in self._launches)):
+            for tensor in (*tables, *(launch.owners for launch in self._launches)):
                 if tensor is not None and tensor.is_cuda:
                     tensor.record_stream(stream)
 
