@@ -136,7 +136,7 @@ def _compile(architecture: str, step: Step) -> Any:
         target = GPUTarget("hip", architecture, warp_size)
     else:
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), warp_size)
-    options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
+    options = runtime.options(step.variant, config, architecture)
     return triton.compile(source, target=target, options=options)
 
 

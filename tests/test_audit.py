@@ -128,7 +128,7 @@ for row in examine("sm_90", [Step("adagrad_rule", variant, 4, 20.08, 1)]):
         ("kernels/multi_tensor.py", "MASKED=False", "MASKED=True", "32 bits on its main path"),
         ("kernels/multi_tensor.py", "if remaining >=", "if -1 >=", "without a mask"),
         ("kernels/multi_tensor.py", "if ALIGNED:", "if False:", "32 bits on its main path"),
-        ("perf/audit_kernels.py", '{"num_warps"', '{"maxnreg": 32, "num_warps"', "spills"),
+        ("triton_optim/runtime.py", '{"num_warps"', '{"maxnreg": 32, "num_warps"', "spills"),
         (
             "kernels/rules.py",
             "    sum = state[0] + grad * grad",

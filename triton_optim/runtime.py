@@ -45,6 +45,10 @@ ITEM_SIZES = {n: d.itemsize for d, n in STORAGE_DTYPES.items() if not d.is_compl
 
 ALIGNMENT = 16  # bytes: a 128-bit load
 
+# Left alone, ptxas squeezes kernels of two states into 64 registers, where some spill.
+TWO_STATES_REGISTERS = 80
+TWO_STATES_ELEMENTS = 256  # that a warp holds at once; with more, these are too few
+
 # An interpreted program costs about as much as 40,000 of its elements.
 INTERPRETED_BLOCK_SIZES = tuple(1 << k for k in range(10, 19))
 INTERPRETED_OVERHEAD = 40_000
@@ -123,6 +127,20 @@ def constants(rule: str, variant: Variant, config: Config, n_hypers: int) -> dic
     }
 
 
+def options(variant: Variant, config: Config, architecture: str) -> dict[str, Any]:
+    """The compiler's options, by name."""
+    chosen = {"num_warps": config.num_warps, "enable_fp_fusion": True}
+    elements = config.block_size // config.num_warps
+    if (
+        architecture.startswith("sm_")
+        and variant.n_states == 2
+        and variant.param_dtype != "float64"
+        and elements <= TWO_STATES_ELEMENTS
+    ):
+        chosen["maxnreg"] = TWO_STATES_REGISTERS
+    return chosen
+
+
 class Launch:
     """One update launch: compiled and bound to its tables when it is made, run at every step.
 
@@ -157,7 +175,7 @@ class Launch:
             "n_bytes": float(n_bytes),
             **constants(rule, variant, config, tables.hypers.shape[1]),
         }
-        self.options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
+        self.options = options(variant, config, architecture(owners.device)) if COMPILED else {}
         self._start = self._bound()
 
     def _bound(self) -> Callable[[], object]:
