@@ -188,6 +188,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole run")
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
+    if args.repeats < 2:
+        parser.error(f"--repeats {args.repeats}: a spread needs two at least")
     if not torch.cuda.is_available():
         print("tune.py times a GPU, and torch sees none here.", file=sys.stderr)
         return 2
@@ -203,6 +205,9 @@ def main() -> int:
         stop = begin + 60 * args.minutes * (i + 1) / 2
         tuner = Tuner(device, storage, default, args.repeats, stop)
         ranked = tuner.run(lanes)
+        if not ranked:
+            print(f"nothing is right here, not even the default {default}", file=sys.stderr)
+            return 1
         trials += tuner.trials
         chosen[kind] = ranked[0][0]
         print(f"\n{storage.name}: time over that of {default}")

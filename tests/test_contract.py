@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -85,21 +86,38 @@ def test_closure_hooks_and_order() -> None:
     assert torch.equal(param, torch.zeros(3))
 
 
-def test_hooks_around_a_step_that_overrides_ours() -> None:
-    """Run once: torch wraps the step of the class below, and leaves ours alone."""
+class _Overriding(triton_optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
 
-    class Doubled(triton_optim.SGD):
-        def step(self, closure: Any = None) -> Any:
-            super().step(closure)
-            return super().step(closure)
 
+class _Wrapping(triton_optim.SGD):
+    pass
+
+
+def _wrapped(step: Any) -> Any:
+    return functools.wraps(step)(lambda *args: step(*args))
+
+
+_Wrapping.step = _wrapped(triton_optim.SGD.step)  # type: ignore[method-assign]
+
+
+class _Patched(triton_optim.SGD):
+    pass
+
+
+@pytest.mark.parametrize("make", [triton_optim.SGD, _Overriding, _Wrapping, _Patched])
+def test_hooks_run_once(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also around a step that overrides ours, which torch wraps or not, or one patched in later."""
     calls: list[str] = []
-    for make in (triton_optim.SGD, Doubled):
-        param = Parameter(torch.ones(3, device=DEVICE))
-        param.grad = torch.ones_like(param)
-        optimizer = make([param], lr=0.25)
-        optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
-        optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    param = Parameter(torch.ones(3, device=DEVICE))
+    param.grad = torch.ones_like(param)
+    optimizer = make([param], lr=0.25)
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    if make is _Patched:
+        monkeypatch.setattr(make, "step", _wrapped(make.step))
+    for _ in range(2):
         optimizer.step()
         assert calls == ["pre", "post"]
         calls.clear()

@@ -87,14 +87,25 @@ def _step(optimizer: Any, params: list[Parameter], grads: list[Tensor]) -> None:
     optimizer.step()
 
 
-@every_state
-@pytest.mark.parametrize("first", [True, False])
-def test_interrupted_at_any_line(case: Case, first: bool) -> None:
-    """No parameter is half stepped, and the next step is that of a torch that starts there."""
+@pytest.mark.parametrize(
+    ("case", "first", "restores"),
+    [
+        *((case, first, False) for case in STATEFUL_CASES for first in (True, False)),
+        (STATEFUL_CASES[1], False, True),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_interrupted_at_any_line(case: Case, first: bool, restores: bool) -> None:
+    """No parameter is half stepped, and the next step is that of a torch that starts there.
+
+    The step that is interrupted has another learning rate; the next one has that or the old one.
+    """
     optimizer, params, grads = _setting(case)
     if not first:
         _step(optimizer, params, grads[:2])
     before = [p.detach().clone() for p in params]
+    rate = optimizer.param_groups[0]["lr"]
+    optimizer.param_groups[0]["lr"] = 0.5 * rate
     _step(optimizer, params, grads[2:4])
     after = [p.detach().clone() for p in params]
     done: set[object] = set()
@@ -105,7 +116,11 @@ def test_interrupted_at_any_line(case: Case, first: bool) -> None:
             _step(optimizer, params, grads[:2])
         for param, grad in zip(params, grads[2:4], strict=True):
             param.grad = grad
+        kept = optimizer.param_groups[0]["lr"]
+        optimizer.param_groups[0]["lr"] = 0.5 * rate
         interrupted = _interrupted(optimizer.step, done)
+        if restores:
+            optimizer.param_groups[0]["lr"] = kept
         assert torch.is_grad_enabled()
         for param, old, new in zip(params, before, after, strict=True):
             assert torch.equal(param, old) or torch.equal(param, new)

@@ -6,11 +6,11 @@ import weakref
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, DEVICE, Case
 from pair import Pair, every_state, two_groups
 from torch.nn import Parameter
 
-from triton_optim import runtime
+from triton_optim import fused, runtime
 
 
 @every_state
@@ -141,6 +141,42 @@ def test_momentum_switched_on_and_off() -> None:
     for momentum in (0.0, 0.9, 0.0, 0.5):
         pair.each(lambda optimizer, _, m=momentum: optimizer.param_groups[0].update(momentum=m))  # type: ignore[misc]
         pair.step(2)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"), [("SGD", "momentum", 0.9), ("Adagrad", "lr_decay", 0.5)]
+)
+def test_a_tensor_filled_in_place_switches_a_flag(name: str, key: str, value: float) -> None:
+    pair = Pair(Case(name, name, {"lr": 0.1}))
+    zero = torch.zeros((), dtype=torch.float64)  # torch computes in its dtype
+    pair.each(lambda optimizer, _: optimizer.param_groups[0].update({key: zero.clone()}))
+    pair.step(2)
+    pair.each(lambda optimizer, _: optimizer.param_groups[0][key].fill_(value))
+    pair.step(2)
+
+
+@every_state
+def test_a_rate_on_the_device_that_becomes_a_number(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number is sent, though it is the one that stood in the tensor's place before."""
+    if DEVICE == "cpu":  # a tensor here stands for one on a GPU
+        monkeypatch.setattr(fused, "_scalar", lambda value: value)
+    param = Parameter(torch.ones(5, device=DEVICE))
+    param.grad = torch.ones_like(param)
+    optimizer = case.ours([param])
+    group = optimizer.param_groups[0]
+    for rate in (0.5, 0.0, torch.tensor(0.5, device=DEVICE), 0.0, 0.0, 0.25):
+        before = param.detach().clone()
+        group["lr"] = rate
+        optimizer.step()
+        assert torch.equal(param, before) == (float(rate) == 0)
+
+
+def test_a_default_that_no_group_has() -> None:
+    pair = Pair(CASES[0])
+    pair.each(lambda optimizer, _: optimizer.defaults.update(of_a_subclass=1))
+    pair.step(2)
 
 
 @every_state

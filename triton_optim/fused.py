@@ -172,10 +172,18 @@ class FusedStep(torch.optim.Optimizer):
             or _global_optimizer_post_hooks
             or _profiler_enabled()
         )
-        # It has wrapped the step of a class that overrides this one.
-        if watched and type(self).step is FusedStep.step:
+        if watched and not self._is_wrapped():
             return self._watched_step(*args, **kwargs)
         return self._closure_step(*args, **kwargs)
+
+    def _is_wrapped(self) -> bool:
+        """Whether torch has wrapped the class's step: one that overrides ours."""
+        step: Any = type(self).step
+        while step is not None:
+            if getattr(step, "__code__", None) is FusedStep._watched_step.__code__:
+                return True
+            step = getattr(step, "__wrapped__", None)
+        return False
 
     step.__signature__ = inspect.signature(_closure_step)  # type: ignore[attr-defined]
     step.hooked = True  # type: ignore[attr-defined]
@@ -194,10 +202,9 @@ class FusedStep(torch.optim.Optimizer):
             )
         if found is None:
             plan.move_strays()
+            found = plan.prepare(self)
         if plan.rest:
             self._torch_step({id(param) for param in plan.rest})
-        if found is None:
-            found = plan.prepare(self)
         plan.run(found)
         if self._plan is None:
             plan.keep(self)

@@ -80,7 +80,10 @@ class Plan:
         check_apart(written)
         grads = [grad for grad in _grads(self._steady) if grad is not None]
         self._guard = LayoutGuard([*self._steady, *grads])
-        self._get_values = itemgetter(*optimizer.defaults)
+        groups = optimizer.param_groups
+        self._get_values = itemgetter(
+            *(name for name in optimizer.defaults if all(name in group for group in groups))
+        )
         self._values: list[object] = []
         self._values_mutate = False
         self._keep_values(optimizer, self._group_values(optimizer))
@@ -144,18 +147,17 @@ class Plan:
     def _same_groups(self, optimizer: FusedStep) -> bool:
         """Whether parameters go the same ways; brings the hyperparameters up to date."""
         values = self._group_values(optimizer)
-        if _differ(values, self._values):
+        if self._values_mutate or _differ(values, self._values):
             if optimizer._groups_key() != self._key:
                 return False
             self._keep_values(optimizer, values)
-        elif self._values_mutate:
-            self._hypers = optimizer._scalars()
         return True
 
     def _group_values(self, optimizer: FusedStep) -> list[object]:
         return [*chain.from_iterable(map(self._get_values, optimizer.param_groups))]
 
     def _keep_values(self, optimizer: FusedStep, values: list[object]) -> None:
+        self._values = []  # until all is done: an interrupt may come between
         self._hypers = optimizer._scalars() if self.uses_kernels else []
         self._values_mutate = not all(v is None or isinstance(v, (float, int)) for v in values)
         self._values = values

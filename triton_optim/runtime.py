@@ -47,7 +47,7 @@ ALIGNMENT = 16  # bytes: a 128-bit load
 
 # Left alone, ptxas squeezes kernels of two states into 64 registers, where some spill.
 TWO_STATES_REGISTERS = 80
-TWO_STATES_ELEMENTS = 256  # that a warp holds at once; with more, these are too few
+TWO_STATES_ELEMENTS = 256  # that a warp holds at once; with more, or in a loop, these are too few
 
 # An interpreted program costs about as much as 40,000 of its elements.
 INTERPRETED_BLOCK_SIZES = tuple(1 << k for k in range(10, 19))
@@ -136,6 +136,7 @@ def options(variant: Variant, config: Config, architecture: str) -> dict[str, An
         and variant.n_states == 2
         and variant.param_dtype != "float64"
         and elements <= TWO_STATES_ELEMENTS
+        and config.blocks == 1
     ):
         chosen["maxnreg"] = TWO_STATES_REGISTERS
     return chosen

@@ -119,6 +119,7 @@ class Table:
         )
         self._sent: bytes | None = None
         self._hypers_sent: object = None
+        self._on_gpu: dict[int, Tensor] = {}
 
     def find(self) -> Found | None:
         """This step's tensors, or None where this table no longer describes them.
@@ -178,10 +179,13 @@ class Table:
     def _send(self, grads: bytes, hypers: list[float | Tensor]) -> None:
         """Bring the buffer up to date; a scalar that lives on a GPU is copied on the device."""
         if hypers is not self._hypers_sent:
-            self._hypers_sent = hypers
-            self._on_gpu = [(i, h) for i, h in enumerate(hypers) if isinstance(h, Tensor)]
+            on_gpu = {i: h for i, h in enumerate(hypers) if isinstance(h, Tensor)}
+            if on_gpu.keys() != self._on_gpu.keys():
+                self._sent = None  # in these places stands what was copied on the device
+            self._on_gpu = on_gpu
             floats = [0.0 if isinstance(h, Tensor) else h for h in hypers]
             self._hyper_column = column("d", floats)
+            self._hypers_sent = hypers
         content = grads + self._hyper_column
         if self._sends_steps:
             # A pack that is not on this device is on the CPU: reading it waits for no device.
@@ -191,7 +195,7 @@ class Table:
             host = columns.sendable(columns.as_tensor(content), self._buffer.device)
             self._buffer.copy_(host, non_blocking=True)
             self._sent = content
-        for i, value in self._on_gpu:
+        for i, value in self._on_gpu.items():
             self._hypers[i].copy_(value.view(()), non_blocking=True)
 
     def hand_over_state(self, optimizer: FusedStep) -> None:

@@ -63,7 +63,10 @@ class DryGPU:
 
 @contextmanager
 def dry_gpu(architecture: str = "sm_90") -> Iterator[DryGPU]:
-    """Parameters on the CPU are taken for a GPU's meanwhile."""
+    """Parameters on the CPU are taken for a GPU's meanwhile.
+
+    Triton keeps the driver afterwards: without a GPU it has no other.
+    """
     gpu = DryGPU(architecture)
     triton.runtime.driver.set_active(gpu)
     named = patch.object(runtime, "architecture", lambda _: architecture)
