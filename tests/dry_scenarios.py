@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import triton
 from lab.dry_gpu import DryGPU, dry_gpu
 from torch import Tensor
 from torch.nn import Parameter
+from triton.compiler import CompiledKernel
 
 import triton_optim
 from triton_optim.kernels.multi_tensor import multi_tensor_kernel
@@ -73,19 +77,25 @@ def _addressed(arguments: Iterable[Any]) -> list[Any]:
     return [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
 
 
+@contextmanager
+def _profiled() -> Iterator[None]:
+    """A hook before launches, where this version of Triton has it."""
+    has_hook = hasattr(CompiledKernel, "launch_enter_hook")
+    owner = CompiledKernel if has_hook else triton.knobs.runtime
+    hook = owner.launch_enter_hook
+    if hasattr(hook, "add"):
+        hook.add(id)
+        yield
+        hook.remove(id)
+    else:
+        with patch.object(owner, "launch_enter_hook", id):
+            yield
+
+
 def a_profiler_is_told_the_bytes(gpu: DryGPU) -> None:
-    from triton import knobs
-
-    def enter(_: Any) -> None:
-        pass
-
-    params = _params(1000, 24)
-    optimizer = triton_optim.RMSprop(params)
-    knobs.runtime.launch_enter_hook.add(enter)
-    try:
+    optimizer = triton_optim.RMSprop(_params(1000, 24))
+    with _profiled():
         optimizer.step()
-    finally:
-        knobs.runtime.launch_enter_hook.remove(enter)
     metadata = gpu.launches[-1][6].get()
     assert metadata["bytes"] == 20 * 1024
     assert metadata["name"] == "multi_tensor_kernel.rmsprop_rule"
