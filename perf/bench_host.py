@@ -14,7 +14,6 @@ import argparse
 import csv
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,9 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from lab import implementations
 from lab.dry_gpu import dry_gpu
+from lab.timing import Summary
 from matplotlib.figure import Figure
 from torch.nn import Parameter
 
@@ -37,13 +38,7 @@ from triton_optim.kernels.multi_tensor import multi_tensor_kernel
 
 Work = Callable[[], object]
 
-RULES: dict[str, tuple[str, dict[str, Any]]] = {
-    "sgd": ("SGD", {}),
-    "momentum": ("SGD", {"momentum": 0.9}),
-    "adagrad": ("Adagrad", {}),
-    "rmsprop": ("RMSprop", {}),
-    "rmsprop-all": ("RMSprop", {"momentum": 0.9, "centered": True}),
-}
+RULES = {rule.name: rule for rule in implementations.RULES}
 TORCH: dict[str, dict[str, Any]] = {
     "for-loop": {"foreach": False},
     "foreach": {"foreach": True},
@@ -63,8 +58,8 @@ class Row(NamedTuple):
     groups: int
     gradients: str
     implementation: str
-    p20: float
     median: float
+    p20: float
     p80: float
 
 
@@ -120,7 +115,7 @@ def _backward(params: Sequence[Parameter]) -> None:
 
 def _works(rule: str, params: Sequence[Parameter], groups: int) -> dict[str, Work]:
     """The floor, and a step of every implementation that there is."""
-    name, kwargs = RULES[rule]
+    name, kwargs = RULES[rule].optimizer, {**RULES[rule].kwargs, "lr": 1e-6}
     works: dict[str, Work] = {
         "floor": lambda: [p.grad.data_ptr() for p in params]  # type: ignore[union-attr]
     }
@@ -130,9 +125,13 @@ def _works(rule: str, params: Sequence[Parameter], groups: int) -> dict[str, Wor
     for implementation, arguments in flags.items():
         module: Any = triton_optim if implementation == "triton_optim" else torch.optim
         parts = [{"params": params[i::groups]} for i in range(groups)]
-        optimizer = getattr(module, name)(parts, lr=1e-6, **kwargs, **arguments)
+        optimizer = getattr(module, name)(parts, **kwargs, **arguments)
         works[implementation] = optimizer.step
     return works
+
+
+def _ours(rule: str, params: Sequence[Parameter]) -> Any:
+    return getattr(triton_optim, RULES[rule].optimizer)(params, **RULES[rule].kwargs)
 
 
 def _measure(rule: str, n: int, gradients: str, repeats: int) -> list[Row]:
@@ -154,7 +153,7 @@ def _measure(rule: str, n: int, gradients: str, repeats: int) -> list[Row]:
             if repeat >= WARMUP:
                 series[key].append(elapsed)
     return [
-        Row(rule, n, groups, gradients, name, *_summary(times))
+        Row(rule, n, groups, gradients, name, *Summary.of(times))
         for (groups, name), times in series.items()
     ]
 
@@ -163,11 +162,6 @@ def _microseconds(work: Work) -> float:
     start = time.perf_counter()
     work()
     return 1e6 * (time.perf_counter() - start)
-
-
-def _summary(series: Sequence[float]) -> tuple[float, float, float]:
-    low, *_, high = statistics.quantiles(series, n=5)
-    return low, statistics.median(series), high
 
 
 def _print(rows: Sequence[Row]) -> None:
@@ -187,8 +181,7 @@ def _print_launch(rule: str) -> None:
     """The launch alone, as the package does it and by Triton's own launcher."""
     params = _params(10)
     _backward(params)
-    optimizer_name, kwargs = RULES[rule]
-    optimizer = getattr(triton_optim, optimizer_name)(params, **kwargs)
+    optimizer = _ours(rule, params)
     optimizer.step()
     launch = optimizer._plan._tables[0]._launches[0]
     by_triton = partial(multi_tensor_kernel[launch.grid], **launch.arguments, **launch.options)
@@ -198,16 +191,15 @@ def _print_launch(rule: str) -> None:
         for name, work in works.items():
             series[name].append(_microseconds(work))
     for name in works:
-        low, median, high = _summary(series[name])
+        median, low, high = Summary.of(series[name])
         print(f"one launch {name}: {median:.1f} ({low:.1f}-{high:.1f}) us")
 
 
 def _first_step(rule: str) -> float:
     """Seconds of a rule's first step."""
-    name, kwargs = RULES[rule]
     params = _params(10)
     _backward(params)
-    return _microseconds(getattr(triton_optim, name)(params, **kwargs).step) / 1e6
+    return _microseconds(_ours(rule, params).step) / 1e6
 
 
 def _print_first_step(rules: Sequence[str]) -> None:
