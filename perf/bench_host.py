@@ -39,11 +39,8 @@ from triton_optim.kernels.multi_tensor import multi_tensor_kernel
 Work = Callable[[], object]
 
 RULES = {rule.name: rule for rule in implementations.RULES}
-TORCH: dict[str, dict[str, Any]] = {
-    "for-loop": {"foreach": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-}
+TORCH = ("for-loop", "foreach", "fused")
+NAMES = {implementations.OURS: implementations.OURS, **{f"torch {name}": name for name in TORCH}}
 SERIES = ("floor", "triton_optim", *TORCH)
 COUNTS = (10, 100, 300, 1000, 3000)
 GROUPS = (1, 20)
@@ -115,18 +112,15 @@ def _backward(params: Sequence[Parameter]) -> None:
 
 def _works(rule: str, params: Sequence[Parameter], groups: int) -> dict[str, Work]:
     """The floor, and a step of every implementation that there is."""
-    name, kwargs = RULES[rule].optimizer, {**RULES[rule].kwargs, "lr": 1e-6}
+    slow = RULES[rule]._replace(kwargs={**RULES[rule].kwargs, "lr": 1e-6})
     works: dict[str, Work] = {
         "floor": lambda: [p.grad.data_ptr() for p in params]  # type: ignore[union-attr]
     }
-    flags = {"triton_optim": {}, **TORCH}
-    if name == "RMSprop":
-        del flags["fused"]  # torch has none
-    for implementation, arguments in flags.items():
-        module: Any = triton_optim if implementation == "triton_optim" else torch.optim
-        parts = [{"params": params[i::groups]} for i in range(groups)]
-        optimizer = getattr(module, name)(parts, **kwargs, **arguments)
-        works[implementation] = optimizer.step
+    for implementation in implementations.IMPLEMENTATIONS:
+        name = NAMES.get(implementation.name)
+        if name is not None and implementation.refusal(slow, implementations.STORAGES[0]) is None:
+            parts: Any = [{"params": params[i::groups]} for i in range(groups)]
+            works[name] = implementation.build(slow, parts).step
     return works
 
 

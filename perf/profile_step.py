@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
-from train_lm import GRU, OPTIMIZERS, Transformer, make_optimizer
+from train_lm import OPTIMIZERS, make_model, make_optimizer
 
 VOCABULARY = 256
 BATCH = 16
@@ -92,11 +92,7 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton_optim imports triton
         torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = (
-        GRU(VOCABULARY, args.size)
-        if args.model == "gru"
-        else Transformer(VOCABULARY, args.size, args.context)
-    ).to(device)
+    model = make_model(args, VOCABULARY).to(device)
     optimizer = make_optimizer(args, model, args.optimizer, args.by)
     tokens = torch.randint(VOCABULARY, (BATCH, args.context + 1), device=device)
     for _ in range(WARMUP):

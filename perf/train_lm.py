@@ -129,11 +129,7 @@ class Run(NamedTuple):
 
 def train(args: argparse.Namespace, text: Text, name: str, implementation: str) -> Run:
     torch.manual_seed(args.seed)
-    model = (
-        GRU(text.vocabulary, args.size)
-        if args.model == "gru"
-        else Transformer(text.vocabulary, args.size, args.context)
-    ).to(args.device)
+    model = make_model(args, text.vocabulary).to(args.device)
     optimizer = make_optimizer(args, model, name, implementation)
 
     windows = text.tokens.to(args.device).unfold(0, args.context + 1, 1)
@@ -153,6 +149,12 @@ def train(args: argparse.Namespace, text: Text, name: str, implementation: str) 
             run.rates[step] = effective_step_size(optimizer, SQUARES[name])
         progress.set_postfix(loss=f"{run.losses[-1]:.3f}", refresh=False)
     return run
+
+
+def make_model(args: argparse.Namespace, vocabulary: int) -> nn.Module:
+    if args.model == "gru":
+        return GRU(vocabulary, args.size)
+    return Transformer(vocabulary, args.size, args.context)
 
 
 def make_optimizer(

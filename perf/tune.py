@@ -23,7 +23,7 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
-from lab.device import EMPTIED_BELOW, Device
+from lab.device import Device
 from lab.implementations import (
     IMPLEMENTATIONS,
     RULES,
@@ -144,8 +144,7 @@ class Tuner:
             step = self._right_step(workload, config)
             if step is not None:
                 steps[str(config)] = step
-        small = layout.params * bytes_per_param(rule, self._storage)
-        emptied = small < EMPTIED_BELOW * self._device.l2_bytes
+        emptied = self._device.may_cache(layout.params * bytes_per_param(rule, self._storage))
         limits = (self._repeats, self._stop)
         measured = measure(self._device, steps, emptied, *limits, workload.renew)
         for config in times:

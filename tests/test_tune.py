@@ -84,18 +84,11 @@ def test_the_mean_is_over_everything() -> None:
     assert tuner.ranked() == [(other, pytest.approx(0.5**0.5)), (DEFAULT, 1.0)]
 
 
-def test_a_forced_config_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forced_config_is_launched() -> None:
     layout = Layout("tiny", [("weight", (10, 20))])
     workload = Workload(layout, RULES[0], STORAGES[0], Clockwork.type)
-    programs = []
-    run = runtime.Launch.run
-
-    def recorded(launch: runtime.Launch) -> None:
-        programs.append(len(launch.owners))
-        run(launch)
-
-    monkeypatch.setattr(runtime.Launch, "run", recorded)
-    for config in (Config(64, 1, blocks=2), Config(64, 1)):
-        with tune.forced(config):
-            workload.build(tune.OURS)()
-    assert programs == [2, 4]
+    with runtime.recorded() as launches:
+        for config in (Config(64, 1, blocks=2), Config(64, 1)):
+            with tune.forced(config):
+                workload.build(tune.OURS)()
+    assert [len(launch.owners) for launch in launches] == [2, 4]

@@ -6,8 +6,6 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from typing import Any
@@ -64,7 +62,7 @@ def main() -> int:
 
 
 def _row(name: str, kwargs: dict[str, Any], dtype: torch.dtype) -> tuple[Any, ...]:
-    with _launches() as variants:
+    with runtime.recorded() as launches:
         ours = _train(getattr(triton_optim, name), dtype, dtype, kwargs)
     torch_class = getattr(torch.optim, name)
     theirs = _train(torch_class, dtype, dtype, {**kwargs, "foreach": False})
@@ -80,8 +78,8 @@ def _row(name: str, kwargs: dict[str, Any], dtype: torch.dtype) -> tuple[Any, ..
         str(dtype).removeprefix("torch."),
         f"{error:.2e}",
         f"{torch_error:.2e}",
-        f"{len(variants) / STEPS:g}",
-        f"{variants[-1].bytes_per_element}",
+        f"{len(launches) / STEPS:g}",
+        f"{launches[-1].variant.bytes_per_element}",
         "ok" if error <= torch_error + slack else "WORSE",
     )
 
@@ -107,23 +105,6 @@ def _train(
 
 def _error(params: list[Tensor], exact: list[Tensor]) -> float:
     return max(float((p - e).abs().max()) for p, e in zip(params, exact, strict=True))
-
-
-@contextmanager
-def _launches() -> Iterator[list[runtime.Variant]]:
-    """The variants that are launched meanwhile."""
-    variants: list[runtime.Variant] = []
-    run = runtime.Launch.run
-
-    def recorded(launch: runtime.Launch) -> None:
-        variants.append(launch.variant)
-        run(launch)
-
-    runtime.Launch.run = recorded  # type: ignore[assignment, method-assign]
-    try:
-        yield variants
-    finally:
-        runtime.Launch.run = run  # type: ignore[method-assign]
 
 
 def _version(package: str) -> str:

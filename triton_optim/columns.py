@@ -110,6 +110,11 @@ def as_tensor(columns: bytes) -> Tensor:
     return torch.frombuffer(bytearray(columns), dtype=torch.int64)
 
 
+def on_device(host: Tensor, device: torch.device) -> Tensor:
+    """`host`, copied to `device` without waiting for it."""
+    return sendable(host, device).to(device, non_blocking=True)
+
+
 def sendable(host: Tensor, device: torch.device) -> Tensor:
     """`host` where an asynchronous copy to `device` can read it.
 

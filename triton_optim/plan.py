@@ -52,7 +52,7 @@ class Plan:
         self.uses_kernels = self.on_gpu = False
         self._key = optimizer._groups_key()
         self._params = list(_all_params(optimizer))
-        self._lengths = [*map(len, map(_PARAMS, optimizer.param_groups))]
+        self._lengths = _lengths(optimizer)
         self._states: list[State] = []
         self._idle: list[Tensor] = []
         self._steady: list[Tensor] = []  # of rest, those that a LayoutGuard can watch
@@ -131,7 +131,7 @@ class Plan:
         if (
             not self._same_groups(optimizer)
             or _differ(_all_params(optimizer), self._params)
-            or [*map(len, map(_PARAMS, optimizer.param_groups))] != self._lengths
+            or _lengths(optimizer) != self._lengths
             or _differ(optimizer.state.values(), self._states)
             or ((self._idle or self.rest) and self._others_changed())
         ):
@@ -196,6 +196,10 @@ class Plan:
 
 def _all_params(optimizer: FusedStep) -> Iterable[Tensor]:
     return chain.from_iterable(map(_PARAMS, optimizer.param_groups))
+
+
+def _lengths(optimizer: FusedStep) -> list[int]:
+    return [*map(len, map(_PARAMS, optimizer.param_groups))]
 
 
 def _grads(params: Sequence[Tensor]) -> list[Tensor | None]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -61,7 +61,7 @@ class Variant(NamedTuple):
     n_states: int
     param_dtype: str
     grad_dtype: str
-    state_dtype: str
+    state_dtype: str  # the parameter's where there is no state
     aligned: bool
     reads_step: bool
 
@@ -74,9 +74,8 @@ class Variant(NamedTuple):
     @property
     def half(self) -> bool:
         """Whether everything that is updated is of 16 bits."""
-        return {ITEM_SIZES[self.param_dtype], ITEM_SIZES[self.grad_dtype]} == {2} and (
-            not self.n_states or ITEM_SIZES[self.state_dtype] == 2
-        )
+        dtypes = (self.param_dtype, self.grad_dtype, self.state_dtype)
+        return all(ITEM_SIZES[dtype] == 2 for dtype in dtypes)
 
 
 class Tables(NamedTuple):
@@ -194,6 +193,23 @@ class Launch:
         """Launch on the device's current stream."""
         with _current(self.owners.device):
             self._start()
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """The launches that are run meanwhile, for tools and tests."""
+    launches: list[Launch] = []
+    run = Launch.run
+
+    def record(launch: Launch) -> None:
+        launches.append(launch)
+        run(launch)
+
+    Launch.run = record  # type: ignore[assignment, method-assign]
+    try:
+        yield launches
+    finally:
+        Launch.run = run  # type: ignore[method-assign]
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

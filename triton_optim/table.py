@@ -88,7 +88,7 @@ class Table:
                 optimizer._rule,
                 cut.variant,
                 cut.config,
-                columns.sendable(cut.owners, device).to(device, non_blocking=True),
+                columns.on_device(cut.owners, device),
                 self._tables,
                 cut.n_bytes,
             )
@@ -112,7 +112,7 @@ class Table:
         grads, floats, steps = torch.split(self._buffer, lengths)
         self._hypers = floats.view(torch.float64)
         self._tables = runtime.Tables(
-            rows=columns.sendable(rows, device).to(device, non_blocking=True),
+            rows=columns.on_device(rows, device),
             grads=grads,
             hypers=self._hypers[: len(hypers)].view(n_groups, -1),
             steps=steps.view(torch.float64) if self._sends_steps else self._pack,

@@ -75,6 +75,10 @@ class Device:
         """Keep the device busy, so that what is queued meanwhile then runs without gaps."""
         torch.cuda._sleep(int(microseconds * self._cycles_per_us))
 
+    def may_cache(self, step_bytes: int) -> bool:
+        """Whether a step of so many bytes could find some in the L2, from the one before."""
+        return step_bytes < EMPTIED_BELOW * self.l2_bytes
+
     def empty_l2(self) -> None:
         """Read so much that nothing of a step is left in the L2, and nothing has to be written."""
         self._reader.sum()

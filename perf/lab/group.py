@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from lab.device import COPY_BYTES, EMPTIED_BELOW, Device
+from lab.device import COPY_BYTES, Device
 from lab.implementations import (
     COPY,
     IMPLEMENTATIONS,
@@ -69,7 +69,7 @@ def bench(device: Device, group: Group, base: Row, repeats: int, stop: float) ->
             steps[row.implementation] = step
     _measure_memory(device, rows, steps)
     if steps:
-        emptied = (base.step_bytes or 0) < EMPTIED_BELOW * device.l2_bytes
+        emptied = device.may_cache(base.step_bytes or 0)
         copy = replace(base, implementation=COPY, status=OK, step_bytes=2 * COPY_BYTES)
         rows.append(replace(copy, params=0, tensors=0, model_bytes=None, tolerance=None))
         steps[COPY] = device.copy

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from inspect import signature
 from itertools import combinations, product
 from typing import Any, NamedTuple
@@ -120,7 +118,11 @@ def measure(
 ) -> Step:
     """An optimizer's second step over whole chunks of the size that a GPU is given."""
     param_dtype, grad_dtype, state_dtype = storage
-    with _configured(architecture) as launches:
+
+    def config(variant: runtime.Variant, *_: object) -> tuning.Config:
+        return tuning.config(architecture, half=variant.half)
+
+    with patch.object(runtime, "config", config), runtime.recorded() as launches:
         numel = CHUNKS * max(tuning.config(architecture, half=half).chunk for half in (False, True))
         params = [Parameter(torch.randn(numel).to(param_dtype)) for _ in range(TENSORS)]
         make = getattr(triton_optim, name)
@@ -146,23 +148,6 @@ def measure(
         (traffic.loaded + traffic.stored) / (TENSORS * numel),
         len(launches),
     )
-
-
-@contextmanager
-def _configured(architecture: str) -> Iterator[list[runtime.Launch]]:
-    """Launches are cut as for a GPU; yields those that are run meanwhile."""
-    run = runtime.Launch.run
-    launches: list[runtime.Launch] = []
-
-    def config(variant: runtime.Variant, *_: object) -> tuning.Config:
-        return tuning.config(architecture, half=variant.half)
-
-    def recorded(launch: runtime.Launch) -> None:
-        launches.append(launch)
-        run(launch)
-
-    with patch.object(runtime, "config", config), patch.object(runtime.Launch, "run", recorded):
-        yield launches
 
 
 if __name__ == "__main__":
