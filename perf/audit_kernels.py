@@ -28,13 +28,12 @@ if __name__ == "__main__":
 import triton
 from lab.disassembly import Usage, amdgcn, amdgcn_usage, sass, sass_usage
 from lab.gpus import GPUS
-from lab.interpreted import Step
+from lab.interpreted import OPTIMIZERS, Step
 from lab.kernel_report import Row, as_json, findings, print_table
 from lab.machine_code import Code, Instruction, MainPath
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import triton_optim
 from triton_optim import runtime, tuning
 from triton_optim.kernels import multi_tensor
 
@@ -86,7 +85,7 @@ def _steps(architectures: Sequence[str]) -> dict[str, list[Step]]:
     # Where launches are cut alike, steps move the same.
     cuts = {a: tuple(tuning.config(a, half=half).chunk for half in (False, True)) for a in GPUS}
     first = {cuts[a]: a for a in reversed(architectures)}
-    tasks = [(a, name) for a in first.values() for name in triton_optim.__all__]
+    tasks = [(a, name) for a in first.values() for name in OPTIMIZERS]
     steps: dict[str, list[Step]] = {a: [] for a in first.values()}
     with ThreadPoolExecutor(WORKERS) as pool:
         for (architecture, _), found in zip(tasks, pool.map(_interpret, tasks), strict=True):
@@ -115,7 +114,7 @@ def examine(architecture: str, steps: Sequence[Step]) -> list[Row]:
 
 
 def _compile(architecture: str, step: Step) -> Any:
-    """The kernel that `runtime.Launch` would have compiled."""
+    """The kernel that `UpdateLaunch` would have compiled."""
     kernel = multi_tensor.multi_tensor_kernel
     config = tuning.config(architecture, half=step.variant.half)
     constants = runtime.constants(step.rule, step.variant, config, step.n_hypers)

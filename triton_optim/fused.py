@@ -13,6 +13,7 @@ from torch._C._autograd import _profiler_enabled
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from . import runtime
 from .checks import (
     check_apart,
     check_entries,
@@ -23,11 +24,15 @@ from .checks import (
     check_values,
     describe,
 )
+from .gate import Extras, Gate
+from .gated import GatedOptimizer
 from .plan import Plan
+from .shards import local
+from .table import Found
 from .ways import PLAIN_TYPES, Group, State, group_refusal, refusal
 
 
-class FusedStep(torch.optim.Optimizer):
+class FusedStep(GatedOptimizer):
     """Steps a torch optimizer in one launch; what the kernels cannot take goes torch's own way.
 
     A class derives from this and from the torch optimizer whose constructor, state and messages it
@@ -39,17 +44,23 @@ class FusedStep(torch.optim.Optimizer):
     _step_flags: frozenset[str] = frozenset()  # flags under which the rule reads the step
     _state_follows_parameter = False  # state on another device is moved, not refused
 
-    _plan: Plan | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, extras: Extras, **kwargs: Any) -> None:
+        self._extras = extras
         super().__init__(*args, **kwargs)
-        # torch sets it under `fused`. GradScaler then unscales and skips by itself.
-        self._step_supports_amp_scaling = False
+        reasons = [*filter(None, map(self._group_refusal, self.param_groups))]
+        if extras.capturable and reasons:
+            raise RuntimeError(f"`capturable` does not support {reasons[0]}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._plan is not None:
+            self._plan.forget_skipped(self)
+        return {**super().__getstate__(), "_extras": self._extras}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         loaded = "defaults" not in state  # by load_state_dict; a copy brings everything
-        for group in state["param_groups"]:
-            group.setdefault("fused", None)
+        if "fused" in (self.defaults if loaded else state["defaults"]):
+            for group in state["param_groups"]:
+                group.setdefault("fused", None)  # torch sets False, which would refuse the kernels
         if loaded:
             groups, counts = state["param_groups"], self._counts_steps
             check_entries(state["state"], groups, counts_steps=counts)
@@ -80,6 +91,13 @@ class FusedStep(torch.optim.Optimizer):
                 check_values(state_dict["state"])
             raise
 
+    @_disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the groups, in torch's format; see `torch.optim.Optimizer.state_dict`."""
+        if self._plan is not None:
+            self._plan.forget_skipped(self)
+        return super().state_dict()
+
     def _flags(self, group: Group) -> frozenset[str]:
         """Names of the rule's flags that a parameter group sets."""
         raise NotImplementedError
@@ -98,7 +116,7 @@ class FusedStep(torch.optim.Optimizer):
 
     def _new_step(self, param: Tensor, group: Group) -> Tensor:
         """A step counter at 0, where torch keeps it."""
-        if group["fused"]:
+        if self._fused(group) or self._capturable(group):
             return torch.zeros((), dtype=torch.float32, device=param.device)
         double = torch.get_default_dtype() == torch.float64
         return torch.zeros((), dtype=torch.float64 if double else torch.float32, device="cpu")
@@ -116,7 +134,7 @@ class FusedStep(torch.optim.Optimizer):
                 foreign = any(isinstance(value, Tensor) for value in state.values())
                 if type(param) not in PLAIN_TYPES or not (self._has_state(state) or foreign):
                     continue
-                kernels = not (group_refusal(group) or refusal(param, param))
+                kernels = not (self._group_refusal(group) or refusal(param, param))
                 where = describe(group, index, position)
                 written += self._check_state(param, group, where, kernels=kernels)
         check_apart(written)
@@ -132,7 +150,7 @@ class FusedStep(torch.optim.Optimizer):
         check_state(param, state, names, where, follows=self._state_follows_parameter)
         if self._counts_steps:
             check_step(state, where)
-        return [(state[name], f"state {name!r} of {where}") for name in names]
+        return [(local(state[name]), f"state {name!r} of {where}") for name in names]
 
     def _closure_step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -190,25 +208,42 @@ class FusedStep(torch.optim.Optimizer):
 
     @_disable_dynamo  # a compiled program would trace addresses; it breaks here instead
     def _planned_step(self) -> None:
+        gate = self._gate()
+        self._was_gated |= gate.may_skip
         plan = self._plan
         found = plan.find(self) if plan is not None else None
         if plan is None or found is None:
+            if plan is not None:
+                plan.forget_skipped(self)
             self._plan = None
             plan = Plan(self)
         if plan.on_gpu and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{type(self).__name__}.step() was called under CUDA graph capture: a replay would "
-                "repeat this step's rates and addresses; pass fused=False"
-            )
+            self._check_capture(ready=found is not None)
+            self._captured = (*self._captured, plan)
         if found is None:
             plan.move_strays()
-            found = plan.prepare(self)
-        if plan.rest:
-            self._torch_step({id(param) for param in plan.rest})
-        plan.run(found)
+            found = plan.make_tables(self)
+        self._gated_step(plan, found, gate)
         if self._plan is None:
             plan.keep(self)
             self._plan = plan
+
+    def _gated_step(self, plan: Plan, found: list[Found], gate: Gate) -> None:
+        copies = plan.prepare(found, gate)
+        norm = None
+        if gate.max_norm is not None:
+            norm = plan.norm()
+            self._keep_norm(norm, gate)
+        rest_happens = True
+        if plan.rest:
+            rest_happens = gate.happens(norm)
+            if rest_happens:
+                gate.apply([param.grad for param in plan.rest if param.grad is not None], norm)
+                self._torch_step({id(param) for param in plan.rest})
+        plan.run(found, copies, gate)
+        if gate.skip_nonfinite:
+            skipped = plan.skipped()
+            self._count_skipped(torch.tensor(1.0 - rest_happens) if skipped is None else skipped)
 
     def _scalars(self) -> list[float | Tensor]:
         """Every group's hyperparameters, one after another; tensors only where they are on a GPU.
@@ -222,10 +257,12 @@ class FusedStep(torch.optim.Optimizer):
     def _torch_step(self, rest: set[int]) -> None:
         """torch's own `step()` over the parameters with these ids.
 
-        Unwrapped: hooks have run, and the gradient mode is set.
+        Unwrapped: hooks have run, and the gradient mode is set. Gradients are unscaled.
         """
         step = inspect.unwrap(super().step)
-        groups = self.param_groups
+        groups, told = self.param_groups, vars(self)
+        names: list[str] = [name for name in ("grad_scale", "found_inf") if name in told]
+        scaler = {name: told.pop(name) for name in names}
         try:
             self.param_groups = [
                 {
@@ -239,19 +276,23 @@ class FusedStep(torch.optim.Optimizer):
             step(self)
         finally:
             self.param_groups = groups
+            told.update(scaler)
 
     def _groups_key(self) -> list[tuple[object, ...]]:
         """What decides, beside the tensors, which way they go and which kernel they get."""
         return [
-            (self._flags(group), group_refusal(group), group.get("fused"))
+            (self._flags(group), self._group_refusal(group), self._fused(group))
             for group in self.param_groups
         ]
+
+    def _group_refusal(self, group: Group) -> str | None:
+        return group_refusal(group, self._fused(group))
 
 
 def _scalar(value: float | Tensor) -> float | Tensor:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"a hyperparameter has {value.numel()} elements; give it one")
-        if not value.is_cpu:
+        if value.device.type in runtime.CAPTURABLE_DEVICE_TYPES:
             return value
     return float(value)

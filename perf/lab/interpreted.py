@@ -25,8 +25,9 @@ from torch.nn import Parameter
 import triton_optim
 from lab.traffic import Traffic, watched
 from triton_optim import runtime, tuning
-from triton_optim.ways import group_refusal
+from triton_optim.launch import UpdateLaunch, recorded
 
+OPTIMIZERS = ("SGD", "Adagrad", "RMSprop")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # parameter, gradient, state
 STORAGES = (
@@ -76,7 +77,7 @@ class Step(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("architecture", help="whose block sizes are used, such as sm_90")
-    parser.add_argument("optimizer", nargs="*", default=triton_optim.__all__)
+    parser.add_argument("optimizer", nargs="*", default=OPTIMIZERS)
     args = parser.parse_args()
     # Without state, its dtype makes no other kernel.
     steps = {
@@ -102,10 +103,10 @@ def flag_sets(name: str) -> list[dict[str, Any]]:
             kwargs = {n: on[n] for n in names}
             try:
                 optimizer = make([Parameter(torch.empty(1))], **kwargs)
-            except ValueError:  # such as Nesterov without momentum
+            except (ValueError, RuntimeError):  # such as Nesterov without momentum
                 continue
             group = optimizer.param_groups[0]
-            if group_refusal(group) is None:
+            if optimizer._group_refusal(group) is None:
                 found.setdefault(optimizer._flags(group), kwargs)
     return list(found.values())
 
@@ -122,7 +123,7 @@ def measure(
     def config(variant: runtime.Variant, *_: object) -> tuning.Config:
         return tuning.config(architecture, half=variant.half)
 
-    with patch.object(runtime, "config", config), runtime.recorded() as launches:
+    with patch.object(runtime, "config", config), recorded() as launches:
         numel = CHUNKS * max(tuning.config(architecture, half=half).chunk for half in (False, True))
         params = [Parameter(torch.randn(numel).to(param_dtype)) for _ in range(TENSORS)]
         make = getattr(triton_optim, name)
@@ -140,7 +141,9 @@ def measure(
         traffic = Traffic()
         with watched(traffic.count):
             optimizer.step()
-    variant, tables = launches[0].variant, launches[0].tables
+    update = launches[0]
+    assert isinstance(update, UpdateLaunch)
+    variant, tables = update.variant, update.tables
     return Step(
         optimizer._rule,
         variant,
