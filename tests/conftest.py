@@ -6,6 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # What cuBLAS needs under the deterministic algorithms that fill fresh memory with NaN.
@@ -16,6 +19,12 @@ import fences
 from triton_optim import runtime
 from triton_optim.launch import Launch, UpdateLaunch
 from triton_optim.table import Table
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """`-n auto`: a process a core, but no workers, just this process, where there is a GPU."""
+    return 0 if torch.cuda.is_available() else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
