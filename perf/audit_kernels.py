@@ -86,7 +86,7 @@ def _steps(architectures: Sequence[str]) -> dict[str, list[Step]]:
     # Where launches are cut alike, steps move the same.
     cuts = {a: tuple(tuning.config(a, half=half).chunk for half in (False, True)) for a in GPUS}
     first = {cuts[a]: a for a in reversed(architectures)}
-    tasks = [(a, name) for a in first.values() for name in triton_optim.__all__]
+    tasks = [(a, name) for a in first.values() for name in triton_optim.OPTIMIZERS]
     steps: dict[str, list[Step]] = {a: [] for a in first.values()}
     with ThreadPoolExecutor(WORKERS) as pool:
         for (architecture, _), found in zip(tasks, pool.map(_interpret, tasks), strict=True):

@@ -9,8 +9,10 @@ if not (Path(__file__).parent / "kernels" / "rules.py").is_file():
         __path__.append(str(_root))
 
 from .adagrad import Adagrad
+from .in_backward import step_in_backward
 from .rmsprop import RMSprop
 from .sgd import SGD
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "Adagrad", "RMSprop"]
+__all__ = ["SGD", "Adagrad", "RMSprop", "step_in_backward"]
+OPTIMIZERS = ("SGD", "Adagrad", "RMSprop")

@@ -76,7 +76,7 @@ class Step(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("architecture", help="whose block sizes are used, such as sm_90")
-    parser.add_argument("optimizer", nargs="*", default=triton_optim.__all__)
+    parser.add_argument("optimizer", nargs="*", default=triton_optim.OPTIMIZERS)
     args = parser.parse_args()
     # Without state, its dtype makes no other kernel.
     steps = {
