@@ -28,12 +28,13 @@ if __name__ == "__main__":
 import triton
 from lab.disassembly import Usage, amdgcn, amdgcn_usage, sass, sass_usage
 from lab.gpus import GPUS
-from lab.interpreted import OPTIMIZERS, Step
+from lab.interpreted import Step
 from lab.kernel_report import Row, as_json, findings, print_table
 from lab.machine_code import Code, Instruction, MainPath
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import triton_optim
 from triton_optim import runtime, tuning
 from triton_optim.kernels import multi_tensor
 
@@ -85,7 +86,7 @@ def _steps(architectures: Sequence[str]) -> dict[str, list[Step]]:
     # Where launches are cut alike, steps move the same.
     cuts = {a: tuple(tuning.config(a, half=half).chunk for half in (False, True)) for a in GPUS}
     first = {cuts[a]: a for a in reversed(architectures)}
-    tasks = [(a, name) for a in first.values() for name in OPTIMIZERS]
+    tasks = [(a, name) for a in first.values() for name in triton_optim.OPTIMIZERS]
     steps: dict[str, list[Step]] = {a: [] for a in first.values()}
     with ThreadPoolExecutor(WORKERS) as pool:
         for (architecture, _), found in zip(tasks, pool.map(_interpret, tasks), strict=True):

@@ -22,9 +22,6 @@ BLOCK = 1024 if DEVICE == "cuda" else 64  # elements of a program in these tests
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)
 
 
-OPTIMIZERS = ("SGD", "Adagrad", "RMSprop")
-
-
 class Case(NamedTuple):
     """One optimizer and its arguments."""
 

@@ -9,13 +9,15 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import DEVICE, OPTIMIZERS, Case, Spec, assert_no_worse, assert_same_bits, double
+from cases import DEVICE, Case, Spec, assert_no_worse, assert_same_bits, double
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
 from torch.testing._internal import common_optimizers
 from torch.testing._internal.common_optimizers import ErrorOptimizerInput, OptimizerInfo, optim_db
+
+import triton_optim
 
 Named = dict[str, list[Tensor]]
 
@@ -30,7 +32,7 @@ class Config(Case):
         return super().theirs(params, **{**copy.deepcopy(self.kwargs), **kwargs})
 
 
-INFOS = [info for info in optim_db if info.name in OPTIMIZERS]
+INFOS = [info for info in optim_db if info.name in triton_optim.OPTIMIZERS]
 
 
 def configs(info: OptimizerInfo, device: str = "cpu") -> list[Config]:

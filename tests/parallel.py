@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from worlds import World
 
-from triton_optim import runtime
-from triton_optim.kernels.multi_tensor import PARAM
+from triton_optim.kernels.chunks import PARAM
+from triton_optim.launch import UpdateLaunch, recorded
 
 ROWS = 4  # of a batch, shared out evenly among 1, 2 or 4 processes
 POSITIONS = 5  # of a sequence
@@ -166,13 +166,19 @@ def train(
     for step in steps:
         backward(spread, step)
         clip()
-        with runtime.recorded() as launches:
+        with recorded() as launches:
             optimizer.step()
-        updated.append(set(chain.from_iterable(map(_addresses, launches))))
+        updated.append(
+            set(
+                chain.from_iterable(
+                    _addresses(launch) for launch in launches if isinstance(launch, UpdateLaunch)
+                )
+            )
+        )
     return updated
 
 
-def _addresses(launch: runtime.Launch) -> list[int]:
+def _addresses(launch: UpdateLaunch) -> list[int]:
     rows = launch.owners.unique().long()
     addresses: list[int] = launch.tables.rows[rows, PARAM.value].tolist()
     return addresses

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from cases import CASES, DEVICE, OPTIMIZERS
+from cases import CASES, DEVICE
 from lab.gpus import GPUS
 from lab.interpreted import flag_sets, measure
 from lab.kernel_report import Row, findings, from_json
@@ -160,7 +160,7 @@ def test_a_changed_kernel_is_found(
 def test_every_flag_set_is_reached() -> None:
     """Those of the cases, and as many as the switches give."""
     reached = {}
-    for name in OPTIMIZERS:
+    for name in triton_optim.OPTIMIZERS:
         make = getattr(triton_optim, name)
         optimizers = [make([Parameter(torch.empty(1))], **kwargs) for kwargs in flag_sets(name)]
         reached[name] = {optimizer._flags(optimizer.param_groups[0]) for optimizer in optimizers}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE, OPTIMIZERS, STATEFUL_CASES, Case, assert_same_bits, new_param, refused
+from cases import DEVICE, STATEFUL_CASES, Case, assert_same_bits, new_param, refused
 from fake_graph import FakeGraph, fake_cuda
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import ExponentialLR
@@ -99,7 +99,7 @@ def test_eager_steps_between_replays(case: Case) -> None:
 
 
 @pytest.mark.usefixtures("cuda")
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", triton_optim.OPTIMIZERS)
 def test_steps_are_counted_on_the_device(name: str) -> None:
     params = [new_param(5), new_param(7)]
     optimizer = getattr(triton_optim, name)(params, lr=torch.tensor(0.1), capturable=True)
@@ -154,7 +154,7 @@ def test_what_a_replay_would_not_see(change: Callable[..., None], message: str) 
 
 
 @pytest.mark.usefixtures("cuda")
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", triton_optim.OPTIMIZERS)
 @pytest.mark.parametrize(
     ("kwargs", "stepped", "message"),
     [
@@ -184,7 +184,7 @@ def test_what_cannot_be_captured(
         optimizer.step()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", triton_optim.OPTIMIZERS)
 def test_capturable_with_cpu_parameters(name: str) -> None:
     params = [new_param(5), new_param(3)]
     optimizer = getattr(triton_optim, name)(params, capturable=True)

@@ -14,7 +14,6 @@ from cases import (
     CASES,
     DEVICE,
     DTYPES,
-    OPTIMIZERS,
     SPECS,
     STATEFUL_CASES,
     Case,
@@ -279,7 +278,7 @@ def test_error_if_nonfinite_writes_nothing(case: Case) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", triton_optim.OPTIMIZERS)
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, DEVICE, OPTIMIZERS, STATEFUL_CASES, Case
+from cases import CASES, DEVICE, STATEFUL_CASES, Case
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -128,7 +128,7 @@ def test_the_plan_is_kept(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_gradient_at_all(launches: list[runtime.Variant]) -> None:
-    for name in OPTIMIZERS:
+    for name in triton_optim.OPTIMIZERS:
         optimizer = getattr(triton_optim, name)([Parameter(torch.ones(3, device=DEVICE))])
         optimizer.step()
         assert getattr(triton_optim, name)([Parameter(torch.ones(0, device=DEVICE))])

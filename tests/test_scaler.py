@@ -12,7 +12,6 @@ import torch
 from cases import (
     CASES,
     DEVICE,
-    OPTIMIZERS,
     STATEFUL_CASES,
     Case,
     Spec,
@@ -176,7 +175,7 @@ def test_on_torchs_own_way(kwargs: dict[str, Any], found_inf: float) -> None:
     torch.testing.assert_close([param.grad for param in params], [factor * g for g in grads])
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", triton_optim.OPTIMIZERS)
 def test_loaded_from_torchs_default_optimizer(name: str) -> None:
     """Which knows nothing of scaling; the scaler's checks hold all the same."""
     params = [new_param(5), new_param(5)]

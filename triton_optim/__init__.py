@@ -11,8 +11,10 @@ if not (Path(__file__).parent / "kernels" / "rules.py").is_file():
 from .adagrad import Adagrad
 from .clip import clip_grad_norm_
 from .graphs import GraphedStep
+from .in_backward import step_in_backward
 from .rmsprop import RMSprop
 from .sgd import SGD
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "Adagrad", "GraphedStep", "RMSprop", "clip_grad_norm_"]
+__all__ = ["SGD", "Adagrad", "GraphedStep", "RMSprop", "clip_grad_norm_", "step_in_backward"]
+OPTIMIZERS = ("SGD", "Adagrad", "RMSprop")

@@ -19,6 +19,8 @@ def describe(group: Group, index: int, position: int) -> str:
     """A parameter in words: where it stands, and its name if it has one."""
     names = group.get("param_names")
     name = f" ({names[position]!r})" if names and position < len(names) else ""
+    if "_places" in group:  # that of a Bucket: where it stands in the whole optimizer
+        index, position = group["_places"][position]
     return f"parameter {position}{name} of group {index}"
 
 

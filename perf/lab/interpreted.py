@@ -27,7 +27,6 @@ from lab.traffic import Traffic, watched
 from triton_optim import runtime, tuning
 from triton_optim.launch import UpdateLaunch, recorded
 
-OPTIMIZERS = ("SGD", "Adagrad", "RMSprop")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # parameter, gradient, state
 STORAGES = (
@@ -77,7 +76,7 @@ class Step(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("architecture", help="whose block sizes are used, such as sm_90")
-    parser.add_argument("optimizer", nargs="*", default=OPTIMIZERS)
+    parser.add_argument("optimizer", nargs="*", default=triton_optim.OPTIMIZERS)
     args = parser.parse_args()
     # Without state, its dtype makes no other kernel.
     steps = {

@@ -1,0 +1,228 @@
+"""Steps inside the backward pass: the bits of a normal step, and gradients freed meanwhile."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, DEVICE, Case, assert_same_bits
+from pair import every_state
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import triton_optim
+from triton_optim import step_in_backward
+from triton_optim.launch import recorded
+
+MOMENTUM = next(case for case in CASES if case.name == "sgd-dampening")
+
+
+class Net(nn.Module):
+    """Three blocks and a head, some of which a pass can leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.head = nn.Linear(6, 2)
+        self.to(DEVICE)
+
+    def forward(
+        self, x: Tensor, *, head: bool = True, blocks: int = 3, reentrant: bool | None = None
+    ) -> Tensor:
+        for block in [*self.blocks][:blocks]:
+            x = block(x) if reentrant is None else checkpoint(block, x, use_reentrant=reentrant)
+            x = x.tanh()
+        return self.head(x) if head else x
+
+
+class Twins:
+    """A model that steps in backward, and one that steps as ever."""
+
+    def __init__(self, case: Case, model: Any = None, bucket_bytes: int = 200) -> None:
+        first = model or Net()
+        self.models: list[Any] = [first, copy.deepcopy(first)]
+        self.optimizers = [case.ours(_two_groups(model)) for model in self.models]
+        self.handle = step_in_backward(first, self.optimizers[0], bucket_bytes=bucket_bytes)
+
+    def each(self, change: Callable[[Any, torch.optim.Optimizer], object]) -> None:
+        for model, optimizer in zip(self.models, self.optimizers, strict=True):
+            change(model, optimizer)
+
+    def step(self, times: int = 1, **kwargs: Any) -> None:
+        for _ in range(times):
+            x = torch.randn(4, 6, device=DEVICE)
+            for model in self.models:
+                model(x.clone().requires_grad_(), **kwargs).square().sum().backward()
+            self.check()
+
+    def as_ever(self) -> None:
+        for model in self.models:
+            model(torch.ones(4, 6, device=DEVICE)).sum().backward()
+        assert all(param.grad is not None for param in self.models[0].parameters())
+        self.optimizers[0].step()
+        self.optimizers[0].zero_grad()
+        self.check()
+
+    def check(self) -> None:
+        self.optimizers[1].step()
+        self.optimizers[1].zero_grad()
+        ours, theirs = self.models
+        assert all(param.grad is None for param in ours.parameters())
+        assert_same_bits([*ours.parameters()], [*theirs.parameters()])
+        assert_same_bits(*(optimizer.state_dict() for optimizer in self.optimizers))
+
+
+def _two_groups(model: nn.Module) -> list[dict[str, Any]]:
+    named = [*model.named_parameters()]
+    return [{"params": named[::3], "lr": 0.01}, {"params": named[1::3] + named[2::3]}]
+
+
+@every_state
+def test_same_bits(case: Case) -> None:
+    """With a scheduler, `step()` called by habit, state loaded in mid-run, and to the end of it."""
+    twins = Twins(case)
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in twins.optimizers]
+    twins.step()
+    saved = [copy.deepcopy(optimizer.state_dict()) for optimizer in twins.optimizers]
+    for _ in range(2):
+        for scheduler in schedulers:
+            scheduler.step()
+        twins.step()
+        twins.optimizers[0].step()
+    for optimizer, state_dict in zip(twins.optimizers, saved, strict=True):
+        optimizer.load_state_dict(state_dict)
+    twins.step()
+    with twins.handle:
+        twins.each(lambda model, o: o.state.pop(model.head.weight, None))
+        twins.step()
+    twins.as_ever()
+
+
+@pytest.mark.parametrize(("bucket_bytes", "n_buckets"), [(0, 8), (200, 4), (1 << 20, 1)])
+def test_a_launch_a_bucket(bucket_bytes: int, n_buckets: int) -> None:
+    twins = Twins(MOMENTUM, bucket_bytes=bucket_bytes)
+    twins.step()
+    plans = [bucket._part._plan for bucket in twins.handle._buckets]
+    with recorded() as launches:
+        twins.models[0](torch.ones(4, 6, device=DEVICE)).sum().backward()
+        twins.optimizers[0].step()
+    assert len(launches) == len(plans) == n_buckets
+    assert None not in plans
+    assert plans == [bucket._part._plan for bucket in twins.handle._buckets]
+
+
+def test_live_gradients_are_bounded() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(20)), nn.Linear(8, 40)).to(DEVICE)
+    params, bucket_bytes, peak = [*model.parameters()], 1000, 0
+
+    def measure(_: Tensor) -> None:
+        nonlocal peak
+        peak = max(peak, sum(param.grad.nbytes for param in params if param.grad is not None))
+
+    for param in params:
+        param.register_post_accumulate_grad_hook(measure)
+    step_in_backward(model, triton_optim.SGD(params), bucket_bytes=bucket_bytes)
+    for bias in params[1::6]:
+        bias.requires_grad_(False)  # is not waited for
+    model(torch.ones(4, 8, device=DEVICE)).sum().backward()
+    assert bucket_bytes < peak <= bucket_bytes + max(param.nbytes for param in params)
+    assert 4 * peak < sum(param.nbytes for param in params)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("head", [True, False])
+def test_checkpoints(reentrant: bool, head: bool, launches: list[runtime.Variant]) -> None:
+    """Passes of reentrant checkpoints, inside the model's, end without stepping half a bucket."""
+    twins = Twins(MOMENTUM, bucket_bytes=1 << 20)
+    twins.step(reentrant=reentrant, head=head)
+    assert len(launches) == 2
+    for model in twins.models:  # without what sees the model's pass, each checkpoint is a pass
+        model._forward_hooks.clear()
+    twins.step(reentrant=reentrant, head=head)
+
+
+def test_a_gradient_that_comes_in_pieces() -> None:
+    """Of a module that several reentrant checkpoints use."""
+    model = Net()
+    model.blocks[2] = model.blocks[0]
+    step_in_backward(model, MOMENTUM.ours(_two_groups(model)), bucket_bytes=0)
+    x = torch.ones(4, 6, device=DEVICE, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"0 \('blocks\.0\.bias'\) of group 1 .*use_reentrant=F"):
+        model(x, reentrant=True).sum().backward()
+
+
+def test_shared_unused_and_frozen_parameters() -> None:
+    model: Any = Net()
+    model.blocks[1].weight = model.blocks[0].weight
+    model.blocks[0].requires_grad_(False)
+    twins = Twins(MOMENTUM, model)
+    twins.step()
+    twins.each(lambda model, _: model.blocks[0].requires_grad_())
+    twins.step(2)
+    for blocks in (2, 3, 0):
+        twins.step(blocks=blocks)
+    twins.each(lambda model, _: model.head.requires_grad_(False))
+    twins.step()
+
+
+def test_every_backward_is_a_step() -> None:
+    twins = Twins(MOMENTUM)
+    x = torch.randn(4, 6, device=DEVICE)
+    for _ in range(2):
+        for model in twins.models:
+            model(x).square().sum().backward()
+        twins.check()
+    for model in twins.models:  # through what needs no value of a parameter, the same graph twice
+        loss = torch.stack([param.sum() for param in model.parameters()]).sum()
+        loss.backward(retain_graph=True)
+        model.loss = loss
+    twins.check()
+    for model in twins.models:
+        model.loss.backward()
+    twins.check()
+    loss = twins.models[0](x).square().sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("where", [0, 2])
+def test_an_exception_inside_backward(where: int) -> None:
+    """What waited is dropped: the next pass is the same as from here without the exception."""
+    twins = Twins(MOMENTUM, bucket_bytes=300)
+    twins.step()
+    ours = twins.models[0]
+    before = copy.deepcopy(ours.state_dict())
+
+    def fail(grad: Tensor) -> None:
+        raise KeyboardInterrupt
+
+    hook = ours.blocks[where].weight.register_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        ours(torch.ones(4, 6, device=DEVICE)).sum().backward()
+    hook.remove()
+    assert all(param.grad is None for param in ours.parameters())
+    stepped = [not torch.equal(before[name], p) for name, p in ours.named_parameters()]
+    assert any(stepped) == (where == 0) and not all(stepped)
+    twins.models[1].load_state_dict(ours.state_dict())
+    twins.optimizers[1].load_state_dict(copy.deepcopy(twins.optimizers[0].state_dict()))
+    twins.step(2)
+
+
+def test_torchs_way() -> None:
+    """Sparse gradients of an embedding, beside dense ones."""
+    case = next(case for case in CASES if case.name == "sgd-momentum")
+
+    class Embedded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.linear = nn.Embedding(9, 6, sparse=True), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.embedding(x.argmax(1)))  # type: ignore[no-any-return]
+
+    twins = Twins(case, Embedded().to(DEVICE))
+    twins.step(3)

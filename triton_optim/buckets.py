@@ -1,0 +1,142 @@
+"""Parameters that step together during the backward pass."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from math import inf
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+
+from .checks import describe
+from .fused import FusedStep
+from .shards import local
+from .ways import Group
+
+Place = tuple[int, int]  # index of a group, position in it
+
+
+class Bucket:
+    """Steps its parameters when their gradients are complete.
+
+    Args:
+        optimizer: whose state, groups and rule these are.
+        places: where the parameters, of one device, stand in `optimizer.param_groups`.
+    """
+
+    def __init__(self, optimizer: FusedStep, places: Iterable[Place]) -> None:
+        groups = optimizer.param_groups
+        self._optimizer = optimizer
+        self._places = sorted(places)  # the order in which a plan keeps state
+        self.params: list[Tensor] = [
+            *dict.fromkeys(groups[i]["params"][position] for i, position in self._places)
+        ]
+        self._device = self.params[0].device
+        self._gpu = self._device.index if self.params[0].is_cuda else None
+        self._own = [
+            (i, _lists(groups[i], [*of_group]))
+            for i, of_group in groupby(self._places, key=itemgetter(0))
+        ]
+        # An optimizer of the same class over these parameters alone, so that their plan is kept.
+        self._part = object.__new__(type(optimizer))
+        vars(self._part).update(vars(optimizer), _plan=None)
+        self.begin()
+
+    def begin(self) -> None:
+        """A backward pass begins."""
+        self._streams: dict[int, int] = {}  # by index, on which stream a gradient came
+        self._missing = sum([param.requires_grad for param in self.params])
+        self._stepped = False
+
+    def came(self, index: int) -> None:
+        """A gradient is complete; step if it was the last one.
+
+        Raises:
+            RuntimeError: it came before and was used, or what a step raises.
+        """
+        if index not in self._streams:
+            self._missing -= 1
+        elif self._stepped:
+            raise RuntimeError(
+                f"{self._name(index)} was updated before all of its gradient had come, since it is "
+                "used in several checkpoints; pass use_reentrant=False to torch.utils.checkpoint"
+            )
+        gpu = self._gpu
+        self._streams[index] = 0 if gpu is None else torch._C._cuda_getCurrentRawStream(gpu)
+        if self._missing == 0:
+            self._step()
+
+    def finish(self) -> None:
+        """The pass ends: step with what came, if that is not all."""
+        if self._streams and not self._stepped:
+            self._step()
+
+    def _step(self) -> None:
+        optimizer, part = self._optimizer, self._part
+        self._join_streams()
+        part.param_groups = [{**optimizer.param_groups[i], **own} for i, own in self._own]
+        get = optimizer.state.get
+        part.state = defaultdict(dict, {p: s for p in self.params if (s := get(p)) is not None})
+        try:
+            part._closure_step()
+        finally:
+            optimizer.state.update(part.state)
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # else schedulers warn
+        for param in self.params:
+            param.grad = None
+        self._stepped = True
+
+    def _name(self, index: int) -> str:
+        groups = self._optimizer.param_groups
+        return next(
+            describe(groups[i], i, position)
+            for i, position in self._places
+            if groups[i]["params"][position] is self.params[index]
+        )
+
+    def _join_streams(self) -> None:
+        """Let this step's stream wait for those on which other gradients came."""
+        if self._gpu is None:
+            return
+        stream = torch.cuda.current_stream(self._device)
+        others = set(self._streams.values()) - {stream.cuda_stream}
+        for other in others:
+            stream.wait_stream(torch.cuda.ExternalStream(other, device=self._device))
+        for param in self.params if others else ():
+            if param.grad is not None and param.grad.layout == torch.strided:
+                local(param.grad).record_stream(stream)  # it is freed before the step has run
+
+
+def cut(params: Iterable[Tensor], bucket_bytes: int) -> list[list[Tensor]]:
+    """Parameters one after another into buckets, each of one device and dtype.
+
+    Args:
+        params: in the order in which their gradients are expected.
+        bucket_bytes: that a bucket holds at most; a larger parameter is alone.
+    """
+    buckets: list[list[Tensor]] = []
+    latest: dict[object, tuple[list[Tensor], float]] = {}
+    for param in params:
+        n_bytes = local(param).nbytes
+        if n_bytes > bucket_bytes:
+            buckets.append([param])
+            continue
+        # What is frozen would hold up the others when it is trained again.
+        kind = (param.device, param.dtype, param.requires_grad)
+        bucket, size = latest.get(kind, ([], inf))
+        if size + n_bytes > bucket_bytes:
+            bucket, size = [], 0
+            buckets.append(bucket)
+        bucket.append(param)
+        latest[kind] = bucket, size + n_bytes
+    return buckets
+
+
+def _lists(group: Group, places: Sequence[Place]) -> Group:
+    """What is not the same in a group over some of its parameters."""
+    lists = [name for name in ("params", "param_names") if name in group]
+    own: Group = {name: [group[name][position] for _, position in places] for name in lists}
+    return {**own, "_places": places}
