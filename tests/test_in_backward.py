@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import triton_optim
-from triton_optim import step_in_backward
+from triton_optim import runtime, step_in_backward
 from triton_optim.launch import recorded
 
 MOMENTUM = next(case for case in CASES if case.name == "sgd-dampening")

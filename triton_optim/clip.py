@@ -16,7 +16,7 @@ from .columns import addresses_of, as_tensor, column, is_aligned, on_device
 from .gate import checked_max_norm
 from .norm import GradNorm, grad_launch
 from .runtime import GradVariant
-from .shards import local, spread
+from .shards import bring_grad, local, spread
 from .ways import refusal
 
 if runtime.DEVICE_TYPE:
@@ -62,6 +62,8 @@ def clip_grad_norm_(
         message = "`parameters` is an empty generator, no gradient clipping will occur."
         warnings.warn(message, stacklevel=2)
     max_norm = checked_max_norm(max_norm) or 0.0
+    for param in params:
+        bring_grad(param)
     grads = [param.grad for param in params if param.grad is not None]
     if foreach is not None or float(norm_type) != 2.0 or not _kernels_take(grads):
         arguments = (max_norm, norm_type, error_if_nonfinite, foreach)

@@ -102,21 +102,21 @@ class UpdateLaunch(Launch):
         n_bytes: int,
     ) -> None:
         self.owners, self.tables = owners, tables
-        device, gate = owners.device, variant.gate
-        normed = not gate.isdisjoint(("CLIP", "SKIP_NONFINITE"))
+        device = owners.device
         arguments = {
             "owners_ptr": owners,
             "rows_ptr": tables.rows,
             "grads_ptr": tables.grads,
             "hypers_ptr": tables.hypers,
-            "steps_ptr": tables.steps if variant.reads_step else None,
+            "steps_ptr": tables.steps,
             # Bound to a float32 scalar; `run` is given the step's own.
-            "found_inf_ptr": tables.happened if "FOUND_INF" in gate else None,
-            "grad_scale_ptr": tables.happened if "UNSCALE" in gate else None,
-            "grad_norm_ptr": tables.norm if normed else None,
-            "max_norm_ptr": tables.max_norm if "CLIP" in gate else None,
-            "happened_ptr": tables.happened if variant.may_skip else None,
+            "found_inf_ptr": tables.happened,
+            "grad_scale_ptr": tables.happened,
+            "grad_norm_ptr": tables.norm,
+            "max_norm_ptr": tables.max_norm,
+            "happened_ptr": tables.happened,
             "n_bytes": float(n_bytes),
+            **dict.fromkeys(runtime.unused_pointers(variant)),
             **runtime.constants(rule, variant, config, tables.hypers.shape[1]),
         }
         options = runtime.options(variant, config, runtime.architecture(device)) if COMPILED else {}

@@ -17,7 +17,7 @@ from .checks import check_apart, check_meshes, check_tensors, check_writable, de
 from .cuts import Entry
 from .gate import Gate
 from .layout import LayoutGuard, same_order
-from .shards import is_dtensor, local, spread
+from .shards import bring_grad, is_dtensor, local, spread
 from .table import Copies, Found, Table
 from .ways import PLAIN_TYPES, State, refusal, strays
 
@@ -69,6 +69,7 @@ class Plan:
         for index, group in enumerate(optimizer.param_groups):
             for position, param in enumerate(group["params"]):
                 where = describe(group, index, position)
+                bring_grad(param)
                 if param.grad is None:
                     self._idle.append(param)
                     continue

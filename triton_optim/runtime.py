@@ -166,6 +166,20 @@ def constants(rule: str, variant: Variant, config: Config, n_hypers: int) -> dic
     }
 
 
+def unused_pointers(variant: Variant) -> list[str]:
+    """The update kernel's pointers that are None."""
+    gate = variant.gate
+    used = {
+        "steps_ptr": variant.reads_step,
+        "found_inf_ptr": "FOUND_INF" in gate,
+        "grad_scale_ptr": "UNSCALE" in gate,
+        "grad_norm_ptr": not gate.isdisjoint(("CLIP", "SKIP_NONFINITE")),
+        "max_norm_ptr": "CLIP" in gate,
+        "happened_ptr": variant.may_skip,
+    }
+    return [name for name, is_used in used.items() if not is_used]
+
+
 def options(variant: Variant, config: Config, architecture: str) -> dict[str, Any]:
     """The compiler's options, by name."""
     chosen = {"num_warps": config.num_warps, "enable_fp_fusion": True}

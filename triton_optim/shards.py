@@ -32,6 +32,19 @@ def same_sharding(spec: Any, other: Any) -> bool:
     return spec is other or (spec.placements == other.placements and spec.mesh == other.mesh)
 
 
+def bring_grad(param: Tensor) -> None:
+    """Place the gradient of a DTensor as the parameter is.
+
+    Tensor parallel ones may be partial sums. All ranks of the mesh call it together.
+    """
+    grad: Any = param.grad
+    if grad is None or not is_dtensor(param) or not is_dtensor(grad):
+        return
+    spec = spec_of(param)
+    if not same_sharding(spec, spec_of(grad)) and spec.mesh == spec_of(grad).mesh:
+        param.grad = grad.redistribute(spec.mesh, spec.placements)
+
+
 def sharding_refusal(param: Tensor, grad: Tensor) -> str | None:
     """Why a gradient does not lie beside its parameter on every rank, or None."""
     if is_dtensor(param) != is_dtensor(grad):

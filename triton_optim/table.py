@@ -17,7 +17,7 @@ from .gate import Gate
 from .launch import UpdateLaunch
 from .layout import LayoutGuard
 from .norm import GradNorm
-from .shards import is_dtensor, local_of, same_sharding, spec_of
+from .shards import bring_grad, is_dtensor, local_of, same_sharding, spec_of
 from .states import count_updates, get_step, holders_of, pack_steps, states_of, values_of
 
 if TYPE_CHECKING:
@@ -153,9 +153,7 @@ class Table:
         grads: list[Tensor | None] = [param.grad for param in self._params]
         try:
             if self._specs:
-                if not self._placed_alike(grads):
-                    return None
-                grads = [*map(local_of, grads)]
+                grads = self._shards(grads)
             found = self._found(grads, [*self._params, *values_of(self._holders)])  # type: ignore[arg-type]
             if not self._guard.check([*grads, *found.written]):
                 return None
@@ -173,12 +171,18 @@ class Table:
             self._grads, self._grad_column = addresses, grad_column
         return found
 
-    def _placed_alike(self, grads: list[Any]) -> bool:
-        """Whether the gradients lie on their ranks as the parameters do."""
+    def _shards(self, grads: list[Any]) -> list[Tensor | None]:
+        """Of gradients that lie on their ranks as the parameters do; None for any other."""
         specs = [*map(spec_of, grads)]
         if any(map(is_not, specs, self._specs)):
-            return all(map(same_sharding, specs, self._specs))
-        return True
+            for param in self._params:
+                bring_grad(param)
+            grads = [param.grad for param in self._params]
+            return [
+                local_of(grad) if same_sharding(spec_of(grad), spec) else None
+                for grad, spec in zip(grads, self._specs, strict=True)
+            ]
+        return [*map(local_of, grads)]
 
     def reordered(self, found: Found) -> list[Tensor]:
         """The gradients that lie in another order than their parameters."""
