@@ -203,23 +203,3 @@ def test_inside_a_compiled_program(case: Case) -> None:
             tensors.new_gradients()
             step()
         pair.check()
-
-
-@every_state
-@pytest.mark.parametrize("fused", [None, True])
-def test_grad_scaler(case: Case, fused: bool | None) -> None:
-    """The scaler unscales before the step, and skips it on an infinite gradient."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    params = [Parameter(torch.ones(3)), Parameter(torch.ones(3))]
-    optimizers = [case.ours([params[0]], fused=fused), case.theirs([params[1]])]
-    for factor in (1.0, float("inf"), 1.0):
-        for param, optimizer in zip(params, optimizers, strict=True):
-            optimizer.zero_grad()
-            scaler.scale((param * factor).sum()).backward()
-            scaler.step(optimizer)
-        scaler.update()
-    torch.testing.assert_close(params[0], params[1])
-    assert_same_bits(
-        [list(s) for s in optimizers[0].state.values()],
-        [list(s) for s in optimizers[1].state.values()],
-    )
