@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import columns, cuts, runtime
+from .buffer import Buffer
 from .columns import addresses_of, alignment, column
 from .cuts import Entry
 from .gate import Gate
@@ -39,8 +40,7 @@ class Table:
     """Everything one device's launches need, made once and kept while the tensors stay.
 
     It remembers addresses and layouts and holds no state tensor, so that state which is moved away
-    frees its memory. What may change from step to step (gradient addresses, hyperparameters, step
-    counts) is one buffer, sent in one copy when it did change.
+    frees its memory.
 
     Args:
         optimizer: its hyperparameters are as many as `hypers`.
@@ -87,41 +87,26 @@ class Table:
         self._grads = addresses_of(grads)
         self._grad_column = column("q", self._grads)
         self._alignment = alignment(self._grad_column)
-        self._allocate(cuts.cut(optimizer, entries, complete), reads_step, optimizer, hypers)
+        cut = cuts.cut(optimizer, entries, complete)
+        self._cuts = [c._replace(owners=columns.on_device(c.owners, device)) for c in cut.updates]
+        self._grad_cuts = cut.grads
+        buffer = Buffer(device, len(entries), hypers, self._pack, reads_steps=reads_step)
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._buffer = buffer
+        self.tables = runtime.Tables(
+            rows=columns.on_device(cut.rows, device),
+            grads=buffer.grads,
+            hypers=buffer.hypers.view(len(optimizer.param_groups), -1),
+            steps=buffer.steps,
+            max_norm=buffer.max_norm,
+        )
         self._launches: dict[frozenset[str], list[UpdateLaunch]] = {}
         self._norm: GradNorm | None = None
-        self._captured: list[Tensor] = []
 
     def _found(self, grads: list[Tensor], written: list[Tensor]) -> Found:
         if not self._specs:
             return Found(grads, written, [])
         return Found(grads, [*map(local_of, written)], written)
-
-    def _allocate(
-        self, cut: cuts.Cuts, reads_step: bool, optimizer: FusedStep, hypers: Sequence[object]
-    ) -> None:
-        """The tables; what changes is one buffer: gradient addresses, hyperparameters, steps."""
-        device = self.device
-        self._cuts = [c._replace(owners=columns.on_device(c.owners, device)) for c in cut.updates]
-        self._grad_cuts = cut.grads
-        self._sends_steps = reads_step and self._pack is not None and self._pack.device != device
-        n_steps = len(self._params) if self._sends_steps else 0
-        lengths = [n + n % 2 for n in (len(self._params), len(hypers) + 1, n_steps)]
-        self._buffer = torch.empty(sum(lengths), dtype=torch.int64, device=device)
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        grads, floats, steps = torch.split(self._buffer, lengths)
-        self._hypers = floats.view(torch.float64)
-        self.tables = runtime.Tables(
-            rows=columns.on_device(cut.rows, device),
-            grads=grads,
-            hypers=self._hypers[: len(hypers)].view(len(optimizer.param_groups), -1),
-            steps=steps.view(torch.float64) if self._sends_steps else self._pack,
-            max_norm=self._hypers[len(hypers)],
-        )
-        self._sent: bytes | None = None
-        self._max_norm = 0.0
-        self._hypers_sent: object = None
-        self._on_gpu: dict[int, Tensor] = {}
 
     def prepare(self, kinds: frozenset[str]) -> None:
         """Compile what a step under a gate of these kinds launches. Writes nothing."""
@@ -205,7 +190,7 @@ class Table:
             for i, copy in copies:
                 addresses[i] = copy.data_ptr()
             grad_column = column("q", addresses)
-        self._send(grad_column, hypers, max_norm or 0.0)
+        self._buffer.send(grad_column, hypers, max_norm or 0.0)
         return copies
 
     def sum_squares(self) -> GradNorm:
@@ -233,42 +218,15 @@ class Table:
 
     def _outlive_the_stream(self) -> None:
         """Keep the tables' memory from reuse until a step on another stream than theirs is done."""
-        if not self._buffer.is_cuda:
+        if self._stream is None:
             return
         stream = torch.cuda.current_stream(self.device)
         if stream != self._stream:
-            own = (self._buffer, self.tables.rows, self.tables.steps, self.tables.happened)
+            own = (self._buffer.memory, self.tables.rows, self.tables.steps, self.tables.happened)
             norms = self._norm.tensors if self._norm is not None else ()
             for tensor in (*own, *norms, *(cut.owners for cut in self._cuts)):
                 if tensor is not None and tensor.is_cuda:
                     tensor.record_stream(stream)
-
-    def _send(self, grads: bytes, hypers: list[float | Tensor], max_norm: float) -> None:
-        """Bring the buffer up to date; a scalar that lives on a GPU is copied on the device."""
-        if hypers is not self._hypers_sent or max_norm != self._max_norm:
-            self._max_norm = max_norm
-            on_gpu = {i: h for i, h in enumerate(hypers) if isinstance(h, Tensor)}
-            if on_gpu.keys() != self._on_gpu.keys():
-                self._sent = None  # in these places stands what was copied on the device
-            self._on_gpu = on_gpu
-            floats = [0.0 if isinstance(h, Tensor) else h for h in hypers]
-            self._hyper_column = column("d", [*floats, max_norm])
-            self._hypers_sent = hypers
-        content = grads + self._hyper_column
-        if self._sends_steps:
-            # A pack that is not on this device is on the CPU: reading it waits for no device.
-            assert self._pack is not None
-            content += column("d", self._pack.tolist())
-        if runtime.is_capturing(self.device):
-            self._captured.append(columns.sendable(columns.as_tensor(content), self.device))
-            self._buffer.copy_(self._captured[-1], non_blocking=True)
-            self._sent = None  # a replay sends this again
-        elif content != self._sent:
-            host = columns.sendable(columns.as_tensor(content), self.device)
-            self._buffer.copy_(host, non_blocking=True)
-            self._sent = content
-        for i, value in self._on_gpu.items():
-            self._hypers[i].copy_(value.view(()), non_blocking=True)
 
     def hand_over_state(self, optimizer: FusedStep) -> None:
         """After the first step: give the optimizer the state that it made."""
