@@ -130,7 +130,7 @@ def _described(value: Any) -> Any:
 def checkpoint_scenarios(cases: Sequence[Case]) -> list[Scenario]:
     found = []
     for case in cases:
-        for turns in ("o", "ot", "to"):
+        for turns in ("o", "to"):
             run = partial(resharded, case, turns)
             found.append(Scenario(f"resharded_{turns}-{case.name}", run, (2, 4, 1)))
         run = partial(back_to_a_checkpoint, case)

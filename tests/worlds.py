@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 GROUP_TIMEOUT = timedelta(seconds=30)  # for a process that waits for one that failed
-WORLD_TIMEOUT = 300.0  # seconds for all scenarios of a world
+WORLD_TIMEOUT = 600.0  # seconds for all scenarios of a world
 
 
 class World(NamedTuple):
@@ -91,7 +91,9 @@ def _rank(world: World, scenarios: Sequence[Scenario]) -> None:
             report[scenario.name] = traceback.format_exc()
         if report[scenario.name] is not None:
             gc.collect()  # what the traceback kept alive of the group
-        _report(world).write_text(json.dumps(report))
+        unfinished = _report(world).with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(report))
+        unfinished.replace(_report(world))
 
 
 @contextmanager
