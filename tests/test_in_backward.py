@@ -106,6 +106,8 @@ def test_a_launch_a_bucket(bucket_bytes: int, n_buckets: int) -> None:
     twins = Twins(MOMENTUM, bucket_bytes=bucket_bytes)
     twins.step()
     plans = [bucket._part._plan for bucket in twins.handle._buckets]
+    first = twins.handle._buckets[0].params
+    assert any(param is twins.models[0].head.bias for param in first)
     with recorded() as launches:
         twins.models[0](torch.ones(4, 6, device=DEVICE)).sum().backward()
         twins.optimizers[0].step()
@@ -145,12 +147,15 @@ def test_checkpoints(reentrant: bool, head: bool, launches: list[runtime.Variant
 
 
 def test_a_gradient_that_comes_in_pieces() -> None:
-    """Of a module that several reentrant checkpoints use."""
-    model = Net()
-    model.blocks[2] = model.blocks[0]
-    step_in_backward(model, MOMENTUM.ours(_two_groups(model)), bucket_bytes=0)
+    """Of a module that two reentrant checkpoints use: refused if the first was used already."""
+    model: Any = Net()
+    model.blocks[2] = model.blocks[1]
+    twins = Twins(MOMENTUM, model, bucket_bytes=1 << 20)
+    twins.step(reentrant=True)
+    twins.handle.remove()
+    step_in_backward(model, twins.optimizers[0], bucket_bytes=0)
     x = torch.ones(4, 6, device=DEVICE, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"0 \('blocks\.0\.bias'\) of group 1 .*use_reentrant=F"):
+    with pytest.raises(RuntimeError, match=r"1 \('blocks\.1\.bias'\) of group 0 .*use_reentrant=F"):
         model(x, reentrant=True).sum().backward()
 
 

@@ -163,7 +163,12 @@ class FusedStep(StatefulOptimizer):
     def _groups_key(self) -> list[tuple[object, ...]]:
         """What decides, beside the tensors, which way they go and which kernel they get."""
         return [
-            (self._flags(group), self._group_refusal(group), self._fused(group))
+            (
+                self._flags(group),
+                self._group_refusal(group),
+                self._fused(group),
+                self._capturable(group),
+            )
             for group in self.param_groups
         ]
 

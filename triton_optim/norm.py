@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -130,16 +130,16 @@ def grad_launch(
 
 
 def square_sums(grads: Iterable[Tensor]) -> list[SquareSum]:
-    """torch's way: one sum of squares a device. A DTensor's is over all ranks already.
+    """torch's way. Those of DTensors are over all ranks already.
 
     Ranks call it together where there are DTensors.
     """
-    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+    alike: dict[object, list[Tensor]] = defaultdict(list)
     for grad in grads:
-        value = torch.nn.utils.get_total_norm([grad])
-        value = value.full_tensor() if is_dtensor(value) else value  # type: ignore[attr-defined]
-        by_device[grad.device].append(value.double().square())
-    return [SquareSum(torch.stack(values).sum(), ()) for values in by_device.values()]
+        alike[id(grad) if is_dtensor(grad) else grad.device].append(grad)
+    norms: list[Any] = [torch.nn.utils.get_total_norm(group) for group in alike.values()]
+    norms = [norm.full_tensor() if is_dtensor(norm) else norm for norm in norms]
+    return [SquareSum(norm.double().square(), ()) for norm in norms]
 
 
 def total(norms: Sequence[GradNorm], others: Sequence[SquareSum]) -> Tensor:

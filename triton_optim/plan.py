@@ -52,7 +52,7 @@ class Plan:
     def __init__(self, optimizer: FusedStep) -> None:
         self.rest: list[Tensor] = []
         self.uses_kernels = self.on_gpu = False
-        self.counts_on_device = optimizer._counts_on_device
+        self._was_gated = optimizer._was_gated
         self._key = optimizer._groups_key()
         self.params = list(_all_params(optimizer))
         self._lengths = _lengths(optimizer)
@@ -144,7 +144,7 @@ class Plan:
             or differ(_all_params(optimizer), self.params)
             or _lengths(optimizer) != self._lengths
             or differ(optimizer.state.values(), self._states)
-            or self.counts_on_device != optimizer._counts_on_device
+            or self._was_gated != optimizer._was_gated
             or ((self._idle or self.rest) and self._others_changed())
         ):
             return None
@@ -190,8 +190,9 @@ class Plan:
 
     def make_tables(self, optimizer: FusedStep) -> list[Found]:
         """Make the tables, and state where it is missing. Returns what `find` would."""
+        on_device = optimizer._counts_on_device
         self._tables = [
-            Table(optimizer, device, entries, self._hypers, counts_on_device=self.counts_on_device)
+            Table(optimizer, device, entries, self._hypers, counts_on_device=on_device)
             for (device, _), entries in self._entries.items()
         ]
         self._entries.clear()
