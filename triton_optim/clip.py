@@ -91,7 +91,7 @@ def _clip(grads: list[Tensor], max_norm: float, error_if_nonfinite: bool) -> Ten
         GradVariant(runtime.STORAGE_DTYPES[shard.dtype], is_aligned([address]))
         for shard, address in zip(shards, addresses, strict=True)
     ]
-    first, cuts = norm.cut(numels, variants, [spread(grad) for grad in grads])
+    first, cuts = norm.cut(numels, variants, [spread(grad) for grad in grads], device)
     rows = [x for n, f in zip(numels, first, strict=True) for x in runtime.row(n, 0, 0, (), f)]
     columns = (column("q", rows), column("q", addresses), column("d", [max_norm]))
     lengths = [len(part) // 8 for part in columns]

@@ -73,7 +73,8 @@ def cut(optimizer: FusedStep, entries: Sequence[Entry], states: Sequence[State])
         n_bytes = variant.bytes_per_element * sum(sizes)
         updates.append(Cut(variant, config, owners(indices, counts), n_bytes))
     spreads = [entry.spread for entry in entries]
-    norm_first, grads = norm.cut(numels, [_grad_variant(entry) for entry in entries], spreads)
+    variants = [_grad_variant(entry) for entry in entries]
+    norm_first, grads = norm.cut(numels, variants, spreads, entries[0].shard.device)
     rows: list[int] = []
     for i, entry in enumerate(entries):
         rows += runtime.row(numels[i], entry.group, first[i], addresses[i], norm_first[i])

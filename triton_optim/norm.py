@@ -36,7 +36,10 @@ class SquareSum(NamedTuple):
 
 
 def cut(
-    numels: Sequence[int], variants: Sequence[GradVariant], spreads: Sequence[Spread]
+    numels: Sequence[int],
+    variants: Sequence[GradVariant],
+    spreads: Sequence[Spread],
+    device: torch.device,
 ) -> tuple[list[int], list[GradCut]]:
     """Every tensor's first program, and the launches: one for those of a variant spread alike."""
     members: dict[tuple[GradVariant, Spread], list[int]] = defaultdict(list)
@@ -45,7 +48,7 @@ def cut(
     first = [0] * len(numels)
     cuts = []
     for (variant, spread), indices in members.items():
-        chunk = runtime.grad_config(variant.dtype).chunk
+        chunk = runtime.grad_config(variant.dtype, device).chunk
         sizes = [numels[i] for i in indices]
         counts = [-(-size // chunk) for size in sizes]
         for i, place in zip(indices, accumulate(counts, initial=0), strict=False):
@@ -114,7 +117,8 @@ def grad_launch(
     kernel: object, cut: GradCut, tensors: dict[str, Tensor], constants: dict[str, bool]
 ) -> Launch:
     """A launch of a kernel of kernels/norm.py."""
-    config = runtime.grad_config(cut.variant.dtype)
+    owners = tensors["owners_ptr"]
+    config = runtime.grad_config(cut.variant.dtype, owners.device)
     arguments = {
         **tensors,
         "n_bytes": float(cut.n_bytes),
@@ -125,7 +129,6 @@ def grad_launch(
         "BLOCKS": config.blocks,
     }
     options = {"num_warps": config.num_warps, "enable_fp_fusion": True} if runtime.COMPILED else {}
-    owners = tensors["owners_ptr"]
     return Launch(kernel, cut.variant, len(owners), arguments, options, owners.device)
 
 

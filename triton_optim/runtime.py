@@ -126,12 +126,12 @@ def is_capturing(device: torch.device) -> bool:
     return on_gpu and torch.cuda.is_current_stream_capturing()
 
 
-def grad_config(dtype: str) -> Config:
+def grad_config(dtype: str, device: torch.device) -> Config:
     """How a launch over gradients alone is cut into programs."""
-    if not COMPILED:
-        sizes = INTERPRETED_BLOCK_SIZES
-        return Config(sizes[len(sizes) // 2], num_warps=1, blocks=2)
-    return Config(2048, 8, blocks=8) if ITEM_SIZES[dtype] == 2 else Config(1024, 4, blocks=16)
+    if COMPILED:
+        return tuning.grad_config(architecture(device), half=ITEM_SIZES[dtype] == 2)
+    sizes = INTERPRETED_BLOCK_SIZES
+    return Config(sizes[len(sizes) // 2], num_warps=1, blocks=2)
 
 
 @cache
