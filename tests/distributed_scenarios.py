@@ -19,7 +19,6 @@ import torch.distributed as dist
 from cases import STATEFUL_CASES, Case
 from checkpoint_scenarios import checkpoint_scenarios
 from clipping_scenarios import clipping_scenarios
-from interpreter import patch_once_a_launch
 from parallel import (
     WAYS,
     Way,
@@ -115,7 +114,6 @@ def main() -> None:
     backend, *sizes = sys.argv[1:]
     for name in PRELOAD:
         importlib.import_module(name)
-    patch_once_a_launch()
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         found = outcomes(SCENARIOS, backend, tuple(map(int, sizes)), Path(folder))
     print(json.dumps(found))

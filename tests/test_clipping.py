@@ -268,6 +268,16 @@ def _assert_unchanged(before: dict[int, Any], after: dict[int, Any]) -> None:
 
 
 @every_state
+def test_nan_spreads_without_options(case: Case) -> None:
+    """As with torch: a norm of NaN makes every parameter NaN."""
+    params = [new_param(5), new_param(3, 4)]
+    assert params[1].grad is not None
+    params[1].grad[0, 1] = math.nan
+    case.ours(params, max_grad_norm=1.0).step()
+    assert all(bool(param.isnan().all()) for param in params)
+
+
+@every_state
 def test_error_if_nonfinite_writes_nothing(case: Case) -> None:
     params = [new_param(5), new_param(3, 4)]
     optimizer = case.ours(params, max_grad_norm=1.0, error_if_nonfinite=True)

@@ -95,9 +95,7 @@ class FusedStep(StatefulOptimizer):
         plan = self._plan
         found = plan.find(self) if plan is not None else None
         if plan is None or found is None:
-            if plan is not None:
-                plan.forget_skipped(self)
-            self._plan = None
+            self._drop_plan()
             plan = Plan(self)
         if plan.on_gpu and torch.cuda.is_current_stream_capturing():
             self._check_capture(ready=found is not None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,14 @@ class GatedOptimizer(torch.optim.Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, max_norm: float | None) -> None:
-        self._extras = Extras(**{**vars(self._extras), "max_grad_norm": max_norm})
+        before, self._extras = self._extras, replace(self._extras, max_grad_norm=max_norm)
+        if (before.max_grad_norm is None) != (max_norm is None):
+            self._drop_plan()
+
+    def _drop_plan(self) -> None:
+        """Let the next step look at everything again."""
+        if self._plan is not None:
+            self._plan.forget_skipped(self)
         self._plan = None
 
     @property
@@ -103,12 +112,13 @@ class GatedOptimizer(torch.optim.Optimizer):
         """For `grad_norm`.
 
         Raises:
-            RuntimeError: it is not finite, and that is to be an error.
+            RuntimeError: it is not finite, and that is to be an error; but not of a step that a
+                GradScaler skips.
         """
         if gate.grad_scale is not None:
             norm = norm / gate.grad_scale.to(norm.device)
         self._norm = norm
-        if self._extras.error_if_nonfinite and not norm.isfinite():
+        if self._extras.error_if_nonfinite and gate.happens(None) and not norm.isfinite():
             raise RuntimeError(
                 f"the norm of the gradients is {norm.item()}: nothing was stepped; leave "
                 "error_if_nonfinite out to step all the same, or give skip_nonfinite=True"

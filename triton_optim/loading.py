@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,6 @@ from .gated import GatedOptimizer
 from .shards import local
 from .ways import PLAIN_TYPES, Group, State, group_refusal, refusal
 
-if TYPE_CHECKING:
-    from .fused import FusedStep
-
 
 class StatefulOptimizer(GatedOptimizer):
     """A torch optimizer whose state is checked when it is loaded."""
@@ -36,7 +33,7 @@ class StatefulOptimizer(GatedOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         if self._plan is not None:
-            self._plan.forget_skipped(cast("FusedStep", self))
+            self._plan.forget_skipped(self)
         return {**super().__getstate__(), "_extras": self._extras}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -78,7 +75,7 @@ class StatefulOptimizer(GatedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state and the groups, in torch's format; see `torch.optim.Optimizer.state_dict`."""
         if self._plan is not None:
-            self._plan.forget_skipped(cast("FusedStep", self))
+            self._plan.forget_skipped(self)
         return super().state_dict()
 
     def _flags(self, group: Group) -> frozenset[str]:

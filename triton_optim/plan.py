@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from . import norm, runtime
 from .checks import check_apart, check_meshes, check_tensors, check_writable, describe
@@ -225,7 +226,7 @@ class Plan:
         happened = self._tables[0].tables.happened if self._tables else None
         return None if happened is None else happened[1]
 
-    def forget_skipped(self, optimizer: FusedStep) -> None:
+    def forget_skipped(self, optimizer: Optimizer) -> None:
         """Take back state that skipped steps made; see `Table.forget_skipped`."""
         for table in self._tables:
             table.forget_skipped(optimizer)

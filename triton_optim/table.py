@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
 
 from . import columns, cuts, runtime
 from .buffer import Buffer
@@ -114,7 +115,7 @@ class Table:
             return
         if self.tables.happened is None and kinds:
             norm = GradNorm(self._grad_cuts, self.tables.rows, self.tables.grads)
-            happened = torch.ones(2, dtype=torch.float32, device=self.device)
+            happened = torch.arange(1, -1, -1, dtype=torch.float32, device=self.device)
             self.tables = self.tables._replace(norm=norm.norm, happened=happened)
             self._norm = norm
         self._launches[kinds] = [
@@ -237,7 +238,7 @@ class Table:
                 optimizer.state[param] = state
         self._new = []
 
-    def forget_skipped(self, optimizer: FusedStep) -> None:
+    def forget_skipped(self, optimizer: Optimizer) -> None:
         """Take back state of which no step has happened yet, if that can be; waits for the device.
 
         Where the rule must know its first update and state does not tell.
