@@ -108,6 +108,8 @@ MUTATIONS = [
              "test_plan.py", "step_counters"),
     Mutation("autograd is not told", "increment_version(written)", "increment_version(())",
              "test_step.py", "autograd_sees"),
+    Mutation("the step is not kept from the compiler", "@_disable_dynamo\n    def step(",
+             "def step(", "test_compile.py", "many_optimizers"),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The class around the step: constructor, state dicts, copies, hooks, scaler, compiler."""
+"""The class around the step: constructor, state dicts, copies, hooks, scaler."""
 
 from __future__ import annotations
 
@@ -195,18 +195,6 @@ def test_constructor_refuses_what_torchs_database_lacks(name: str, kwargs: dict[
 def test_rmsprop_refuses_fused_beside_capturable() -> None:
     with pytest.raises(RuntimeError, match=r"`fused`.*`capturable`"):
         triton_optim.RMSprop([Parameter(torch.ones(1))], fused=True, capturable=True)
-
-
-@every_state
-def test_inside_a_compiled_program(case: Case) -> None:
-    pair = Pair(case)
-    steps: list[Any] = [optimizer.step for optimizer in pair.optimizers]
-    steps[0] = torch.compile(steps[0], backend="eager")
-    for _ in range(3):
-        for tensors, step in zip(pair.tensors, steps, strict=True):
-            tensors.new_gradients()
-            step()
-        pair.check()
 
 
 @every_state

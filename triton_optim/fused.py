@@ -149,6 +149,8 @@ class FusedStep(torch.optim.Optimizer):
 
     _watched_step = torch.optim.Optimizer.profile_hook_step(_closure_step)
 
+    # A compiled program breaks here: traced, it would fix addresses and recompile by optimizer.
+    @_disable_dynamo
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Perform a single optimization step.
 
@@ -188,7 +190,6 @@ class FusedStep(torch.optim.Optimizer):
     step.__signature__ = inspect.signature(_closure_step)  # type: ignore[attr-defined]
     step.hooked = True  # type: ignore[attr-defined]
 
-    @_disable_dynamo  # a compiled program would trace addresses; it breaks here instead
     def _planned_step(self) -> None:
         plan = self._plan
         found = plan.find(self) if plan is not None else None
