@@ -126,6 +126,8 @@ MUTATIONS = [
              "test_clipping.py", "is_torchs and float32"),
     Mutation("a captured step sends nothing at a replay", "self._capture(content)", "pass",
              "test_capture.py", "eager_steps"),
+    Mutation("the step is not kept from the compiler", "@_disable_dynamo\n    def step(",
+             "def step(", "test_compile.py", "many_optimizers"),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The class around the step: constructor, state dicts, copies, hooks, scaler, compiler."""
+"""The class around the step: constructor, state dicts, copies, hooks, scaler."""
 
 from __future__ import annotations
 
@@ -191,15 +191,3 @@ def test_constructor_refuses_what_torchs_database_lacks(name: str, kwargs: dict[
             getattr(module, name)([Parameter(torch.ones(1))], **kwargs)
         errors.append((caught.type, str(caught.value)))
     assert errors[0] == errors[1]
-
-
-@every_state
-def test_inside_a_compiled_program(case: Case) -> None:
-    pair = Pair(case)
-    steps: list[Any] = [optimizer.step for optimizer in pair.optimizers]
-    steps[0] = torch.compile(steps[0], backend="eager")
-    for _ in range(3):
-        for tensors, step in zip(pair.tensors, steps, strict=True):
-            tensors.new_gradients()
-            step()
-        pair.check()

@@ -49,6 +49,8 @@ class FusedStep(StatefulOptimizer):
 
     _watched_step = torch.optim.Optimizer.profile_hook_step(_closure_step)
 
+    # A compiled program breaks here: traced, it would fix addresses and recompile by optimizer.
+    @_disable_dynamo
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Perform a single optimization step.
 
@@ -88,7 +90,6 @@ class FusedStep(StatefulOptimizer):
     step.__signature__ = inspect.signature(_closure_step)  # type: ignore[attr-defined]
     step.hooked = True  # type: ignore[attr-defined]
 
-    @_disable_dynamo  # a compiled program would trace addresses; it breaks here instead
     def _planned_step(self) -> None:
         gate = self._gate()
         self._was_gated |= gate.may_skip
