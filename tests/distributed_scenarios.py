@@ -77,7 +77,8 @@ def zero_from_a_checkpoint(case: Case, world: World) -> None:
     saved: list[Any] = [optimizer.state_dict() if world.rank == 0 else None]
     dist.broadcast_object_list(saved, device=world.device)
     _, expected = in_one_process(case, world, 2)
-    assert_equal(saved[0]["state"], expected.state_dict()["state"])
+    # What was consolidated is on the CPU.
+    assert_equal(saved[0]["state"], expected.state_dict()["state"], check_device=False)
     optimizer = _zero(spread.model, case)
     optimizer.load_state_dict(saved[0])
     train(spread, optimizer, [2])

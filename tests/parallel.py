@@ -214,9 +214,9 @@ def full_values(model: Module, optimizer: Optimizer) -> list[dict[str, Tensor]]:
     return values
 
 
-def assert_equal(ours: Sequence[Any], theirs: Sequence[Any]) -> None:
+def assert_equal(ours: Any, theirs: Any, **kwargs: Any) -> None:
     """Nested values, equal but for what another order of summation changes in float64."""
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, **kwargs)
 
 
 def assert_kernels(optimizer: Any, updated: Sequence[set[int]]) -> None:
