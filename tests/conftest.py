@@ -27,6 +27,12 @@ def pytest_xdist_auto_num_workers() -> int | None:
     return 0 if torch.cuda.is_available() else None
 
 
+if not runtime.COMPILED:
+    from interpreter import patch_once_a_launch
+
+    patch_once_a_launch()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from cases import STATEFUL_CASES, Case
 from checkpoint_scenarios import checkpoint_scenarios
 from clipping_scenarios import clipping_scenarios
+from interpreter import patch_once_a_launch
 from parallel import (
     WAYS,
     Way,
@@ -112,6 +113,7 @@ SCENARIOS = _scenarios()
 
 
 def main() -> None:
+    patch_once_a_launch()
     backend, *sizes = sys.argv[1:]
     for name in PRELOAD:
         importlib.import_module(name)
