@@ -3,30 +3,14 @@
 import triton
 import triton.language as tl
 
+from .chunks import FIRST, GROUP, PARAM, STATES, find_chunk, pointer
+from .gate import clipping, happens, unscaling
 from .numerics import narrow, widen
-
-# Columns of a row of the tensor table; the addresses of up to MAX_STATES states follow.
-NUMEL = tl.constexpr(0)
-GROUP = tl.constexpr(1)
-FIRST = tl.constexpr(2)  # program of the launch
-PARAM = tl.constexpr(3)
-STATES = tl.constexpr(4)
-MAX_STATES = tl.constexpr(3)
-ROW_WIDTH = tl.constexpr(8)
 
 
 def _launch_metadata(grid, metadata, args):
     """What Triton's profiler shows beside a launch's time."""
     return {"name": f"{metadata.name}.{args['RULE'].__name__}", "bytes": round(args["n_bytes"])}
-
-
-@triton.jit
-def _pointer(address, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointer to element `start` of the tensor of DTYPE that begins at an int64 address."""
-    pointer = address.to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer + start
 
 
 @triton.jit
@@ -38,6 +22,8 @@ def _update_block(
     remaining,
     hyper,
     step,
+    unscale,
+    clip,
     RULE: tl.constexpr,
     FLAGS: tl.constexpr,
     N_STATES: tl.constexpr,
@@ -53,6 +39,11 @@ def _update_block(
     param = widen(tl.load(param_ptr + offsets, mask=mask), COMPUTE_DTYPE)
     grad = tl.load(grad_ptr + offsets, mask=mask, eviction_policy=EVICTION)
     grad = widen(grad, COMPUTE_DTYPE)
+    if unscale is not None:
+        grad = grad * unscale
+        tl.store(grad_ptr + offsets, narrow(grad, grad_ptr.dtype.element_ty), mask=mask)
+    if clip is not None:
+        grad = grad * clip
     state = ()
     for i in tl.static_range(N_STATES):
         value = tl.load(state_ptrs[i] + offsets, mask=mask, eviction_policy=EVICTION)
@@ -60,9 +51,9 @@ def _update_block(
     param, state = RULE(param, grad, state, hyper, step, FLAGS)
     tl.store(param_ptr + offsets, narrow(param, param_ptr.dtype.element_ty), mask=mask)
     for i in tl.static_range(N_STATES):
-        pointer = state_ptrs[i] + offsets
-        value = narrow(state[i], pointer.dtype.element_ty)
-        tl.store(pointer, value, mask=mask, eviction_policy=EVICTION)
+        ptr = state_ptrs[i] + offsets
+        value = narrow(state[i], ptr.dtype.element_ty)
+        tl.store(ptr, value, mask=mask, eviction_policy=EVICTION)
 
 
 @triton.jit(launch_metadata=_launch_metadata)
@@ -72,6 +63,11 @@ def multi_tensor_kernel(
     grads_ptr,
     hypers_ptr,
     steps_ptr,
+    found_inf_ptr,
+    grad_scale_ptr,
+    grad_norm_ptr,
+    max_norm_ptr,
+    happened_ptr,
     n_bytes,
     RULE: tl.constexpr,
     FLAGS: tl.constexpr,
@@ -81,6 +77,7 @@ def multi_tensor_kernel(
     GRAD_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SKIP_NONFINITE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -94,10 +91,13 @@ def multi_tensor_kernel(
 
     - owners_ptr: int32, one a program: its tensor. The programs of a tensor follow one another, as
       many as it has chunks;
-    - rows_ptr: int64 [tensors, ROW_WIDTH], the columns above;
+    - rows_ptr: int64 [tensors, ROW_WIDTH], the columns of chunks.py;
     - grads_ptr: int64 [tensors], addresses of gradients;
     - hypers_ptr: float64 [groups, N_HYPERS];
     - steps_ptr: floating [tensors], or None where RULE reads no step;
+    - found_inf_ptr, grad_scale_ptr, grad_norm_ptr, max_norm_ptr: see gate.py. A skipped step writes
+      nothing; gradients are divided by the scale in memory too, and are not clipped there;
+    - happened_ptr: float32 [2], or None; told (1, 0) or, of a skipped step, (0, 1);
     - n_bytes: float, what the launch loads and stores of the tensors; for a profiler alone;
     - every table starts at a multiple of 16 bytes;
     - every address points to numel dense elements of its dtype, in the memory order of the
@@ -105,11 +105,21 @@ def multi_tensor_kernel(
 
     EVICTION is the cache's policy for gradients and state: nothing reads them before the next step.
     """
-    program = tl.program_id(0)
-    tensor = tl.load(owners_ptr + program).to(tl.int64)
-    row_ptr = rows_ptr + tensor * ROW_WIDTH
-    start = (program - tl.load(row_ptr + FIRST)) * (BLOCKS * BLOCK_SIZE)
-    remaining = tl.load(row_ptr + NUMEL) - start
+    CHUNK: tl.constexpr = BLOCKS * BLOCK_SIZE
+    tensor, row_ptr, start, remaining = find_chunk(owners_ptr, rows_ptr, FIRST, CHUNK)
+    if happened_ptr is not None:
+        go = happens(found_inf_ptr, grad_norm_ptr, SKIP_NONFINITE)
+        remaining = tl.where(go, remaining, 0)
+        if tl.program_id(0) == 0:
+            tl.store(happened_ptr, go.to(tl.float32))
+            tl.store(happened_ptr + 1, 1 - go.to(tl.float32))
+    COMPUTE_DTYPE: tl.constexpr = tl.float64 if PARAM_DTYPE == tl.float64 else tl.float32
+    unscale = None
+    if grad_scale_ptr is not None:
+        unscale = unscaling(grad_scale_ptr, COMPUTE_DTYPE)
+    clip = None
+    if max_norm_ptr is not None:
+        clip = clipping(grad_norm_ptr, max_norm_ptr, unscale, COMPUTE_DTYPE)
 
     hyper = ()
     group_ptr = hypers_ptr + tl.load(row_ptr + GROUP) * N_HYPERS
@@ -119,24 +129,24 @@ def multi_tensor_kernel(
     if steps_ptr is not None:
         step = tl.load(steps_ptr + tensor).to(tl.float64)
 
-    param_ptr = _pointer(tl.load(row_ptr + PARAM), start, PARAM_DTYPE, ALIGNED)
-    grad_ptr = _pointer(tl.load(grads_ptr + tensor), start, GRAD_DTYPE, ALIGNED)
+    param_ptr = pointer(tl.load(row_ptr + PARAM), start, PARAM_DTYPE, ALIGNED)
+    grad_ptr = pointer(tl.load(grads_ptr + tensor), start, GRAD_DTYPE, ALIGNED)
     state_ptrs = ()
     for i in tl.static_range(N_STATES):
         address = tl.load(row_ptr + STATES + i)
-        state_ptrs = state_ptrs + (_pointer(address, start, STATE_DTYPE, ALIGNED),)
+        state_ptrs = state_ptrs + (pointer(address, start, STATE_DTYPE, ALIGNED),)
 
     # A mask that is not known at compile time costs the vector loads: only the last chunk has one.
-    if remaining >= BLOCKS * BLOCK_SIZE:
+    if remaining >= CHUNK:
         for block in tl.range(0, BLOCKS, num_stages=NUM_STAGES):
             _update_block(
                 param_ptr, grad_ptr, state_ptrs, block * BLOCK_SIZE, remaining, hyper, step,
-                RULE, FLAGS, N_STATES, BLOCK_SIZE, EVICTION, MASKED=False,
+                unscale, clip, RULE, FLAGS, N_STATES, BLOCK_SIZE, EVICTION, MASKED=False,
             )  # fmt: skip
     else:
         rest = remaining.to(tl.int32)
         for block in tl.range(0, tl.cdiv(rest, BLOCK_SIZE) if BLOCKS > 1 else 1):
             _update_block(
                 param_ptr, grad_ptr, state_ptrs, block * BLOCK_SIZE, rest, hyper, step,
-                RULE, FLAGS, N_STATES, BLOCK_SIZE, EVICTION, MASKED=True,
+                unscale, clip, RULE, FLAGS, N_STATES, BLOCK_SIZE, EVICTION, MASKED=True,
             )  # fmt: skip

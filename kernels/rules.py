@@ -7,7 +7,7 @@ Every rule is `rule(param, grad, state, hyper, step, FLAGS) -> (param, state)`:
 - hyper: tuple of float64 scalars, in the order in which the optimizer class gives them. A rule
   casts each one once, after the scalar arithmetic;
 - step: float64 scalar, how many updates this tensor has had before this one (None where neither
-  LR_DECAY nor SGD's MOMENTUM asks for it);
+  LR_DECAY nor DAMPENING asks for it);
 - FLAGS: constexpr, a sum of the bits below.
 """
 
@@ -21,6 +21,7 @@ MOMENTUM = tl.constexpr(2)
 NESTEROV = tl.constexpr(4)
 CENTERED = tl.constexpr(8)
 LR_DECAY = tl.constexpr(16)
+DAMPENING = tl.constexpr(32)
 
 
 @triton.jit
@@ -35,14 +36,17 @@ def objective_gradient(param, grad, weight_decay, FLAGS: tl.constexpr):
 def sgd_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     """Momentum as Sutskever et al. 2013 with torch's dampening: b = mu b + (1 - d) g, p -= lr b.
 
-    A tensor's first update takes b = g. Nesterov: p -= lr (g + mu b).
+    A tensor's first update takes b = g: b starts from 0, and is not dampened there.
+    Nesterov: p -= lr (g + mu b).
     """
     lr, momentum, one_minus_dampening, weight_decay = hyper
     update = objective_gradient(param, grad, weight_decay, FLAGS)
     if MOMENTUM & FLAGS:
         mu = momentum.to(grad.dtype)
-        decayed = mu * state[0] + one_minus_dampening.to(grad.dtype) * update
-        momentum_buffer = tl.where(step == 0, update, decayed)
+        dampened = update
+        if DAMPENING & FLAGS:
+            dampened = tl.where(step == 0, update, one_minus_dampening.to(grad.dtype) * update)
+        momentum_buffer = mu * state[0] + dampened
         update = update + mu * momentum_buffer if NESTEROV & FLAGS else momentum_buffer
         state = (momentum_buffer,)
     return param - lr.to(param.dtype) * update, state

@@ -47,6 +47,11 @@ ARGUMENTS = {
     "grads_ptr": "*i64",
     "hypers_ptr": "*fp64",
     "steps_ptr": "*fp64",
+    "found_inf_ptr": "*fp32",
+    "grad_scale_ptr": "*fp32",
+    "grad_norm_ptr": "*fp64",
+    "max_norm_ptr": "*fp64",
+    "happened_ptr": "*fp32",
     "n_bytes": "fp32",
 }
 
@@ -115,12 +120,11 @@ def examine(architecture: str, steps: Sequence[Step]) -> list[Row]:
 
 
 def _compile(architecture: str, step: Step) -> Any:
-    """The kernel that `runtime.Launch` would have compiled."""
+    """The kernel that `UpdateLaunch` would have compiled."""
     kernel = multi_tensor.multi_tensor_kernel
     config = tuning.config(architecture, half=step.variant.half)
     constants = runtime.constants(step.rule, step.variant, config, step.n_hypers)
-    if not step.variant.reads_step:
-        constants["steps_ptr"] = None
+    constants |= dict.fromkeys(runtime.unused_pointers(step.variant))
     types = {name: ARGUMENTS[name] for name in kernel.arg_names if name not in constants}
     place = {name: (i,) for i, name in enumerate(kernel.arg_names)}
     source = ASTSource(
@@ -148,6 +152,7 @@ def _row(
     elements = config.chunk // (config.num_warps * gpu.warp_size)  # a thread
     sizes = runtime.ITEM_SIZES
     written = sizes[variant.param_dtype] + variant.n_states * sizes[variant.state_dtype]
+    written += sizes[variant.grad_dtype] if "UNSCALE" in variant.gate else 0
     try:
         path = Code(code).main_path(elements * written) or MainPath(0, 0, (), (), 0)
     except ValueError as error:

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # What cuBLAS needs under the deterministic algorithms that fill fresh memory with NaN.
@@ -14,7 +17,14 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import fences
 
 from triton_optim import runtime
+from triton_optim.launch import Launch, UpdateLaunch
 from triton_optim.table import Table
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """`-n auto`: a process a core, but no workers, just this process, where there is a GPU."""
+    return 0 if torch.cuda.is_available() else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -63,10 +73,12 @@ def _sanitizer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from sanitizer import Sanitizer
 
     sanitizer = Sanitizer()
-    run = Table.run
-    monkeypatch.setattr(Table, "run", lambda table, *args: sanitizer.run(run, table, *args))
-    launch = runtime.Launch.run
-    monkeypatch.setattr(runtime.Launch, "run", lambda self: sanitizer.launch(launch, self))
+    update = Table.update
+    monkeypatch.setattr(
+        Table, "update", lambda table, *args: sanitizer.update(update, table, *args)
+    )
+    launch = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self, **more: sanitizer.launch(launch, self, more))
     with watched(sanitizer.watch):
         yield
 
@@ -75,11 +87,12 @@ def _sanitizer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[runtime.Variant]:
     """The variant of every update launch of the test, in order."""
     seen: list[runtime.Variant] = []
-    run = runtime.Launch.run
+    run = Launch.run
 
-    def recorded(launch: runtime.Launch) -> None:
-        seen.append(launch.variant)
-        run(launch)
+    def recorded(launch: Launch, **changed: torch.Tensor) -> None:
+        if isinstance(launch, UpdateLaunch):
+            seen.append(launch.variant)
+        run(launch, **changed)
 
-    monkeypatch.setattr(runtime.Launch, "run", recorded)
+    monkeypatch.setattr(Launch, "run", recorded)
     return seen

@@ -32,7 +32,7 @@ class Config(Case):
         return super().theirs(params, **{**copy.deepcopy(self.kwargs), **kwargs})
 
 
-INFOS = [info for info in optim_db if info.name in triton_optim.__all__]
+INFOS = [info for info in optim_db if info.name in triton_optim.OPTIMIZERS]
 
 
 def configs(info: OptimizerInfo, device: str = "cpu") -> list[Config]:

@@ -65,7 +65,7 @@ def a_launch_is_what_triton_would_launch(gpu: DryGPU) -> None:
     for name, kwargs in OPTIMIZERS:
         optimizer = getattr(triton_optim, name)(_params(5000, 3), **kwargs)
         optimizer.step()
-        launches = optimizer._plan._tables[0]._launches
+        launches = optimizer._plan._tables[0]._launches[frozenset()]
         assert len(launches) == 1
         ours, launch = gpu.launches[-1], launches[0]
         multi_tensor_kernel[launch.grid](**launch.arguments, **launch.options)
@@ -129,11 +129,41 @@ def everything_is_compiled_before_anything_is_launched(gpu: DryGPU) -> None:
     assert len(gpu.launches) == launched + 2
 
 
+def a_gated_step_is_told_this_steps_scalars(gpu: DryGPU) -> None:
+    """A norm and an update: with other scalars at every step, and nothing compiled for them."""
+    params = _params(20_000, 3)
+    optimizer = triton_optim.RMSprop(params, max_grad_norm=1.0, skip_nonfinite=True)
+    kept = []
+    for step in range(3):
+        told = [torch.zeros(()), torch.ones(())]
+        kept += told  # or the next ones would lie in their places
+        optimizer.found_inf, optimizer.grad_scale = told  # type: ignore[attr-defined]
+        before, launched = gpu.n_compiled(), len(gpu.launches)
+        optimizer.max_grad_norm = 1.0 + step
+        optimizer.step()
+        assert step == 0 or gpu.n_compiled() == before
+        _, update = gpu.launches[launched:]
+        assert {t.data_ptr() for t in told} <= set(update[9:])
+    scalars = [t.data_ptr() for t in kept[:-2]]
+    assert not set(scalars) & set(gpu.launches[-1][9:])
+
+
+def clipping_gradients_is_two_launches(gpu: DryGPU) -> None:
+    params = [*_params(20_000, 3), *_params(100, dtype=torch.bfloat16)]
+    launched = len(gpu.launches)
+    triton_optim.clip_grad_norm_(params[:2], 1.0)
+    assert len(gpu.launches) == launched + 2
+    triton_optim.clip_grad_norm_(params, 1.0)
+    assert len(gpu.launches) == launched + 2 + 4
+
+
 SCENARIOS: tuple[Callable[[DryGPU], None], ...] = (
     nothing_is_compiled_after_the_first_step,
     a_launch_is_what_triton_would_launch,
     a_profiler_is_told_the_bytes,
     everything_is_compiled_before_anything_is_launched,
+    a_gated_step_is_told_this_steps_scalars,
+    clipping_gradients_is_two_launches,
 )
 
 

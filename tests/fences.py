@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,8 +50,13 @@ def fenced(tensor: Tensor, offset: int = 0) -> Tensor:
 
 
 def fencing(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An allocation of torch's whose tensors lie between fences."""
-    return lambda *args, **kwargs: fenced(allocate(*args, **kwargs))
+    """An allocation of torch's whose tensors lie between fences; none that Dynamo would trace."""
+
+    def allocation(*args: Any, **kwargs: Any) -> Tensor:
+        return fenced(allocate(*args, **kwargs))
+
+    untraced: Callable[..., Tensor] = torch.compiler.disable(allocation)
+    return untraced
 
 
 def taken_down() -> list[Fence]:

@@ -24,10 +24,18 @@ SPECS = (Spec("a", lambda draw: draw(5)), Spec("b", lambda draw: draw(100, 77)))
 
 
 @every_state
-@pytest.mark.parametrize("fused", [None, True])
-def test_no_synchronisation(case: Case, fused: bool | None) -> None:
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"fused": True}, {"max_grad_norm": 1.0, "skip_nonfinite": True}, {"capturable": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_no_synchronisation(case: Case, kwargs: dict[str, Any], scaled: bool) -> None:
     tensors = Tensors(torch.float32, specs=SPECS)
-    optimizer = case.ours(tensors.params, fused=fused)
+    optimizer = case.ours(tensors.params, **kwargs)
+    if scaled:
+        told = (torch.zeros((), device="cuda"), torch.full((), 8.0, device="cuda"))
+        optimizer.found_inf, optimizer.grad_scale = told
     optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device="cuda")
     tensors.train(optimizer, 2)
     gradients = [torch.randn_like(param) for param in tensors.params]
@@ -86,16 +94,6 @@ def test_no_compilation_after_the_first_steps(case: Case) -> None:
     other = Tensors(torch.float32, specs=(Spec("c", lambda draw: draw(3000)),) * 7)
     other.train(case.ours(other.params, lr=0.5, weight_decay=0.25), 3)
     assert compiled() == before
-
-
-def test_capture_is_refused() -> None:
-    param = Parameter(torch.ones(5, device="cuda"))
-    param.grad = torch.ones_like(param)
-    optimizer = triton_optim.SGD([param])
-    optimizer.step()
-    graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="CUDA graph capture"), torch.cuda.graph(graph):
-        optimizer.step()
 
 
 def test_beyond_two_to_the_31_elements() -> None:

@@ -15,6 +15,7 @@ from twins import MOMENTUM, Net, Twins
 import triton_optim
 from triton_optim import runtime, step_in_backward
 from triton_optim.buckets import cut
+from triton_optim.launch import recorded
 
 
 @every_state
@@ -44,7 +45,7 @@ def test_a_launch_a_bucket(bucket_bytes: int, n_buckets: int) -> None:
     plans = [bucket._part._plan for bucket in twins.handle._buckets]
     first = twins.handle._buckets[0].params
     assert any(param is twins.models[0].head.bias for param in first)
-    with runtime.recorded() as launches:
+    with recorded() as launches:
         twins.models[0](torch.ones(4, 6, device=DEVICE)).sum().backward()
         twins.optimizers[0].step()
     assert len(launches) == len(plans) == n_buckets

@@ -32,7 +32,7 @@ class _Overriding(SGD):
 
 def _clipping(model: nn.Module) -> SGD:
     optimizer = SGD(model.parameters())
-    optimizer.max_grad_norm = 1.0  # type: ignore[attr-defined]
+    optimizer.max_grad_norm = 1.0
     return optimizer
 
 

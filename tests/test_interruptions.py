@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim import runtime
+from triton_optim.launch import Launch
 
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
 # A signal is not noticed between the start of a `finally` and the end of its first call.
@@ -144,7 +144,7 @@ def test_a_first_step_that_fails_makes_no_state(
     before = copy.deepcopy((p, ours.state_dict()["state"]))
     with monkeypatch.context() as patch:
         if when == "launch":
-            patch.setattr(runtime.Launch, "run", lambda self: 1 / 0)
+            patch.setattr(Launch, "run", lambda self: 1 / 0)
         else:
             ours.param_groups[0]["lr"] = torch.ones(2)
         with pytest.raises((ValueError, ZeroDivisionError)):

@@ -12,7 +12,8 @@ from fences import Fence, fenced, fences
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim import columns, runtime
+from triton_optim import cuts, runtime
+from triton_optim.launch import Launch, UpdateLaunch
 from triton_optim.tuning import Config
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="watches Triton's interpreter")
@@ -58,7 +59,7 @@ def _step(monkeypatch: pytest.MonkeyPatch, programs: int, longer: int = 0) -> No
     param = Parameter(torch.zeros(BLOCK + 1))
     param.grad = torch.ones_like(param)
     with monkeypatch.context() as patch:
-        patch.setattr(columns, "owners", lambda *_: owners)
+        patch.setattr(cuts, "owners", lambda *_: owners)
         patch.setattr(runtime, "row", lambda n, *args: row(n + longer, *args))
         triton_optim.SGD([param]).step()
 
@@ -71,8 +72,8 @@ def test_the_sanitizer_sees_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> N
     for programs, longer in ((2, 1), (3, BLOCK)):
         with pytest.raises(Exception, match="out of bounds"):
             _step(monkeypatch, programs, longer)
-    run = runtime.Launch.run
-    monkeypatch.setattr(runtime.Launch, "run", lambda launch: (run(launch), run(launch)))
+    run = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda launch: (run(launch), run(launch)))
     with pytest.raises(AssertionError, match="stored twice"):
         _step(monkeypatch, 2)
 
@@ -99,7 +100,7 @@ def test_beyond_two_to_the_31_elements(dtype: torch.dtype) -> None:
     expected[2].abs_()
     config = Config(BLOCK, num_warps=1)
     owners = torch.zeros(-(-real // BLOCK), dtype=torch.int32)
-    runtime.Launch("adagrad_rule", variant, config, owners, tables, 0).run()
+    UpdateLaunch("adagrad_rule", variant, config, owners, tables, 0).run()
     param, grad, total = (m.double() for m in expected)
     total += grad * grad
     param -= 0.1 * grad / (total.sqrt() + 1e-10)

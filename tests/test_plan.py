@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 import triton_optim
 from triton_optim import columns, layout, plan, runtime, tuning
-from triton_optim.kernels.multi_tensor import FIRST
+from triton_optim.kernels.chunks import FIRST
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
@@ -157,7 +157,7 @@ def test_programs_of_a_tensor_follow_one_another(monkeypatch: pytest.MonkeyPatch
     optimizer = triton_optim.SGD(params)
     optimizer.step()
     assert optimizer._plan is not None
-    launches = optimizer._plan._tables[0]._launches
+    launches = optimizer._plan._tables[0]._launches[frozenset()]
     assert [launch.owners.tolist() for launch in launches] == [[0, 0, 0, 3], [1, 1]]
     assert launches[0].tables.rows[:, FIRST.value].tolist() == [0, 0, 0, 3]
     assert launches[0].owners.dtype == torch.int32
@@ -219,5 +219,5 @@ def test_is_dense() -> None:
 
 def test_same_objects_are_not_compared_by_value() -> None:
     a, b = torch.zeros(1), torch.zeros(1)
-    assert plan._differ([a], [b])
-    assert not plan._differ([a, b], [a, b])
+    assert plan.differ([a], [b])
+    assert not plan.differ([a, b], [a, b])

@@ -15,6 +15,7 @@ from lab.workload import Workload
 from tune import Trial, Tuner
 
 from triton_optim import runtime, tuning
+from triton_optim.launch import UpdateLaunch, recorded
 from triton_optim.tuning import Config
 
 DEFAULT = Config(64, 1)
@@ -60,9 +61,9 @@ def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_config_that_is_wrong_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose launches fail, and one that leaves the last chunk out."""
     tuner = _tuner(monkeypatch)
-    make = runtime.Launch.__init__
+    make = UpdateLaunch.__init__
 
-    def faulty(self: runtime.Launch, rule: str, variant: runtime.Variant, config: Config,
+    def faulty(self: UpdateLaunch, rule: str, variant: runtime.Variant, config: Config,
                owners: object, *args: object) -> None:  # fmt: skip
         if config.block_size == 256:
             raise RuntimeError("out of registers")
@@ -70,7 +71,7 @@ def test_a_config_that_is_wrong_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -
             owners = owners[:-1]  # type: ignore[index]
         make(self, rule, variant, config, owners, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(runtime.Launch, "__init__", faulty)
+    monkeypatch.setattr(UpdateLaunch, "__init__", faulty)
     tuner._try([DEFAULT, Config(128, 1), Config(256, 1)])
     assert tuner.ranked() == [(DEFAULT, 1.0)]
 
@@ -87,8 +88,8 @@ def test_the_mean_is_over_everything() -> None:
 def test_a_forced_config_is_launched() -> None:
     layout = Layout("tiny", [("weight", (10, 20))])
     workload = Workload(layout, RULES[0], STORAGES[0], Clockwork.type)
-    with runtime.recorded() as launches:
+    with recorded() as launches:
         for config in (Config(64, 1, blocks=2), Config(64, 1)):
             with tune.forced(config):
                 workload.build(tune.OURS)()
-    assert [len(launch.owners) for launch in launches] == [2, 4]
+    assert [launch.grid[0] for launch in launches] == [2, 4]

@@ -9,10 +9,12 @@ if not (Path(__file__).parent / "kernels" / "rules.py").is_file():
         __path__.append(str(_root))
 
 from .adagrad import Adagrad
+from .clip import clip_grad_norm_
+from .graphs import GraphedStep
 from .in_backward import step_in_backward
 from .rmsprop import RMSprop
 from .sgd import SGD
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "Adagrad", "RMSprop", "step_in_backward"]
+__all__ = ["SGD", "Adagrad", "GraphedStep", "RMSprop", "clip_grad_norm_", "step_in_backward"]
 OPTIMIZERS = ("SGD", "Adagrad", "RMSprop")

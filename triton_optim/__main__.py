@@ -15,6 +15,7 @@ from torch import Tensor
 
 import triton_optim
 from triton_optim import runtime
+from triton_optim.launch import UpdateLaunch, recorded
 
 # class, keyword arguments beside lr
 RULES: list[tuple[str, dict[str, Any]]] = [
@@ -62,8 +63,10 @@ def main() -> int:
 
 
 def _row(name: str, kwargs: dict[str, Any], dtype: torch.dtype) -> tuple[Any, ...]:
-    with runtime.recorded() as launches:
+    with recorded() as launches:
         ours = _train(getattr(triton_optim, name), dtype, dtype, kwargs)
+    update = launches[-1]
+    assert isinstance(update, UpdateLaunch)
     torch_class = getattr(torch.optim, name)
     theirs = _train(torch_class, dtype, dtype, {**kwargs, "foreach": False})
     exact = _train(torch_class, dtype, torch.float64, {**kwargs, "foreach": False})
@@ -79,7 +82,7 @@ def _row(name: str, kwargs: dict[str, Any], dtype: torch.dtype) -> tuple[Any, ..
         f"{error:.2e}",
         f"{torch_error:.2e}",
         f"{len(launches) / STEPS:g}",
-        f"{launches[-1].variant.bytes_per_element}",
+        f"{update.variant.bytes_per_element}",
         "ok" if error <= torch_error + slack else "WORSE",
     )
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .fused import FusedStep
+from .gate import Extras
 from .ways import Group, State
 
 
@@ -34,6 +35,12 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
         differentiable: True takes torch's implementation.
         fused: True insists on the kernels, False takes torch's implementation, None decides
             parameter by parameter.
+        capturable: let a CUDA graph capture the step; see the README. Parameters must be on a GPU.
+        max_grad_norm: clip the gradients of a step to this norm, all together, as
+            `torch.nn.utils.clip_grad_norm_` would, without writing them. None clips nothing.
+        error_if_nonfinite: raise where that norm is infinite or NaN; waits for the device.
+        skip_nonfinite: leave everything as it was where that norm is infinite or NaN, and count it
+            in `skipped_steps`.
 
     Raises:
         ValueError: a negative argument.
@@ -65,7 +72,12 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        capturable: bool = False,
+        max_grad_norm: float | None = None,
+        error_if_nonfinite: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
+        extras = Extras(None, capturable, max_grad_norm, error_if_nonfinite, skip_nonfinite)
         super().__init__(
             params,
             lr,
@@ -77,6 +89,7 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
             maximize=maximize,
             differentiable=differentiable,
             fused=fused,
+            extras=extras,
         )
 
     def _flags(self, group: Group) -> frozenset[str]:

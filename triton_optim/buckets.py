@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .checks import describe
 from .fused import FusedStep
+from .shards import local
 from .ways import Group
 
 Place = tuple[int, int]  # index of a group, position in it
@@ -106,7 +107,7 @@ class Bucket:
             stream.wait_stream(torch.cuda.ExternalStream(other, device=self._device))
         for param in self.params if others else ():
             if param.grad is not None and param.grad.layout == torch.strided:
-                _local(param.grad).record_stream(stream)  # it is freed before the step has run
+                local(param.grad).record_stream(stream)  # it is freed before the step has run
 
 
 def cut(params: Iterable[Tensor], bucket_bytes: int) -> list[list[Tensor]]:
@@ -119,7 +120,7 @@ def cut(params: Iterable[Tensor], bucket_bytes: int) -> list[list[Tensor]]:
     buckets: list[list[Tensor]] = []
     latest: dict[object, tuple[list[Tensor], float]] = {}
     for param in params:
-        n_bytes = _local(param).nbytes
+        n_bytes = local(param).nbytes
         if n_bytes > bucket_bytes:
             buckets.append([param])
             continue
@@ -139,9 +140,3 @@ def _lists(group: Group, places: Sequence[Place]) -> Group:
     lists = [name for name in ("params", "param_names") if name in group]
     own: Group = {name: [group[name][position] for _, position in places] for name in lists}
     return {**own, "_places": places}
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The shard of a DTensor that is here."""
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local

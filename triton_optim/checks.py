@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import runtime
 from .layout import is_dense
+from .shards import device_types, is_dtensor, local, same_sharding, sharding_refusal, spec_of
 from .ways import PLAIN_TYPES, Group, State
 
 
@@ -26,12 +27,15 @@ def describe(group: Group, index: int, position: int) -> str:
 def check_tensors(param: Tensor, grad: Tensor, where: str) -> None:
     """Refuse a parameter that cannot be written, and a gradient that is not its parameter's.
 
-    Whichever way the parameter goes; but subclasses of Tensor know best themselves.
+    Whichever way the parameter goes; but subclasses of Tensor other than DTensor know best
+    themselves.
 
     Raises:
         RuntimeError: a parameter on the meta device or expanded, a gradient of another shape or on
             another device.
     """
+    if is_dtensor(param) and sharding_refusal(param, grad) is None:
+        param, grad = local(param), local(grad)
     if type(param) not in PLAIN_TYPES or type(grad) not in PLAIN_TYPES:
         return
     if param.is_meta:
@@ -54,6 +58,34 @@ def check_tensors(param: Tensor, grad: Tensor, where: str) -> None:
 def _is_expanded(tensor: Tensor) -> bool:
     strides = zip(tensor.stride(), tensor.shape, strict=True)
     return tensor.numel() > 0 and any(stride == 0 and size > 1 for stride, size in strides)
+
+
+def check_writable(grads: Iterable[Tensor]) -> None:
+    """Refuse gradients that cannot be unscaled in place.
+
+    Raises:
+        RuntimeError: one is expanded.
+    """
+    for grad in grads:
+        if _is_expanded(grad):
+            raise RuntimeError(
+                f"a gradient of shape {tuple(grad.shape)} is expanded: several of its elements "
+                "share one place in memory, so that it cannot be unscaled there; clone() it"
+            )
+
+
+def check_meshes(params: Iterable[Tensor]) -> None:
+    """Refuse a norm over parameters that are sharded over several kinds of devices.
+
+    Raises:
+        RuntimeError: they are.
+    """
+    types = device_types(params)
+    if len(types) > 1:
+        raise RuntimeError(
+            f"parameters lie on meshes of {' and '.join(sorted(types))} devices, whose gradients "
+            "have no norm in common; give each mesh its own optimizer, or leave max_grad_norm out"
+        )
 
 
 def check_apart(tensors: Iterable[tuple[Tensor, str]]) -> None:
@@ -111,13 +143,19 @@ def check_state(
     """
     dtypes = set()
     for name in names:
-        value = state[name]
-        if value.layout != torch.strided:
+        value, shard = local(state[name]), local(param)
+        if is_dtensor(state[name]) != is_dtensor(param) or (
+            is_dtensor(param) and not same_sharding(spec_of(state[name]), spec_of(param))
+        ):
+            found = "is not sharded as the parameter is (set_optimizer_state_dict shards it)"
+        elif value.shape != shard.shape:
+            found = f"has a shard of {tuple(value.shape)}, the parameter of {tuple(shard.shape)}"
+        elif value.layout != torch.strided:
             found = f"is {value.layout}"
         elif value.dtype not in runtime.STORAGE_DTYPES or value.is_complex() != param.is_complex():
             found = f"is {value.dtype}, the parameter {param.dtype}"
-        elif value.is_meta or (value.device != param.device and not follows):
-            found = f"is on {value.device}, the parameter on {param.device}"
+        elif value.is_meta or (value.device != shard.device and not follows):
+            found = f"is on {value.device}, the parameter on {shard.device}"
         elif type(value) not in PLAIN_TYPES or value.is_conj() or value.is_neg():
             found = f"is a {type(value).__name__} that has no memory of its own"
         else:

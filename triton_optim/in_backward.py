@@ -94,7 +94,7 @@ class StepInBackward:
         places: dict[int, list[Place]],
         bucket_bytes: int,
     ) -> None:
-        optimizer._plan = None  # its tables would only take memory
+        optimizer._drop_plan()  # its tables would only take memory
         self._optimizer = optimizer
         self._params = _all_params(optimizer)
         # What the autograd engine will call at the end of the pass that is under way.
@@ -233,7 +233,7 @@ def _check_optimizer(optimizer: FusedStep) -> None:
             f"{type(optimizer).__name__} overrides step(), which would not be called; derive it "
             "without one, or call optimizer.step() after backward"
         )
-    if getattr(optimizer, "max_grad_norm", None) is not None:
+    if optimizer.max_grad_norm is not None:
         raise RuntimeError(
             "clipping by max_grad_norm needs all gradients at once; leave it out, or call "
             "optimizer.step() after backward"

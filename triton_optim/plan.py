@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from . import runtime
-from .checks import check_apart, check_tensors, describe
-from .columns import Entry
+from . import norm, runtime
+from .checks import check_apart, check_meshes, check_tensors, check_writable, describe
+from .cuts import Entry
+from .gate import Gate
 from .layout import LayoutGuard, same_order
-from .table import Found, Table
-from .ways import PLAIN_TYPES, State, group_refusal, refusal, strays
+from .shards import bring_grad, is_dtensor, local, spread
+from .table import Copies, Found, Table
+from .ways import PLAIN_TYPES, State, refusal, strays
 
 if TYPE_CHECKING:
     from .fused import FusedStep
@@ -36,8 +39,8 @@ class Stray(NamedTuple):
 class Plan:
     """How an optimizer steps, for as long as its tensors stay where they are.
 
-    Making one checks everything and writes nothing. Its first step is `move_strays`, `prepare`,
-    `run`, `keep`; every later one `find` and `run`.
+    Making one checks everything and writes nothing. Its first step is `move_strays`, `make_tables`,
+    `prepare`, `run`, `keep`; every later one `find`, `prepare` and `run`.
 
     Args:
         optimizer: its parameters have their gradients.
@@ -50,26 +53,30 @@ class Plan:
     def __init__(self, optimizer: FusedStep) -> None:
         self.rest: list[Tensor] = []
         self.uses_kernels = self.on_gpu = False
+        self._was_gated = optimizer._was_gated
         self._key = optimizer._groups_key()
-        self._params = list(_all_params(optimizer))
+        self.params = list(_all_params(optimizer))
         self._lengths = _lengths(optimizer)
         self._states: list[State] = []
         self._idle: list[Tensor] = []
         self._steady: list[Tensor] = []  # of rest, those that a LayoutGuard can watch
         self._reconsidered: list[Tensor] = []  # and the others, whose gradient may become dense
-        self._entries: dict[torch.device, list[Entry]] = defaultdict(list)
+        # by device, DTensors apart
+        self._entries: dict[tuple[torch.device, bool], list[Entry]] = defaultdict(list)
         self._strays: list[Stray] = []
         self._tables: list[Table] = []
         written: list[tuple[Tensor, str]] = []
-        listed = Counter(map(id, self._params))
+        listed = Counter(map(id, self.params))
         for index, group in enumerate(optimizer.param_groups):
             for position, param in enumerate(group["params"]):
                 where = describe(group, index, position)
+                bring_grad(param)
                 if param.grad is None:
                     self._idle.append(param)
                     continue
                 check_tensors(param, param.grad, where)
-                if reason := group_refusal(group):
+                optimizer._check_capturable(param, group, where)
+                if reason := optimizer._group_refusal(group):
                     self._leave(optimizer, param, param.grad, index, where, reason)
                 elif listed[id(param)] > 1:
                     self._leave(optimizer, param, param.grad, index, where, "it is listed twice")
@@ -78,6 +85,8 @@ class Plan:
                 else:
                     written += self._take(optimizer, param, param.grad, index, where)
         check_apart(written)
+        if optimizer.max_grad_norm is not None:
+            check_meshes(param for param in self.params if param.grad is not None)
         grads = [grad for grad in _grads(self._steady) if grad is not None]
         self._guard = LayoutGuard([*self._steady, *grads])
         groups = optimizer.param_groups
@@ -86,7 +95,7 @@ class Plan:
         )
         self._values: list[object] = []
         self._values_mutate = False
-        self._keep_values(optimizer, self._group_values(optimizer))
+        self._keep_values(optimizer, self.group_values(optimizer))
 
     def _take(
         self, optimizer: FusedStep, param: Tensor, grad: Tensor, index: int, where: str
@@ -95,22 +104,25 @@ class Plan:
         group = optimizer.param_groups[index]
         names = optimizer._state_names(group)
         state = optimizer.state.get(param, {})
-        written = [(param, where)]
+        written = [(local(param), where)]
         if optimizer._has_state(state):
             written += optimizer._check_state(param, group, where, kernels=True)
             self._strays += (Stray(param, state, name) for name in strays(param, state, names))
-        reordered = not same_order(param, grad) or grad.is_conj() or grad.is_neg()
-        entry = Entry(param, grad, index, optimizer._flags(group), names, reordered)
-        self._entries[param.device].append(entry)
+        shard, part = local(param), local(grad)
+        reordered = not same_order(shard, part) or part.is_conj() or part.is_neg()
+        flags = optimizer._flags(group)
+        entry = Entry(param, shard, part, spread(param), index, flags, names, reordered)
+        self._entries[shard.device, is_dtensor(param)].append(entry)
         self.uses_kernels = True
-        self.on_gpu |= param.is_cuda
+        self.on_gpu |= shard.device.type in runtime.CAPTURABLE_DEVICE_TYPES
         return written
 
     def _leave(
         self, optimizer: FusedStep, param: Tensor, grad: Tensor, index: int, where: str, reason: str
     ) -> None:
         group = optimizer.param_groups[index]
-        if group.get("fused"):
+        optimizer._check_leaving(grad, group, where, reason)
+        if optimizer._fused(group):
             message = f"`fused=True` cannot be kept for {where}: {reason}"
             if not param.is_cpu or runtime.DEVICE_TYPE == "cpu":
                 raise RuntimeError(f"{message}; leave `fused` out and torch's own way takes it")
@@ -130,9 +142,10 @@ class Plan:
         """What to step with, table by table; None if the plan no longer describes the optimizer."""
         if (
             not self._same_groups(optimizer)
-            or _differ(_all_params(optimizer), self._params)
+            or differ(_all_params(optimizer), self.params)
             or _lengths(optimizer) != self._lengths
-            or _differ(optimizer.state.values(), self._states)
+            or differ(optimizer.state.values(), self._states)
+            or self._was_gated != optimizer._was_gated
             or ((self._idle or self.rest) and self._others_changed())
         ):
             return None
@@ -146,14 +159,14 @@ class Plan:
 
     def _same_groups(self, optimizer: FusedStep) -> bool:
         """Whether parameters go the same ways; brings the hyperparameters up to date."""
-        values = self._group_values(optimizer)
-        if self._values_mutate or _differ(values, self._values):
+        values = self.group_values(optimizer)
+        if self._values_mutate or differ(values, self._values):
             if optimizer._groups_key() != self._key:
                 return False
             self._keep_values(optimizer, values)
         return True
 
-    def _group_values(self, optimizer: FusedStep) -> list[object]:
+    def group_values(self, optimizer: FusedStep) -> list[object]:
         return [*chain.from_iterable(map(self._get_values, optimizer.param_groups))]
 
     def _keep_values(self, optimizer: FusedStep, values: list[object]) -> None:
@@ -176,16 +189,47 @@ class Plan:
             state[name] = torch.empty_like(param, dtype=state[name].dtype).copy_(state[name])
         self._strays.clear()
 
-    def prepare(self, optimizer: FusedStep) -> list[Found]:
+    def make_tables(self, optimizer: FusedStep) -> list[Found]:
         """Make the tables, and state where it is missing. Returns what `find` would."""
-        self._tables = [Table(optimizer, *item, self._hypers) for item in self._entries.items()]
+        on_device = optimizer._counts_on_device
+        self._tables = [
+            Table(optimizer, device, entries, self._hypers, counts_on_device=on_device)
+            for (device, _), entries in self._entries.items()
+        ]
         self._entries.clear()
         return [table.first for table in self._tables if table.first is not None]
 
-    def run(self, found: list[Found]) -> None:
-        """Launch the updates and count the steps."""
+    def prepare(self, found: list[Found], gate: Gate) -> list[Copies]:
+        """Compile, and bring the tables up to date: nothing of the optimizer is written."""
         for table, tensors in zip(self._tables, found, strict=True):
-            table.run(tensors, self._hypers)
+            if gate.grad_scale is not None:
+                check_writable(table.reordered(tensors))
+            table.prepare(gate.kinds)
+        return [
+            table.send(tensors, self._hypers, gate.max_norm)
+            for table, tensors in zip(self._tables, found, strict=True)
+        ]
+
+    def norm(self) -> Tensor:
+        """The norm of all gradients, over all ranks: float64 [], valid until the next step."""
+        norms = [table.sum_squares() for table in self._tables]
+        rest = norm.square_sums(param.grad for param in self.rest if param.grad is not None)
+        return norm.total(norms, rest)
+
+    def run(self, found: list[Found], copies: list[Copies], gate: Gate) -> None:
+        """Launch the updates and count the steps."""
+        for table, tensors, replaced in zip(self._tables, found, copies, strict=True):
+            table.update(tensors, replaced, gate)
+
+    def skipped(self) -> Tensor | None:
+        """Float32 []: 1 where the last step was skipped, or 0. None without tables."""
+        happened = self._tables[0].tables.happened if self._tables else None
+        return None if happened is None else happened[1]
+
+    def forget_skipped(self, optimizer: Optimizer) -> None:
+        """Take back state that skipped steps made; see `Table.forget_skipped`."""
+        for table in self._tables:
+            table.forget_skipped(optimizer)
 
     def keep(self, optimizer: FusedStep) -> None:
         """After the first step: its new state is the optimizer's now."""
@@ -206,7 +250,7 @@ def _grads(params: Sequence[Tensor]) -> list[Tensor | None]:
     return [param.grad for param in params]
 
 
-def _differ(objects: Iterable[object], others: Sequence[object]) -> bool:
+def differ(objects: Iterable[object], others: Sequence[object]) -> bool:
     """Whether these are not the very same objects. A tensor's == would compare its elements."""
     objects = [*objects]
     return len(objects) != len(others) or any(map(is_not, objects, others))

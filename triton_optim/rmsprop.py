@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .fused import FusedStep
+from .gate import Extras
 from .ways import Group, State
 
 
@@ -30,16 +31,21 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
         weight_decay: L2 penalty :math:`\lambda`.
         momentum: :math:`\mu`.
         centered: divide by the standard deviation instead of the root mean square.
-        capturable: True takes torch's implementation.
         foreach: True takes torch's implementation.
         maximize: ascend.
         differentiable: True takes torch's implementation.
         fused: True insists on the kernels, False takes torch's implementation, None decides
             parameter by parameter.
+        capturable: let a CUDA graph capture the step; see the README. Parameters must be on a GPU.
+        max_grad_norm: clip the gradients of a step to this norm, all together, as
+            `torch.nn.utils.clip_grad_norm_` would, without writing them. None clips nothing.
+        error_if_nonfinite: raise where that norm is infinite or NaN; waits for the device.
+        skip_nonfinite: leave everything as it was where that norm is infinite or NaN, and count it
+            in `skipped_steps`.
 
     Raises:
         ValueError: a negative argument.
-        RuntimeError: `fused` with `foreach`, with `differentiable` or with `capturable`.
+        RuntimeError: `fused` with `foreach` or with `differentiable`.
 
     Example:
         >>> optimizer = RMSprop(model.parameters(), lr=1e-3, alpha=0.9)
@@ -67,7 +73,11 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
         differentiable: bool = False,
         *,
         fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        error_if_nonfinite: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
+        extras = Extras(fused, False, max_grad_norm, error_if_nonfinite, skip_nonfinite)
         super().__init__(
             params,
             lr,
@@ -80,17 +90,13 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
             foreach,
             maximize,
             differentiable,
+            extras=extras,
         )
         if fused:
             if differentiable:
                 raise RuntimeError("`fused` does not support `differentiable`")
             if foreach:
                 raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-            if capturable:
-                raise RuntimeError("`fused` and `capturable` cannot be `True` together.")
-        self.defaults["fused"] = fused
-        for group in self.param_groups:
-            group.setdefault("fused", fused)
 
     def _flags(self, group: Group) -> frozenset[str]:
         flags = {

@@ -1,10 +1,9 @@
-"""Triton's side of the house: where the kernels run on this machine, and how one is launched."""
+"""Triton's side of the house: where the kernels run on this machine, and what they are made of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, partial
+from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .kernels import multi_tensor, rules
+    from .kernels import chunks, multi_tensor, rules
 except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] != "triton":
         raise
@@ -29,7 +28,7 @@ else:
     # A kernel reads addresses from a table, so an interpreted one must not be given a GPU's.
     COMPILED = isinstance(multi_tensor.multi_tensor_kernel, triton.runtime.JITFunction)
     DEVICE_TYPE = "cuda" if COMPILED else "cpu"
-    ROW_WIDTH = multi_tensor.ROW_WIDTH.value
+    ROW_WIDTH = chunks.ROW_WIDTH.value
 
 # Storage dtypes; a complex tensor is stored as pairs of the real dtype beside it.
 STORAGE_DTYPES = {
@@ -42,6 +41,8 @@ STORAGE_DTYPES = {
 }
 
 ITEM_SIZES = {n: d.itemsize for d, n in STORAGE_DTYPES.items() if not d.is_complex}  # bytes
+
+CAPTURABLE_DEVICE_TYPES = frozenset({"cuda"})  # where there are CUDA graphs, or HIP's
 
 ALIGNMENT = 16  # bytes: a 128-bit load
 
@@ -64,12 +65,22 @@ class Variant(NamedTuple):
     state_dtype: str  # the parameter's where there is no state
     aligned: bool
     reads_step: bool
+    gate: frozenset[str] = frozenset()  # see Gate.kinds
 
     @property
     def bytes_per_element(self) -> int:
-        """The gradient read once, parameter and state read once and written once."""
+        """The gradient read once, parameter and state read once and written once.
+
+        And the gradient written once, where it is unscaled.
+        """
         states = self.n_states * ITEM_SIZES[self.state_dtype]
-        return 2 * ITEM_SIZES[self.param_dtype] + ITEM_SIZES[self.grad_dtype] + 2 * states
+        grads = 2 if "UNSCALE" in self.gate else 1
+        return 2 * (ITEM_SIZES[self.param_dtype] + states) + grads * ITEM_SIZES[self.grad_dtype]
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether the kernel may find that the step does not happen."""
+        return not self.gate.isdisjoint(("FOUND_INF", "SKIP_NONFINITE"))
 
     @property
     def half(self) -> bool:
@@ -78,13 +89,23 @@ class Variant(NamedTuple):
         return all(ITEM_SIZES[dtype] == 2 for dtype in dtypes)
 
 
+class GradVariant(NamedTuple):
+    """What a compiled kernel over gradients alone depends on."""
+
+    dtype: str
+    aligned: bool
+
+
 class Tables(NamedTuple):
-    """What a launch reads, all on the parameters' device."""
+    """What a launch reads, all on the parameters' device; the last three under a gate alone."""
 
     rows: Tensor  # int64 [tensors, ROW_WIDTH]
     grads: Tensor  # int64 [tensors]
     hypers: Tensor  # float64 [groups, hyperparameters]
     steps: Tensor | None  # floating [tensors]
+    max_norm: Tensor | None = None  # float64 []
+    norm: Tensor | None = None  # float64 []
+    happened: Tensor | None = None  # float32 [2]: whether the step happened, and whether not
 
 
 def config(variant: Variant, numels: Iterable[int], device: torch.device) -> Config:
@@ -99,6 +120,20 @@ def config(variant: Variant, numels: Iterable[int], device: torch.device) -> Con
     return Config(size, num_warps=1)
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on a device's current stream goes into a CUDA graph."""
+    on_gpu = device.type in CAPTURABLE_DEVICE_TYPES
+    return on_gpu and torch.cuda.is_current_stream_capturing()
+
+
+def grad_config(dtype: str, device: torch.device) -> Config:
+    """How a launch over gradients alone is cut into programs."""
+    if COMPILED:
+        return tuning.grad_config(architecture(device), half=ITEM_SIZES[dtype] == 2)
+    sizes = INTERPRETED_BLOCK_SIZES
+    return Config(sizes[len(sizes) // 2], num_warps=1, blocks=2)
+
+
 @cache
 def architecture(device: torch.device) -> str:
     if torch.version.hip:
@@ -106,6 +141,10 @@ def architecture(device: torch.device) -> str:
         return name.partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def triton_dtype(name: str) -> Any:
+    return getattr(tl, name)
 
 
 def constants(rule: str, variant: Variant, config: Config, n_hypers: int) -> dict[str, Any]:
@@ -119,11 +158,26 @@ def constants(rule: str, variant: Variant, config: Config, n_hypers: int) -> dic
         "GRAD_DTYPE": getattr(tl, variant.grad_dtype),
         "STATE_DTYPE": getattr(tl, variant.state_dtype),
         "ALIGNED": variant.aligned,
+        "SKIP_NONFINITE": "SKIP_NONFINITE" in variant.gate,
         "BLOCK_SIZE": config.block_size,
         "BLOCKS": config.blocks,
         "NUM_STAGES": config.num_stages,
         "EVICTION": config.eviction,
     }
+
+
+def unused_pointers(variant: Variant) -> list[str]:
+    """The update kernel's pointers that are None."""
+    gate = variant.gate
+    used = {
+        "steps_ptr": variant.reads_step,
+        "found_inf_ptr": "FOUND_INF" in gate,
+        "grad_scale_ptr": "UNSCALE" in gate,
+        "grad_norm_ptr": not gate.isdisjoint(("CLIP", "SKIP_NONFINITE")),
+        "max_norm_ptr": "CLIP" in gate,
+        "happened_ptr": variant.may_skip,
+    }
+    return [name for name, is_used in used.items() if not is_used]
 
 
 def options(variant: Variant, config: Config, architecture: str) -> dict[str, Any]:
@@ -141,92 +195,17 @@ def options(variant: Variant, config: Config, architecture: str) -> dict[str, An
     return chosen
 
 
-class Launch:
-    """One update launch: compiled and bound to its tables when it is made, run at every step.
-
-    A compiled kernel is called directly: Triton's launcher would look it up by all its arguments.
-
-    Args:
-        rule: its name in kernels/rules.py.
-        variant: what the kernel is compiled for.
-        config: how the launch is cut into programs.
-        owners: int32, one a program: the row of its tensor.
-        tables: on the device of `owners`.
-        n_bytes: what the launch loads and stores of the tensors.
-    """
-
-    def __init__(
-        self,
-        rule: str,
-        variant: Variant,
-        config: Config,
-        owners: Tensor,
-        tables: Tables,
-        n_bytes: int,
-    ) -> None:
-        self.variant, self.owners, self.tables = variant, owners, tables
-        self.grid = (len(owners), 1, 1)
-        self.arguments = {
-            "owners_ptr": owners,
-            "rows_ptr": tables.rows,
-            "grads_ptr": tables.grads,
-            "hypers_ptr": tables.hypers,
-            "steps_ptr": tables.steps if variant.reads_step else None,
-            "n_bytes": float(n_bytes),
-            **constants(rule, variant, config, tables.hypers.shape[1]),
-        }
-        self.options = options(variant, config, architecture(owners.device)) if COMPILED else {}
-        self._start = self._bound()
-
-    def _bound(self) -> Callable[[], object]:
-        kernel = multi_tensor.multi_tensor_kernel
-        if not COMPILED:
-            return partial(kernel[self.grid], **self.arguments)
-        with _current(self.owners.device):
-            compiled = kernel.warmup(**self.arguments, **self.options, grid=self.grid)
-            start = compiled[self.grid]
-        # Addresses: Triton would ask the driver whose memory a tensor's is, at every launch.
-        values = (self.arguments[name] for name in kernel.arg_names)
-        return partial(start, *(v.data_ptr() if isinstance(v, Tensor) else v for v in values))
-
-    def run(self) -> None:
-        """Launch on the device's current stream."""
-        with _current(self.owners.device):
-            self._start()
-
-
-@contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """The launches that are run meanwhile, for tools and tests."""
-    launches: list[Launch] = []
-    run = Launch.run
-
-    def record(launch: Launch) -> None:
-        launches.append(launch)
-        run(launch)
-
-    Launch.run = record  # type: ignore[assignment, method-assign]
-    try:
-        yield launches
-    finally:
-        Launch.run = run  # type: ignore[method-assign]
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a GPU the current one, which Triton launches on."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
-
-
-def row(numel: int, group: int, first: int, addresses: Sequence[int]) -> list[int]:
+def row(
+    numel: int, group: int, first: int, addresses: Sequence[int], norm_first: int = 0
+) -> list[int]:
     """A row of the tensor table.
 
     Args:
         numel: elements.
         group: its row of hyperparameters.
-        first: the first of its programs.
+        first: the first of its programs in the update.
         addresses: the parameter's, then one a state.
+        norm_first: the first of its programs in launches over gradients alone.
     """
-    values = [numel, group, first, *addresses]
+    values = [numel, group, first, norm_first, *addresses]
     return values + [0] * (ROW_WIDTH - len(values))

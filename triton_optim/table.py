@@ -2,46 +2,53 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from itertools import chain
-from operator import itemgetter
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from operator import is_not
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
 
-from . import columns, runtime
-from .columns import Entry, addresses_of, alignment, column
+from . import columns, cuts, runtime
+from .buffer import Buffer
+from .columns import addresses_of, alignment, column
+from .cuts import Entry
+from .gate import Gate
+from .launch import UpdateLaunch
 from .layout import LayoutGuard
-from .ways import State
+from .norm import GradNorm
+from .shards import bring_grad, is_dtensor, local_of, same_sharding, spec_of
+from .states import count_updates, get_step, holders_of, pack_steps, states_of, values_of
 
 if TYPE_CHECKING:
     from .fused import FusedStep
 
-_STEP = itemgetter("step")
+
+Copies = list[tuple[int, Tensor]]  # what stands in for a gradient, by its index
 
 
 class Found(NamedTuple):
-    """What one step reads and writes, looked up and checked for this step."""
+    """What one step reads and writes, looked up and checked for this step: shards of DTensors."""
 
     grads: list[Tensor]
     written: list[Tensor]  # parameters and state
+    wrappers: list[Tensor]  # the DTensors of `written`
 
 
 class Table:
     """Everything one device's launches need, made once and kept while the tensors stay.
 
     It remembers addresses and layouts and holds no state tensor, so that state which is moved away
-    frees its memory. What may change from step to step (gradient addresses, hyperparameters, step
-    counts) is one buffer, sent in one copy when it did change.
+    frees its memory.
 
     Args:
         optimizer: its hyperparameters are as many as `hypers`.
         device: where its parameters are.
-        entries: the parameters.
+        entries: the parameters; DTensors all of them, or none.
         hypers: every group's hyperparameters, one after another.
+        counts_on_device: whether steps are counted on `device`.
     """
 
     def __init__(
@@ -50,76 +57,78 @@ class Table:
         device: torch.device,
         entries: Sequence[Entry],
         hypers: Sequence[object],
+        *,
+        counts_on_device: bool,
     ) -> None:
+        self._rule, self.device = optimizer._rule, device
         self._params = [entry.param for entry in entries]
+        self._specs = [spec_of(param) for param in self._params if is_dtensor(param)]
         self._reordered = [i for i, entry in enumerate(entries) if entry.reordered]
-        self._states, self._new = _states(optimizer, entries)
-        # 0.0 until a tensor's first update, for SGD's rule.
-        self._seen = [0.0 if new else 1.0 for new in self._new]
+        self._states, self._new = states_of(optimizer, entries)
         complete = [{**s, **new} for s, new in zip(self._states, self._new, strict=True)]
-        self._pack = None
+        reads_step = any(not e.flags.isdisjoint(optimizer._step_flags) for e in entries)
+        self._pack = self._private_pack = None
         if optimizer._counts_steps:
-            self._pack = _packed([*map(_STEP, complete)], device)
+            steps = [*map(get_step, complete)]
+            self._pack = pack_steps(steps, device, on_device=counts_on_device)
             for state, new, step in zip(complete, self._new, self._pack.unbind(), strict=True):
                 state["step"] = new["step"] = step
-        self._holders = _holders(entries, self._states)
+        elif reads_step:
+            self._pack = self._private_pack = count_updates(self._new, device)
+        self._may_have_skipped = False
+        self._holders = holders_of(entries, self._states)
         self._counted = self._states if optimizer._counts_steps else []
 
         grads = [entry.grad for entry in entries]
-        written = [*self._params, *_values(_holders(entries, complete))]
-        steps = map(_STEP, complete) if optimizer._counts_steps else ()
-        self.first: Found | None = Found(grads, written)
-        self._guard = LayoutGuard([*grads, *written])
-        self._addresses = addresses_of([*written, *steps])
+        found = self._found(grads, [*self._params, *values_of(holders_of(entries, complete))])
+        steps = [*map(get_step, complete)] if optimizer._counts_steps else []
+        self.first: Found | None = found
+        self._guard = LayoutGuard([*grads, *found.written])
+        self._addresses = addresses_of([*found.written, *steps])
         self._grads = addresses_of(grads)
         self._grad_column = column("q", self._grads)
         self._alignment = alignment(self._grad_column)
-
-        rows, cuts = columns.rows_and_cuts(optimizer, entries, complete)
-        self._allocate(
-            device,
-            rows,
-            any(cut.variant.reads_step for cut in cuts),
-            len(optimizer.param_groups),
-            hypers,
+        cut = cuts.cut(optimizer, entries, complete)
+        self._cuts = [c._replace(owners=columns.on_device(c.owners, device)) for c in cut.updates]
+        self._grad_cuts = cut.grads
+        buffer = Buffer(device, len(entries), hypers, self._pack, reads_steps=reads_step)
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._buffer = buffer
+        self.tables = runtime.Tables(
+            rows=columns.on_device(cut.rows, device),
+            grads=buffer.grads,
+            hypers=buffer.hypers.view(len(optimizer.param_groups), -1),
+            steps=buffer.steps,
+            max_norm=buffer.max_norm,
         )
-        self._launches = [
-            runtime.Launch(
-                optimizer._rule,
-                cut.variant,
+        self._launches: dict[frozenset[str], list[UpdateLaunch]] = {}
+        self._norm: GradNorm | None = None
+
+    def _found(self, grads: list[Tensor], written: list[Tensor]) -> Found:
+        if not self._specs:
+            return Found(grads, written, [])
+        return Found(grads, [*map(local_of, written)], written)
+
+    def prepare(self, kinds: frozenset[str]) -> None:
+        """Compile what a step under a gate of these kinds launches. Writes nothing."""
+        if kinds in self._launches:
+            return
+        if self.tables.happened is None and kinds:
+            norm = GradNorm(self._grad_cuts, self.tables.rows, self.tables.grads)
+            happened = torch.arange(1, -1, -1, dtype=torch.float32, device=self.device)
+            self.tables = self.tables._replace(norm=norm.norm, happened=happened)
+            self._norm = norm
+        self._launches[kinds] = [
+            UpdateLaunch(
+                self._rule,
+                cut.variant._replace(gate=kinds),
                 cut.config,
-                columns.on_device(cut.owners, device),
-                self._tables,
+                cut.owners,
+                self.tables,
                 cut.n_bytes,
             )
-            for cut in cuts
+            for cut in self._cuts
         ]
-
-    def _allocate(
-        self,
-        device: torch.device,
-        rows: Tensor,
-        reads_step: bool,
-        n_groups: int,
-        hypers: Sequence[object],
-    ) -> None:
-        """The tables; what changes is one buffer: gradient addresses, hyperparameters, steps."""
-        self._sends_steps = reads_step and (self._pack is None or self._pack.device != device)
-        n_steps = len(self._params) if self._sends_steps else 0
-        lengths = [n + n % 2 for n in (len(self._params), len(hypers), n_steps)]
-        self._buffer = torch.empty(sum(lengths), dtype=torch.int64, device=device)
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        grads, floats, steps = torch.split(self._buffer, lengths)
-        self._hypers = floats.view(torch.float64)
-        self._tables = runtime.Tables(
-            rows=columns.on_device(rows, device),
-            grads=grads,
-            hypers=self._hypers[: len(hypers)].view(n_groups, -1),
-            steps=steps.view(torch.float64) if self._sends_steps else self._pack,
-        )
-        self._sent: bytes | None = None
-        self._hypers_sent: object = None
-        self._on_gpu: dict[int, Tensor] = {}
 
     def find(self) -> Found | None:
         """This step's tensors, or None where this table no longer describes them.
@@ -127,14 +136,18 @@ class Table:
         It does while parameters and state are where they were, everything has the layout that it
         had, and gradients the alignment.
         """
-        grads = [param.grad for param in self._params]
+        grads: list[Tensor | None] = [param.grad for param in self._params]
         try:
-            written = [*self._params, *_values(self._holders)]
-            if not self._guard.check([*grads, *written]):
+            if self._specs:
+                grads = self._shards(grads)
+            found = self._found(grads, [*self._params, *values_of(self._holders)])  # type: ignore[arg-type]
+            if not self._guard.check([*grads, *found.written]):
                 return None
-            if addresses_of([*written, *map(_STEP, self._counted)]) != self._addresses:
+            steps = map(get_step, self._counted)
+            if addresses_of([*found.written, *steps]) != self._addresses:
                 return None
-        except (KeyError, TypeError):  # state was removed, or a step is no tensor any more
+        # State was removed, a step is no tensor any more, or what was a DTensor is none.
+        except (KeyError, TypeError, AttributeError):
             return None
         addresses = addresses_of(grads)
         if addresses != self._grads:
@@ -142,61 +155,79 @@ class Table:
             if alignment(grad_column) != self._alignment:
                 return None
             self._grads, self._grad_column = addresses, grad_column
-        return Found(grads, written)  # type: ignore[arg-type]
+        return found
 
-    def run(self, found: Found, hypers: list[float | Tensor]) -> None:
-        """Launch the updates, one a variant, and count the steps."""
-        grads, written = found
-        copies = {
-            i: torch.empty_like(self._params[i], dtype=grads[i].dtype).copy_(grads[i])
-            for i in self._reordered
-        }
+    def _shards(self, grads: list[Any]) -> list[Tensor | None]:
+        """Of gradients that lie on their ranks as the parameters do; None for any other."""
+        specs = [*map(spec_of, grads)]
+        if any(map(is_not, specs, self._specs)):
+            for param in self._params:
+                bring_grad(param)
+            grads = [param.grad for param in self._params]
+            return [
+                local_of(grad) if same_sharding(spec_of(grad), spec) else None
+                for grad, spec in zip(grads, self._specs, strict=True)
+            ]
+        return [*map(local_of, grads)]
+
+    def reordered(self, found: Found) -> list[Tensor]:
+        """The gradients that lie in another order than their parameters."""
+        return [found.grads[i] for i in self._reordered]
+
+    def send(self, found: Found, hypers: list[float | Tensor], max_norm: float | None) -> Copies:
+        """Bring the tables up to date.
+
+        Returns:
+            What the launches read instead of gradients that lie in another order than their
+            parameters.
+        """
+        copies = [
+            (i, torch.empty_like(found.written[i], dtype=grad.dtype).copy_(grad))
+            for i, grad in ((i, found.grads[i]) for i in self._reordered)
+        ]
         grad_column = self._grad_column
         if copies:
-            read = [copies.get(i, grad) for i, grad in enumerate(grads)]
-            grad_column = column("q", addresses_of(read))
-        self._send(grad_column, hypers)
-        for launch in self._launches:
-            launch.run()
+            addresses = list(self._grads)
+            for i, copy in copies:
+                addresses[i] = copy.data_ptr()
+            grad_column = column("q", addresses)
+        self._buffer.send(grad_column, hypers, max_norm or 0.0)
+        return copies
+
+    def sum_squares(self) -> GradNorm:
+        """Launch the norm of the gradients."""
+        assert self._norm is not None
+        self._norm.run()
+        return self._norm
+
+    def update(self, found: Found, copies: Copies, gate: Gate) -> None:
+        """Launch the updates, one a variant, and count the steps."""
+        kinds = gate.kinds
+        changed = gate.on(self.device) if kinds else {}
+        for launch in self._launches[kinds]:
+            launch.run(**changed)
         if self._pack is not None:
-            self._pack.add_(1)
-        elif self._sends_steps:
-            self._seen = [1.0] * len(self._params)
-        increment_version(written)
+            happened = self.tables.happened
+            self._pack.add_(happened[0] if gate.may_skip and happened is not None else 1)
+        if gate.grad_scale is not None:
+            for i, copy in copies:
+                found.grads[i].copy_(copy)
+            increment_version(found.grads)
+        increment_version([*found.written, *found.wrappers])
+        self._may_have_skipped |= gate.may_skip
         self._outlive_the_stream()
 
     def _outlive_the_stream(self) -> None:
         """Keep the tables' memory from reuse until a step on another stream than theirs is done."""
-        if not self._buffer.is_cuda:
+        if self._stream is None:
             return
-        stream = torch.cuda.current_stream(self._buffer.device)
+        stream = torch.cuda.current_stream(self.device)
         if stream != self._stream:
-            tables = (self._buffer, self._tables.rows, self._tables.steps)
-            for tensor in (*tables, *(launch.owners for launch in self._launches)):
+            own = (self._buffer.memory, self.tables.rows, self.tables.steps, self.tables.happened)
+            norms = self._norm.tensors if self._norm is not None else ()
+            for tensor in (*own, *norms, *(cut.owners for cut in self._cuts)):
                 if tensor is not None and tensor.is_cuda:
                     tensor.record_stream(stream)
-
-    def _send(self, grads: bytes, hypers: list[float | Tensor]) -> None:
-        """Bring the buffer up to date; a scalar that lives on a GPU is copied on the device."""
-        if hypers is not self._hypers_sent:
-            on_gpu = {i: h for i, h in enumerate(hypers) if isinstance(h, Tensor)}
-            if on_gpu.keys() != self._on_gpu.keys():
-                self._sent = None  # in these places stands what was copied on the device
-            self._on_gpu = on_gpu
-            floats = [0.0 if isinstance(h, Tensor) else h for h in hypers]
-            self._hyper_column = column("d", floats)
-            self._hypers_sent = hypers
-        content = grads + self._hyper_column
-        if self._sends_steps:
-            # A pack that is not on this device is on the CPU: reading it waits for no device.
-            steps = self._seen if self._pack is None else self._pack.tolist()
-            content += column("d", steps)
-        if content != self._sent:
-            host = columns.sendable(columns.as_tensor(content), self._buffer.device)
-            self._buffer.copy_(host, non_blocking=True)
-            self._sent = content
-        for i, value in self._on_gpu.items():
-            self._hypers[i].copy_(value.view(()), non_blocking=True)
 
     def hand_over_state(self, optimizer: FusedStep) -> None:
         """After the first step: give the optimizer the state that it made."""
@@ -207,38 +238,14 @@ class Table:
                 optimizer.state[param] = state
         self._new = []
 
+    def forget_skipped(self, optimizer: Optimizer) -> None:
+        """Take back state of which no step has happened yet, if that can be; waits for the device.
 
-def _states(optimizer: FusedStep, entries: Sequence[Entry]) -> tuple[list[State], list[State]]:
-    """Every parameter's entry of optimizer.state, and what it lacks before a first update."""
-    states, new = [], []
-    for entry in entries:
-        state = optimizer.state.get(entry.param, {}) if entry.state_names else {}
-        complete = not entry.state_names or optimizer._has_state(state)
-        group = optimizer.param_groups[entry.group]
-        states.append(state)
-        new.append({} if complete else optimizer._new_state(entry.param, group))
-    return states, new
-
-
-def _holders(entries: Sequence[Entry], states: Sequence[State]) -> dict[str, list[State]]:
-    """By name of the tensors that the rule updates, those of `states` that hold one."""
-    holders = defaultdict(list)
-    for entry, state in zip(entries, states, strict=True):
-        for name in entry.state_names:
-            holders[name].append(state)
-    return holders
-
-
-def _values(holders: Mapping[str, Sequence[State]]) -> list[Tensor]:
-    return [*chain.from_iterable(map(itemgetter(n), states) for n, states in holders.items())]
-
-
-def _packed(steps: Sequence[Tensor], device: torch.device) -> Tensor:
-    """One tensor of all step counts: one operation counts them all.
-
-    On the CPU, unless one of them lies on a GPU: reading that one here would wait for the GPU.
-    """
-    home = torch.device("cpu") if all(step.is_cpu for step in steps) else device
-    double = any(step.dtype == torch.float64 for step in steps)
-    dtype = torch.float64 if double else torch.float32
-    return torch.stack([step.to(home, dtype).view(()) for step in steps])
+        Where the rule must know its first update and state does not tell.
+        """
+        if self._private_pack is None or not self._may_have_skipped:
+            return
+        for param, updates in zip(self._params, self._private_pack.tolist(), strict=True):
+            if updates == 0:
+                optimizer.state.pop(param, None)
+        self._may_have_skipped = False

@@ -31,6 +31,9 @@ class Pair(NamedTuple):
 # that a program moves enough bytes beside its share of the tables.
 DEFAULT = Pair(wide=Config(1024, 4), half=Config(2048, 8))
 DEFAULT_64_LANES = Pair(wide=Config(1024, 2), half=Config(2048, 4))
+# Of launches over gradients alone: longer chunks, because each leaves a partial sum.
+GRADS = Pair(wide=Config(1024, 4, blocks=16), half=Config(2048, 8, blocks=8))
+GRADS_64_LANES = Pair(wide=Config(1024, 2, blocks=16), half=Config(2048, 4, blocks=8))
 TUNED: dict[str, Pair] = {}  # by architecture, such as "sm_90" or "gfx942"; none was measured yet
 
 
@@ -43,4 +46,10 @@ def config(architecture: str, *, half: bool) -> Config:
     """
     default = DEFAULT_64_LANES if architecture.startswith("gfx9") else DEFAULT
     pair = TUNED.get(architecture, default)
+    return pair.half if half else pair.wide
+
+
+def grad_config(architecture: str, *, half: bool) -> Config:
+    """The config of a launch over gradients alone, of 16 bits or not."""
+    pair = GRADS_64_LANES if architecture.startswith("gfx9") else GRADS
     return pair.half if half else pair.wide

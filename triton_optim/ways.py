@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import runtime
 from .layout import is_dense, same_order
+from .shards import local, sharding_refusal
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -17,16 +18,19 @@ State = dict[str, Any]
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
-def group_refusal(group: Group) -> str | None:
+def group_refusal(group: Group, fused: bool | None) -> str | None:
     """Why a whole parameter group goes torch's way, or None."""
-    for flag in ("foreach", "differentiable", "capturable"):
+    for flag in ("foreach", "differentiable"):
         if group.get(flag):
             return f"{flag}=True"
-    return "fused=False" if group.get("fused") is False else None
+    return "fused=False" if fused is False else None
 
 
 def refusal(param: Tensor, grad: Tensor) -> str | None:
     """Why the kernels cannot update `param` from `grad`, or None if they can."""
+    if reason := sharding_refusal(param, grad):
+        return reason
+    param, grad = local(param), local(grad)
     if param.device.type != runtime.DEVICE_TYPE:
         return f"it is on {param.device}, where the kernels do not run"
     if type(param) not in PLAIN_TYPES or type(grad) not in PLAIN_TYPES:
@@ -47,8 +51,6 @@ def refusal(param: Tensor, grad: Tensor) -> str | None:
 
 def strays(param: Tensor, state: State, names: Iterable[str]) -> list[str]:
     """Names of checked state that lies on another device, or in another order, than `param`."""
-    return [
-        name
-        for name in names
-        if state[name].device != param.device or not same_order(state[name], param)
-    ]
+    shard = local(param)
+    parts = [(name, local(state[name])) for name in names]
+    return [n for n, part in parts if part.device != shard.device or not same_order(part, shard)]

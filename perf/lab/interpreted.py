@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from inspect import signature
 from itertools import combinations, product
 from typing import Any, NamedTuple
@@ -25,7 +26,8 @@ from torch.nn import Parameter
 import triton_optim
 from lab.traffic import Traffic, watched
 from triton_optim import runtime, tuning
-from triton_optim.ways import group_refusal
+from triton_optim.launch import UpdateLaunch, recorded
+from triton_optim.table import Table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # parameter, gradient, state
@@ -34,6 +36,8 @@ STORAGES = (
     (torch.bfloat16, torch.bfloat16, torch.float32),
     (torch.float32, torch.bfloat16, torch.float32),
 )
+# Where a GradScaler, clipping and skipping meet in one kernel: the most that it can be asked.
+GATED_STORAGES = (STORAGES[0], STORAGES[4])
 CHUNKS = 2  # of a tensor, whole ones
 TENSORS = 2  # a group each
 
@@ -57,20 +61,21 @@ class Step(NamedTuple):
         flags = "+".join(sorted(self.variant.flags)) or "-"
         storage = "/".join(dtype.replace("float", "f") for dtype in self.storage)
         aligned = "" if self.variant.aligned else " misaligned"
-        return f"{self.rule.removesuffix('_rule')} {flags} {storage}{aligned}"
+        gated = " gated" if self.variant.gate else ""
+        return f"{self.rule.removesuffix('_rule')} {flags} {storage}{gated}{aligned}"
 
     def misaligned(self) -> Step:
         """The same over addresses that are no multiple of 16 bytes."""
         return self._replace(variant=self.variant._replace(aligned=False))
 
     def as_json(self) -> dict[str, Any]:
-        variant = self.variant._asdict() | {"flags": sorted(self.variant.flags)}
-        return self._asdict() | {"variant": variant}
+        sets = {"flags": sorted(self.variant.flags), "gate": sorted(self.variant.gate)}
+        return self._asdict() | {"variant": self.variant._asdict() | sets}
 
     @classmethod
     def from_json(cls, item: dict[str, Any]) -> Step:
-        flags = frozenset(item["variant"]["flags"])
-        return cls(**item | {"variant": runtime.Variant(**item["variant"] | {"flags": flags})})
+        sets = {name: frozenset(item["variant"][name]) for name in ("flags", "gate")}
+        return cls(**item | {"variant": runtime.Variant(**item["variant"] | sets)})
 
 
 def main() -> None:
@@ -78,12 +83,13 @@ def main() -> None:
     parser.add_argument("architecture", help="whose block sizes are used, such as sm_90")
     parser.add_argument("optimizer", nargs="*", default=triton_optim.OPTIMIZERS)
     args = parser.parse_args()
+    storages = [*((False, s) for s in STORAGES), *((True, s) for s in GATED_STORAGES)]
     # Without state, its dtype makes no other kernel.
     steps = {
         (step.rule, step.variant): step
         for name in args.optimizer
-        for kwargs, storage in product(flag_sets(name), STORAGES)
-        for step in [measure(args.architecture, name, kwargs, storage)]
+        for kwargs, (gated, storage) in product(flag_sets(name), storages)
+        for step in [measure(args.architecture, name, kwargs, storage, gated=gated)]
     }
     print(json.dumps([step.as_json() for step in steps.values()]))
 
@@ -102,10 +108,10 @@ def flag_sets(name: str) -> list[dict[str, Any]]:
             kwargs = {n: on[n] for n in names}
             try:
                 optimizer = make([Parameter(torch.empty(1))], **kwargs)
-            except ValueError:  # such as Nesterov without momentum
+            except (ValueError, RuntimeError):  # such as Nesterov without momentum
                 continue
             group = optimizer.param_groups[0]
-            if group_refusal(group) is None:
+            if optimizer._group_refusal(group) is None:
                 found.setdefault(optimizer._flags(group), kwargs)
     return list(found.values())
 
@@ -115,18 +121,27 @@ def measure(
     name: str,
     kwargs: dict[str, Any],
     storage: tuple[torch.dtype, torch.dtype, torch.dtype],
+    *,
+    gated: bool = False,
 ) -> Step:
-    """An optimizer's second step over whole chunks of the size that a GPU is given."""
+    """An optimizer's second step over whole chunks of the size that a GPU is given.
+
+    Gated: under a GradScaler, clipped, skipped where it is not finite.
+    """
     param_dtype, grad_dtype, state_dtype = storage
 
     def config(variant: runtime.Variant, *_: object) -> tuning.Config:
         return tuning.config(architecture, half=variant.half)
 
-    with patch.object(runtime, "config", config), runtime.recorded() as launches:
+    with patch.object(runtime, "config", config), recorded() as launches:
         numel = CHUNKS * max(tuning.config(architecture, half=half).chunk for half in (False, True))
         params = [Parameter(torch.randn(numel).to(param_dtype)) for _ in range(TENSORS)]
         make = getattr(triton_optim, name)
-        optimizer = make([{"params": [param]} for param in params], **kwargs, fused=True)
+        options = {"max_grad_norm": 1.0, "skip_nonfinite": True} if gated else {}
+        groups = [{"params": [param]} for param in params]
+        optimizer = make(groups, **kwargs, fused=True, **options)
+        if gated:
+            optimizer.found_inf, optimizer.grad_scale = torch.zeros(()), torch.ones(())
         for param in params:
             param.grad = torch.randn_like(param)
         optimizer.step()
@@ -136,18 +151,28 @@ def measure(
                 state[key] = state[key].to(state_dtype)
             assert param.grad is not None
             param.grad.data = param.grad.data.to(grad_dtype)
-        launches.clear()
-        traffic = Traffic()
-        with watched(traffic.count):
+        with patch.object(Table, "update", _counted(Table.update, traffic := Traffic())):
+            launches.clear()
             optimizer.step()
-    variant, tables = launches[0].variant, launches[0].tables
+    updates = [launch for launch in launches if isinstance(launch, UpdateLaunch)]
+    variant, tables = updates[0].variant, updates[0].tables
     return Step(
         optimizer._rule,
         variant,
         tables.hypers.shape[1],
         (traffic.loaded + traffic.stored) / (TENSORS * numel),
-        len(launches),
+        len(updates),
     )
+
+
+def _counted(update: Callable[..., None], traffic: Traffic) -> Callable[..., None]:
+    """`Table.update`, its traffic counted."""
+
+    def counted(table: Table, *args: Any) -> None:
+        with watched(traffic.count):
+            update(table, *args)
+
+    return counted
 
 
 if __name__ == "__main__":

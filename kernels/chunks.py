@@ -1,0 +1,40 @@
+"""Where a program finds its tensor: the tables that every launch over many tensors reads."""
+
+import triton
+import triton.language as tl
+
+# Columns of a row of the tensor table; the addresses of up to MAX_STATES states follow.
+NUMEL = tl.constexpr(0)
+GROUP = tl.constexpr(1)
+FIRST = tl.constexpr(2)  # program of the update launch
+NORM_FIRST = tl.constexpr(3)  # program of the launches over gradients alone
+PARAM = tl.constexpr(4)
+STATES = tl.constexpr(5)
+MAX_STATES = tl.constexpr(3)
+ROW_WIDTH = tl.constexpr(8)
+
+
+@triton.jit
+def pointer(address, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointer to element `start` of the tensor of DTYPE that begins at an int64 address."""
+    ptr = address.to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        ptr = tl.multiple_of(ptr, 16)
+    return ptr + start
+
+
+@triton.jit
+def find_chunk(owners_ptr, rows_ptr, FIRST: tl.constexpr, CHUNK: tl.constexpr):
+    """What a program works on, a chunk of CHUNK elements or the rest of a tensor.
+
+    Returns:
+        tensor: its index.
+        row_ptr: to its row of the table.
+        start: the chunk's first element.
+        remaining: elements from there to the tensor's end.
+    """
+    program = tl.program_id(0)
+    tensor = tl.load(owners_ptr + program).to(tl.int64)
+    row_ptr = rows_ptr + tensor * ROW_WIDTH
+    start = (program - tl.load(row_ptr + FIRST)) * CHUNK
+    return tensor, row_ptr, start, tl.load(row_ptr + NUMEL) - start

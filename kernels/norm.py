@@ -1,0 +1,120 @@
+"""The norm of many gradients in one launch, and their scaling in another."""
+
+import triton
+import triton.language as tl
+
+from .chunks import NORM_FIRST, find_chunk, pointer
+from .gate import clipping
+from .numerics import narrow, widen
+
+PARTIALS_BLOCK = tl.constexpr(1024)  # partial sums that the last program adds at a time
+
+
+@triton.jit
+def _sum_of_squares(
+    grad_ptr, remaining, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr
+):
+    COMPUTE_DTYPE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    offsets = tl.arange(0, BLOCK_SIZE)
+    squares = tl.zeros((BLOCK_SIZE,), COMPUTE_DTYPE)
+    # As in the update: a mask that is not known at compile time costs the vector loads.
+    if remaining >= BLOCKS * BLOCK_SIZE:
+        for block in tl.range(0, BLOCKS):
+            grad = widen(tl.load(grad_ptr + block * BLOCK_SIZE + offsets), COMPUTE_DTYPE)
+            squares += grad * grad
+    else:
+        rest = remaining.to(tl.int32)
+        for block in tl.range(0, tl.cdiv(rest, BLOCK_SIZE)):
+            at = block * BLOCK_SIZE + offsets
+            grad = widen(tl.load(grad_ptr + at, mask=at < rest, other=0.0), COMPUTE_DTYPE)
+            squares += grad * grad
+    return tl.sum(squares)
+
+
+@triton.jit
+def norm_kernel(
+    owners_ptr,
+    rows_ptr,
+    grads_ptr,
+    partials_ptr,
+    ticket_ptr,
+    sum_ptr,
+    norm_ptr,
+    n_bytes,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ADDS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """The sum of squares of every gradient that owns a program, and its root.
+
+    Every program stores a partial sum; whichever is the last to finish adds them, always in the
+    order of programs: the same gradients give the same bits.
+
+    Preconditions, beside those of `multi_tensor_kernel` for the first three:
+
+    - partials_ptr: float64, one a program;
+    - ticket_ptr: int32, 0; it is 0 again afterwards. No other launch uses it at the same time;
+    - sum_ptr, norm_ptr: float64, written; with ADDS, what `sum_ptr` holds is added;
+    - n_bytes: float, what the launch loads of the gradients; for a profiler alone.
+    """
+    CHUNK: tl.constexpr = BLOCKS * BLOCK_SIZE
+    tensor, _, start, remaining = find_chunk(owners_ptr, rows_ptr, NORM_FIRST, CHUNK)
+    grad_ptr = pointer(tl.load(grads_ptr + tensor), start, DTYPE, ALIGNED)
+    partial = _sum_of_squares(grad_ptr, remaining, DTYPE, BLOCK_SIZE, BLOCKS)
+    tl.store(partials_ptr + tl.program_id(0), partial.to(tl.float64))
+
+    # Acquire and release: the program that draws the last number sees all that was stored before.
+    n_programs = tl.num_programs(0)
+    if tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == n_programs - 1:
+        offsets = tl.arange(0, PARTIALS_BLOCK)
+        sums = tl.zeros((PARTIALS_BLOCK,), tl.float64)
+        for first in tl.range(0, n_programs, PARTIALS_BLOCK):
+            at = first + offsets
+            sums += tl.load(
+                partials_ptr + at, mask=at < n_programs, other=0.0, cache_modifier=".cg"
+            )
+        total = tl.sum(sums)
+        if ADDS:
+            total += tl.load(sum_ptr)
+        tl.store(sum_ptr, total)
+        tl.store(norm_ptr, tl.sqrt(total))
+        tl.store(ticket_ptr, 0)
+
+
+@triton.jit
+def scale_kernel(
+    owners_ptr,
+    rows_ptr,
+    grads_ptr,
+    norm_ptr,
+    max_norm_ptr,
+    n_bytes,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Clip every gradient that owns a program, in place; where nothing is clipped, touch nothing.
+
+    Preconditions: those of `norm_kernel` and of gate.py.
+    """
+    COMPUTE_DTYPE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    CHUNK: tl.constexpr = BLOCKS * BLOCK_SIZE
+    tensor, _, start, remaining = find_chunk(owners_ptr, rows_ptr, NORM_FIRST, CHUNK)
+    grad_ptr = pointer(tl.load(grads_ptr + tensor), start, DTYPE, ALIGNED)
+    coefficient = clipping(norm_ptr, max_norm_ptr, None, COMPUTE_DTYPE)
+    remaining = tl.where(coefficient == 1, 0, remaining)
+
+    offsets = tl.arange(0, BLOCK_SIZE)
+    if remaining >= CHUNK:
+        for block in tl.range(0, BLOCKS):
+            ptr = grad_ptr + block * BLOCK_SIZE + offsets
+            tl.store(ptr, narrow(widen(tl.load(ptr), COMPUTE_DTYPE) * coefficient, DTYPE))
+    else:
+        rest = remaining.to(tl.int32)
+        for block in tl.range(0, tl.cdiv(rest, BLOCK_SIZE)):
+            at = block * BLOCK_SIZE + offsets
+            grad = widen(tl.load(grad_ptr + at, mask=at < rest), COMPUTE_DTYPE)
+            tl.store(grad_ptr + at, narrow(grad * coefficient, DTYPE), mask=at < rest)

@@ -1,0 +1,124 @@
+"""What `test_distributed.py` shows with several processes.
+
+Run as `distributed_scenarios.py BACKEND SIZE...`, once for all scenarios; with gloo, kernels run in
+the interpreter. Prints one JSON object: by "scenario-size", None or what went wrong on which rank.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from cases import STATEFUL_CASES, Case
+from checkpoint_scenarios import checkpoint_scenarios
+from clipping_scenarios import clipping_scenarios
+from parallel import (
+    WAYS,
+    Way,
+    assert_equal,
+    assert_kernels,
+    ddp,
+    ddp_bucket_view,
+    full_values,
+    in_one_process,
+    one_process,
+    train,
+)
+from torch.nn import Module
+from worlds import Scenario, World, outcomes
+
+import triton_optim
+
+CASES = [case for case in STATEFUL_CASES if case.name != "sgd"]  # which keeps no state
+# What is imported at a first step: once, before the processes fork.
+PRELOAD = ("torch._dynamo", "torch.distributed.optim", "triton.experimental.gluon")
+
+
+def the_same_as_in_one_process(way: Way, case: Case, world: World) -> None:
+    spread = way(world)
+    optimizer = case.ours(spread.model.parameters())
+    updated = train(spread, optimizer)
+    assert_equal(full_values(spread.model, optimizer), full_values(*in_one_process(case, world)))
+    assert_kernels(optimizer, updated)
+
+
+def zero(case: Case, world: World, **kwargs: Any) -> None:
+    """Each process steps its own parameters and keeps their state."""
+    spread = ddp(world)
+    optimizer = _zero(spread.model, case, **kwargs)
+    updated = train(spread, optimizer)
+    expected, _ = in_one_process(case, world)
+    assert_equal(list(spread.model.parameters()), list(expected.parameters()))
+    assert_kernels(optimizer.optim, updated)
+
+
+def zero_with_nothing_to_do(case: Case, world: World) -> None:
+    """Two parameters: with four processes, two have none."""
+    spread, whole = ddp(world), one_process(world)
+    optimizer = _zero(spread.model.get_submodule("module.down"), case)
+    assert len(optimizer.optim.param_groups[0]["params"]) == (1 if world.rank < 2 else 0)
+    train(spread, optimizer)
+    train(whole, case.theirs(whole.model.get_submodule("down").parameters()))
+    assert_equal(list(spread.model.parameters()), list(whole.model.parameters()))
+
+
+def zero_from_a_checkpoint(case: Case, world: World) -> None:
+    spread = ddp(world)
+    optimizer = _zero(spread.model, case)
+    train(spread, optimizer, range(2))
+    optimizer.consolidate_state_dict()
+    saved: list[Any] = [optimizer.state_dict() if world.rank == 0 else None]
+    dist.broadcast_object_list(saved, device=world.device)
+    _, expected = in_one_process(case, world, 2)
+    # What was consolidated is on the CPU.
+    assert_equal(saved[0]["state"], expected.state_dict()["state"], check_device=False)
+    optimizer = _zero(spread.model, case)
+    optimizer.load_state_dict(saved[0])
+    train(spread, optimizer, [2])
+    assert_equal(list(spread.model.parameters()), list(in_one_process(case, world)[0].parameters()))
+
+
+def _zero(model: Module, case: Case, **kwargs: Any) -> Any:
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # with warnings, errors in pytest
+
+    make = getattr(triton_optim, case.optimizer)
+    return ZeroRedundancyOptimizer(model.parameters(), make, **case.kwargs, **kwargs)
+
+
+def _scenarios() -> list[Scenario]:
+    both = (2, 4)
+    view = partial(the_same_as_in_one_process, ddp_bucket_view, CASES[0])
+    found = [
+        Scenario("ddp_bucket_view", view, both),
+        Scenario("zero_bucket_view", partial(zero, CASES[0], parameters_as_bucket_view=True), both),
+    ]
+    for case in CASES:
+        for way, sizes in WAYS.items():
+            run = partial(the_same_as_in_one_process, way, case)
+            found.append(Scenario(f"{way.__name__}-{case.name}", run, sizes))
+        for make in (zero, zero_with_nothing_to_do, zero_from_a_checkpoint):
+            found.append(Scenario(f"{make.__name__}-{case.name}", partial(make, case), both))
+    return found + clipping_scenarios(CASES) + checkpoint_scenarios(CASES)
+
+
+SCENARIOS = _scenarios()
+
+
+def main() -> None:
+    backend, *sizes = sys.argv[1:]
+    for name in PRELOAD:
+        importlib.import_module(name)
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        found = outcomes(SCENARIOS, backend, tuple(map(int, sizes)), Path(folder))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,354 @@
+"""`clip_grad_norm_` and `max_grad_norm`: the same as torch's, in fewer passes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pair
+import pytest
+import torch
+from cases import (
+    BLOCK,
+    CASES,
+    DEVICE,
+    DTYPES,
+    SPECS,
+    STATEFUL_CASES,
+    Case,
+    Spec,
+    Tensors,
+    assert_no_worse,
+    assert_same_bits,
+    double,
+    new_param,
+    refused,
+    twins_of,
+)
+from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_ as torchs
+
+import triton_optim
+from triton_optim import clip_grad_norm_
+from triton_optim.launch import recorded
+
+interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
+every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
+FEW = pair.SPECS
+# Gradients that lie dense in memory; torch's function is what clips the others.
+DENSE = tuple(spec for spec in SPECS if spec.name != "grad-expanded")
+
+
+def _grads(tensors: Tensors) -> list[torch.Tensor]:
+    return [param.grad for param in tensors.params if param.grad is not None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("max_norm", [0.5, 1e6, math.inf, 0.0])
+def test_clip_grad_norm_is_torchs(dtype: torch.dtype, max_norm: float) -> None:
+    """Both as near to float64 as torch: the norm, and what becomes of the gradients."""
+    ours, theirs = Tensors(dtype, specs=DENSE), Tensors(dtype, specs=DENSE)
+    exact = Tensors(dtype, double(dtype), specs=DENSE)
+    norms = []
+    for tensors, clip in ((ours, clip_grad_norm_), (theirs, torchs), (exact, torchs)):
+        tensors.new_gradients()
+        norms.append(clip(tensors.params, max_norm))
+    assert (norms[0].dtype, norms[0].shape) == (norms[1].dtype, norms[1].shape)
+    one = (Spec("norm", lambda draw: draw()),)
+    assert_no_worse(norms[:1], norms[1:2], norms[2:], "norm", specs=one)
+    assert_no_worse(_grads(ours), _grads(theirs), _grads(exact), "gradient", specs=DENSE)
+
+
+def test_two_launches() -> None:
+    params = [new_param(3, 5) for _ in range(60)]
+    with recorded() as launches:
+        clip_grad_norm_(params, 1.0)
+    assert [launch.name for launch in launches] == ["norm_kernel", "scale_kernel"]
+
+
+@interpreted
+def test_nothing_is_written_where_nothing_is_clipped() -> None:
+    from lab.traffic import Traffic, watched
+
+    params = [new_param(1000), new_param(BLOCK + 1)]
+    before = [param.grad.clone() for param in params if param.grad is not None]
+    traffic = Traffic()
+    with watched(traffic.count):
+        clip_grad_norm_(params, 1e6)
+    numel = 1000 + BLOCK + 1
+    assert traffic.stored < 200
+    assert traffic.loaded < 4 * numel + 100 * numel / BLOCK
+    assert_same_bits([param.grad for param in params], before)
+
+
+@interpreted
+def test_the_order_of_programs_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import interpreter
+
+    sizes = [7 * BLOCK + 3, 1, 5 * BLOCK, BLOCK - 1]
+    grads = [torch.randn(n) * 10.0 ** (i - 2) for i, n in enumerate(sizes)]
+    norms = []
+    set_grid_idx = interpreter.InterpreterBuilder.set_grid_idx
+    for order in (range(9), reversed(range(9)), [3, 8, 0, 4, 5, 1, 7, 2, 6]):
+        turns = iter(order)
+
+        def shuffled(builder: Any, x: int, y: int, z: int, turns: Any = turns) -> None:
+            set_grid_idx(builder, next(turns), y, z)
+
+        params = [Parameter(torch.zeros_like(grad)) for grad in grads]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.clone()
+        optimizer = triton_optim.SGD(params, max_grad_norm=1.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", shuffled)
+            plan = _planned(optimizer)
+            norms.append(plan.norm().clone())
+        assert next(turns, None) is None
+    assert norms[0] == norms[1] == norms[2]
+
+
+def _planned(optimizer: Any) -> Any:
+    """The optimizer's plan, its tables sent."""
+    from triton_optim.plan import Plan
+
+    plan = Plan(optimizer)
+    plan.prepare(plan.make_tables(optimizer), optimizer._gate())
+    return plan
+
+
+def _twins(params: list[Parameter]) -> list[Parameter]:
+    return [twins_of(param)[0] for param in params]
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"norm_type": 1.0}, {"norm_type": math.inf}, {"foreach": False}], ids=str
+)
+def test_other_norms_are_torchs(arguments: dict[str, Any]) -> None:
+    params = [new_param(5), new_param(3, 4)]
+    twins = _twins(params)
+    with recorded() as launches:
+        norm = clip_grad_norm_(params, 0.5, **arguments)
+    assert launches == []
+    assert_same_bits(norm, torchs(twins, 0.5, **arguments))
+    assert_same_bits([p.grad for p in params], [p.grad for p in twins])
+
+
+def test_a_gradient_that_occurs_twice() -> None:
+    params = [new_param(5)] * 2
+    twins = _twins(params[:1]) * 2
+    assert_same_bits(clip_grad_norm_(params, 0.5), torchs(twins, 0.5))
+    assert_same_bits(params[0].grad, twins[0].grad)
+
+
+def test_nothing_to_clip() -> None:
+    assert_same_bits(clip_grad_norm_([], 1.0), torchs([], 1.0))
+    with pytest.warns(UserWarning, match="empty generator"):
+        clip_grad_norm_((param for param in list[Parameter]()), 1.0)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_error_if_nonfinite(value: float) -> None:
+    params = [new_param(5), new_param(3, 4)]
+    assert params[1].grad is not None
+    params[1].grad[1, 2] = value
+    before = [param.grad.clone() for param in params if param.grad is not None]
+    with pytest.raises(RuntimeError, match="non-finite"):
+        clip_grad_norm_(params, 1.0, error_if_nonfinite=True)
+    assert_same_bits([param.grad for param in params], before)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, torch.float32) for case in CASES[::2]),
+        *((case, torch.bfloat16) for case in STATEFUL_CASES),
+        *((case, torch.float64) for case in STATEFUL_CASES),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_max_grad_norm_is_a_clipped_step(case: Case, dtype: torch.dtype) -> None:
+    """Parameters as near to float64 as with torch's two calls; gradients are left as they are."""
+    problems = [Tensors(dtype), Tensors(dtype), Tensors(dtype, torch.float64)]
+    ours = case.ours(problems[0].params, max_grad_norm=2.0)
+    others = [case.theirs(problem.params) for problem in problems[1:]]
+    for _ in range(3):
+        problems[0].new_gradients()
+        before = [grad.clone() for grad in _grads(problems[0])]
+        ours.step()
+        assert_same_bits(_grads(problems[0]), before)
+        for problem, optimizer in zip(problems[1:], others, strict=True):
+            problem.new_gradients()
+            for param in problem.params:
+                assert param.grad is not None
+                param.grad = param.grad.clone()
+            norm = torchs(problem.params, 2.0)
+            optimizer.step()
+        torch.testing.assert_close(ours.grad_norm.double(), norm, rtol=1e-6, atol=0)
+    # In float64 torch itself is the reference, and each step may add a unit.
+    units = 3 if dtype == torch.float64 else 1
+    one, two, three = (problem.params for problem in problems)
+    assert_no_worse(one, two, three, "parameter", units)
+
+
+@every_state
+def test_clipping_is_one_launch_more(case: Case) -> None:
+    params = [new_param(5, 7) for _ in range(50)]
+    groups = [{"params": params[:20]}, {"params": params[20:], "lr": 0.003}]
+    optimizer = case.ours(groups, max_grad_norm=1.0)
+    for _ in range(2):
+        with recorded() as launches:
+            optimizer.step()
+        assert [launch.name for launch in launches] == ["norm_kernel", "multi_tensor_kernel"]
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_clipping_costs_one_read_of_the_gradients(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lab.traffic import Traffic, watched
+
+    from triton_optim import runtime, tuning
+
+    monkeypatch.setattr(
+        runtime, "config", lambda variant, *_: tuning.config("sm_90", half=variant.half)
+    )
+    gpus = tuning.Config(1024, 4, blocks=16)
+    monkeypatch.setattr(runtime, "grad_config", lambda *_: gpus)
+    numel = 100_000
+    param = Parameter(torch.randn(numel).to(dtype))
+    param.grad = torch.randn_like(param)
+    moved = []
+    for max_grad_norm in (None, 1.0):
+        optimizer = triton_optim.RMSprop([param], max_grad_norm=max_grad_norm)
+        traffic = Traffic()
+        with watched(traffic.count):
+            optimizer.step()
+        moved.append(traffic.loaded + traffic.stored)
+    extra = moved[1] - moved[0]
+    assert dtype.itemsize * numel < extra < 1.02 * dtype.itemsize * numel
+
+
+@every_state
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_skip_nonfinite(case: Case, value: float) -> None:
+    """Also as the very first step; what follows is as if it had not been."""
+    skipping, plain = (Tensors(torch.float32, specs=FEW) for _ in range(2))
+    optimizer = case.ours(skipping.params, max_grad_norm=2.0, skip_nonfinite=True)
+    other = case.ours(plain.params, max_grad_norm=2.0)
+    for bad in (True, False, True, False):
+        skipping.new_gradients()
+        if bad:
+            grads = _grads(skipping)
+            before = copy.deepcopy([skipping.params, optimizer.state_dict()["state"]])
+            grads[1][3] = value
+            optimizer.step()
+            after = [skipping.params, optimizer.state_dict()["state"]]
+            assert_same_bits(before[0], after[0])
+            _assert_unchanged(before[1], after[1])
+        else:
+            optimizer.step()
+            for param, grad in zip(plain.params, _grads(skipping), strict=True):
+                param.grad = grad.clone(memory_format=torch.preserve_format)
+            other.step()
+    assert optimizer.skipped_steps == 2
+    assert_same_bits(skipping.params, plain.params)
+    assert_same_bits(optimizer.state_dict()["state"], other.state_dict()["state"])
+
+
+def _assert_unchanged(before: dict[int, Any], after: dict[int, Any]) -> None:
+    """State that was there is the same; what came is as before a first update."""
+    for index, state in after.items():
+        for name, value in state.items():
+            if index in before:
+                assert_same_bits(value, before[index][name])
+            else:
+                assert not value.any()
+
+
+@every_state
+def test_nan_spreads_without_options(case: Case) -> None:
+    """As with torch: a norm of NaN makes every parameter NaN."""
+    params = [new_param(5), new_param(3, 4)]
+    assert params[1].grad is not None
+    params[1].grad[0, 1] = math.nan
+    case.ours(params, max_grad_norm=1.0).step()
+    assert all(bool(param.isnan().all()) for param in params)
+
+
+@every_state
+def test_error_if_nonfinite_writes_nothing(case: Case) -> None:
+    params = [new_param(5), new_param(3, 4)]
+    optimizer = case.ours(params, max_grad_norm=1.0, error_if_nonfinite=True)
+    optimizer.step()
+    assert params[1].grad is not None
+    params[1].grad[0, 1] = math.nan
+    with refused("norm of the gradients is nan", optimizer, params):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", triton_optim.OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"max_grad_norm": -1.0}, "Invalid max_grad_norm value: -1.0"),
+        ({"max_grad_norm": math.nan}, "Invalid max_grad_norm value: nan"),
+        ({"skip_nonfinite": True}, "give max_grad_norm too"),
+        ({"error_if_nonfinite": True}, "give max_grad_norm too"),
+        (
+            {"max_grad_norm": 1.0, "skip_nonfinite": True, "error_if_nonfinite": True},
+            "exclude one another",
+        ),
+    ],
+)
+def test_bad_options(name: str, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        getattr(triton_optim, name)([Parameter(torch.ones(1))], **kwargs)
+
+
+def test_max_grad_norm_may_change() -> None:
+    optimizer = triton_optim.SGD([new_param(4)], lr=1.0)
+    assert optimizer.max_grad_norm is None and optimizer.grad_norm is None
+    (param,) = optimizer.param_groups[0]["params"]
+    for max_norm, moved in ((1.0, 1.0), (0.5, 0.5), (None, 2.0)):
+        before = param.detach().clone()
+        param.grad = torch.ones_like(param)
+        optimizer.max_grad_norm = max_norm
+        optimizer.step()
+        assert float((param.detach() - before).norm()) == pytest.approx(moved)
+    with pytest.raises(ValueError, match="Invalid max_grad_norm"):
+        optimizer.max_grad_norm = -1.0
+    assert optimizer.max_grad_norm is None
+
+
+@pytest.mark.parametrize("kwargs", [{"fused": False}, {"foreach": True}], ids=str)
+def test_on_torchs_own_way(kwargs: dict[str, Any]) -> None:
+    """Beside parameters that the kernels take: one norm of all gradients."""
+    params = [new_param(5), new_param(3, 4)]
+    twins = _twins(params)
+    groups = [{"params": params[:1]}, {"params": params[1:], **kwargs}]
+    optimizer = triton_optim.SGD(groups, lr=0.1, max_grad_norm=0.5)
+    optimizer.step()
+    norm = torchs(twins, 0.5)
+    torch.optim.SGD(twins, lr=0.1, foreach=False).step()
+    torch.testing.assert_close(optimizer.grad_norm, norm)
+    torch.testing.assert_close(params, twins)
+
+
+def test_a_sparse_gradient_has_no_norm() -> None:
+    param = new_param(5)
+    other = Parameter(torch.ones(4, 3, device=DEVICE))
+    other.grad = torch.ones(4, 3, device=DEVICE).to_sparse(1)
+    optimizer = triton_optim.SGD([param, other], max_grad_norm=1.0)
+    with pytest.raises(RuntimeError, match=r"max_grad_norm takes no torch\.sparse_coo gradient"):
+        optimizer.step()
+
+
+@every_state
+def test_copies_keep_the_options(case: Case) -> None:
+    optimizer = case.ours([new_param(5)], max_grad_norm=0.5)
+    optimizer.step()
+    other = copy.deepcopy(optimizer)
+    assert other.max_grad_norm == 0.5
+    assert not {"max_grad_norm", "skip_nonfinite"} & optimizer.param_groups[0].keys()

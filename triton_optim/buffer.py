@@ -1,0 +1,88 @@
+"""What changes from step to step, in one buffer on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import columns, runtime
+from .columns import column
+
+AHEAD = 2  # float64 before the hyperparameters: the norm to clip to, and what aligns them
+
+
+class Buffer:
+    """Gradient addresses, hyperparameters and step counts, sent in one copy when they did change.
+
+    Args:
+        device: where.
+        n_tensors: of which there are addresses.
+        hypers: every group's hyperparameters, one after another.
+        pack: the step counts; None if there are none.
+        reads_steps: whether a kernel reads them.
+
+    Attributes:
+        memory: int64, all of it.
+        grads: int64 [n_tensors].
+        max_norm: float64 [].
+        hypers: float64 [hyperparameters of all groups].
+        steps: what the kernel reads: the pack, unless that is on another device.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        n_tensors: int,
+        hypers: Sequence[object],
+        pack: Tensor | None,
+        *,
+        reads_steps: bool,
+    ) -> None:
+        self._device = device
+        # A pack that is not on this device is on the CPU: reading it waits for no device.
+        self._host_pack = pack if reads_steps and pack is not None else None
+        if pack is not None and pack.device == device:
+            self._host_pack = None
+        n_steps = n_tensors if self._host_pack is not None else 0
+        lengths = [n + n % 2 for n in (n_tensors, AHEAD + len(hypers), n_steps)]
+        self.memory = torch.empty(sum(lengths), dtype=torch.int64, device=device)
+        self.grads, floats, steps = torch.split(self.memory, lengths)
+        floats = floats.view(torch.float64)
+        self.max_norm, self.hypers = floats[0], floats[AHEAD : AHEAD + len(hypers)]
+        self.steps = pack if self._host_pack is None else steps.view(torch.float64)
+        self._sent: bytes | None = None
+        self._captured: list[Tensor] = []
+        self._hypers_sent: object = None
+        self._max_norm = 0.0
+        self._on_gpu: dict[int, Tensor] = {}
+
+    def send(self, grads: bytes, hypers: list[float | Tensor], max_norm: float) -> None:
+        """Bring it up to date; a scalar that lives on a GPU is copied on the device."""
+        if hypers is not self._hypers_sent or max_norm != self._max_norm:
+            on_gpu = {i: h for i, h in enumerate(hypers) if isinstance(h, Tensor)}
+            if on_gpu.keys() != self._on_gpu.keys():
+                self._sent = None  # in these places stands what was copied on the device
+            self._on_gpu = on_gpu
+            floats = [0.0 if isinstance(h, Tensor) else h for h in hypers]
+            self._float_column = column("d", [max_norm, 0.0, *floats])
+            self._hypers_sent, self._max_norm = hypers, max_norm
+        content = grads + self._float_column
+        if self._host_pack is not None:
+            content += column("d", self._host_pack.tolist())
+        if runtime.is_capturing(self._device):
+            self._capture(content)
+        elif content != self._sent:
+            host = columns.sendable(columns.as_tensor(content), self._device)
+            self.memory.copy_(host, non_blocking=True)
+            self._sent = content
+        for i, value in self._on_gpu.items():
+            self.hypers[i].copy_(value.view(()), non_blocking=True)
+
+    def _capture(self, content: bytes) -> None:
+        """Let every replay send this content, which stays where the graph reads it."""
+        host = columns.sendable(columns.as_tensor(content), self._device)
+        self._captured.append(host)
+        self.memory.copy_(host, non_blocking=True)
+        self._sent = None

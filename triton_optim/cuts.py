@@ -1,0 +1,101 @@
+"""How the tensors of a table are cut into the programs of its launches."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from . import norm, runtime
+from .columns import addresses_of, as_tensor, column, is_aligned, owners
+from .norm import GradCut
+from .runtime import GradVariant
+from .shards import Spread, local
+from .tuning import Config
+from .ways import State
+
+if TYPE_CHECKING:
+    from .fused import FusedStep
+
+
+class Entry(NamedTuple):
+    """One parameter that the kernels take."""
+
+    param: Tensor
+    shard: Tensor  # the parameter, or of a DTensor what this rank holds
+    grad: Tensor  # likewise
+    spread: Spread
+    group: int
+    flags: frozenset[str]
+    state_names: tuple[str, ...]
+    reordered: bool  # the gradient must be copied into the parameter's memory order first
+
+
+class Cut(NamedTuple):
+    """What one update launch updates, cut into programs."""
+
+    variant: runtime.Variant
+    config: Config
+    owners: Tensor  # int32, one a program: the row of its tensor
+    n_bytes: int
+
+
+class Cuts(NamedTuple):
+    """The table of rows, on the host, and the launches that read it."""
+
+    rows: Tensor
+    updates: list[Cut]
+    grads: list[GradCut]
+
+
+def cut(optimizer: FusedStep, entries: Sequence[Entry], states: Sequence[State]) -> Cuts:
+    """Cut the entries of one device."""
+    numels = [e.shard.numel() * (2 if e.shard.is_complex() else 1) for e in entries]
+    updated = [
+        [local(s[name]) for name in e.state_names] for e, s in zip(entries, states, strict=True)
+    ]
+    addresses = [addresses_of([e.shard, *u]) for e, u in zip(entries, updated, strict=True)]
+    members: dict[runtime.Variant, list[int]] = defaultdict(list)
+    for i, entry in enumerate(entries):
+        if numels[i]:
+            members[_variant(optimizer, entry, updated[i], addresses[i])].append(i)
+    first = [0] * len(entries)
+    updates = []
+    for variant, indices in members.items():
+        sizes = [numels[i] for i in indices]
+        config = runtime.config(variant, sizes, entries[0].shard.device)
+        counts = [-(-size // config.chunk) for size in sizes]
+        for i, place in zip(indices, accumulate(counts, initial=0), strict=False):
+            first[i] = place
+        n_bytes = variant.bytes_per_element * sum(sizes)
+        updates.append(Cut(variant, config, owners(indices, counts), n_bytes))
+    spreads = [entry.spread for entry in entries]
+    variants = [_grad_variant(entry) for entry in entries]
+    norm_first, grads = norm.cut(numels, variants, spreads, entries[0].shard.device)
+    rows: list[int] = []
+    for i, entry in enumerate(entries):
+        rows += runtime.row(numels[i], entry.group, first[i], addresses[i], norm_first[i])
+    return Cuts(as_tensor(column("q", rows)).view(-1, runtime.ROW_WIDTH), updates, grads)
+
+
+def _variant(
+    optimizer: FusedStep, entry: Entry, states: Sequence[Tensor], addresses: Sequence[int]
+) -> runtime.Variant:
+    grad = _grad_variant(entry)
+    return runtime.Variant(
+        flags=entry.flags,
+        n_states=len(states),
+        param_dtype=runtime.STORAGE_DTYPES[entry.shard.dtype],
+        grad_dtype=grad.dtype,
+        state_dtype=runtime.STORAGE_DTYPES[(states[0] if states else entry.shard).dtype],
+        aligned=grad.aligned and is_aligned(addresses),
+        reads_step=not entry.flags.isdisjoint(optimizer._step_flags),
+    )
+
+
+def _grad_variant(entry: Entry) -> GradVariant:
+    aligned = entry.reordered or is_aligned([entry.grad.data_ptr()])
+    return GradVariant(runtime.STORAGE_DTYPES[entry.grad.dtype], aligned)

@@ -1,0 +1,185 @@
+"""What our optimizers have beside torch's: clipping, GradScaler inside the kernel, capture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from . import runtime
+from .gate import Extras, Gate, scalar
+from .plan import Plan
+from .shards import local
+from .ways import Group
+
+
+class GatedOptimizer(torch.optim.Optimizer):
+    """The options of `Extras`, and what becomes of them at a step."""
+
+    # GradScaler leaves unscaling and skipping to the step.
+    _step_supports_amp_scaling = True
+
+    _extras = Extras()
+    _plan: Plan | None = None
+    _captured: tuple[Plan, ...] = ()  # CUDA graphs read their tables
+    _norm: Tensor | None = None  # float64 [], of the last step's gradients
+    _skipped: Tensor | None = None  # float32 [], how many steps were
+    _was_gated = False  # whether a step may have been skipped by the device
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The norm to which a step clips its gradients, all of them together; None for none.
+
+        May be set between steps.
+
+        Raises:
+            ValueError: set to something negative or to NaN.
+        """
+        return self._extras.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, max_norm: float | None) -> None:
+        before, self._extras = self._extras, replace(self._extras, max_grad_norm=max_norm)
+        if (before.max_grad_norm is None) != (max_norm is None):
+            self._drop_plan()
+
+    def _drop_plan(self) -> None:
+        """Let the next step look at everything again."""
+        if self._plan is not None:
+            self._plan.forget_skipped(self)
+        self._plan = None
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of the last step's gradients before clipping, on the device: [].
+
+        float64 where a gradient is, otherwise float32. Of unscaled gradients under a GradScaler;
+        over all ranks where parameters are DTensors. None without `max_grad_norm` and before the
+        first step.
+        """
+        if self._norm is None:
+            return None
+        params = (param for group in self.param_groups for param in group["params"])
+        double = any(param.dtype in (torch.float64, torch.complex128) for param in params)
+        return self._norm.to(torch.float64 if double else torch.float32, copy=True)
+
+    @property
+    def skipped_steps(self) -> Tensor | None:
+        """How many steps `skip_nonfinite=True` has skipped, on the device: int64 []; None without.
+
+        Those count too that a GradScaler skipped.
+        """
+        if not self._extras.skip_nonfinite:
+            return None
+        return torch.zeros(()).long() if self._skipped is None else self._skipped.long()
+
+    def _fused(self, group: Group) -> bool | None:
+        fused: bool | None = group.get("fused", self._extras.fused)
+        return fused
+
+    def _capturable(self, group: Group) -> bool:
+        return bool(group.get("capturable", self._extras.capturable))
+
+    @property
+    def _counts_on_device(self) -> bool:
+        """Whether steps must be counted on the device, because the host does not know them."""
+        return self._was_gated or any(map(self._capturable, self.param_groups))
+
+    def _gate(self) -> Gate:
+        """What decides about this step: a GradScaler's attributes, and the options.
+
+        Raises:
+            RuntimeError: a GradScaler's number is on another kind of device than the parameters.
+        """
+        told = vars(self)
+        found_inf, grad_scale = told.get("found_inf"), told.get("grad_scale")
+        extras = self._extras
+        if found_inf is None and grad_scale is None:
+            if extras.max_grad_norm is None:
+                return _NO_GATE
+            return Gate(None, None, extras.max_grad_norm, extras.skip_nonfinite)
+        params = (param for group in self.param_groups for param in group["params"])
+        home = local(next(params)).device.type
+        return Gate(
+            None if found_inf is None else scalar(found_inf, "found_inf", home),
+            None if grad_scale is None else scalar(grad_scale, "grad_scale", home),
+            extras.max_grad_norm,
+            extras.skip_nonfinite,
+        )
+
+    def _keep_norm(self, norm: Tensor, gate: Gate) -> None:
+        """For `grad_norm`.
+
+        Raises:
+            RuntimeError: it is not finite, and that is to be an error; but not of a step that a
+                GradScaler skips.
+        """
+        if gate.grad_scale is not None:
+            norm = norm / gate.grad_scale.to(norm.device)
+        self._norm = norm
+        if self._extras.error_if_nonfinite and gate.happens(None) and not norm.isfinite():
+            raise RuntimeError(
+                f"the norm of the gradients is {norm.item()}: nothing was stepped; leave "
+                "error_if_nonfinite out to step all the same, or give skip_nonfinite=True"
+            )
+
+    def _count_skipped(self, skipped: Tensor) -> None:
+        self._skipped = skipped.clone() if self._skipped is None else self._skipped.add_(skipped)
+
+    def _check_capture(self, *, ready: bool) -> None:
+        """Refuse a capture whose replays would not be steps.
+
+        Raises:
+            RuntimeError: without `capturable`, with a rate that a replay could not change, with an
+                option that waits for the device, or before a first step.
+        """
+        name = f"{type(self).__name__}.step() was called under CUDA graph capture"
+        if not all(map(self._capturable, self.param_groups)):
+            raise RuntimeError(
+                f"{name}: a replay would repeat this step's rates and counts; pass capturable=True"
+            )
+        if self._extras.error_if_nonfinite:
+            raise RuntimeError(f"{name}, but error_if_nonfinite waits for the device; leave it out")
+        for index, group in enumerate(self.param_groups):
+            lr = group["lr"]
+            if not isinstance(lr, Tensor) or lr.device.type not in runtime.CAPTURABLE_DEVICE_TYPES:
+                raise RuntimeError(
+                    f"{name}, but lr of group {index} is {lr!r}, which a replay would repeat; give "
+                    'a tensor: lr=torch.tensor(1e-3, device="cuda")'
+                )
+        if not ready:
+            raise RuntimeError(
+                f"{name} before there was a step to repeat; run a few steps first, with gradients "
+                "for the same parameters, on a side stream"
+            )
+
+    def _check_capturable(self, param: Tensor, group: Group, where: str) -> None:
+        """Refuse a parameter that no graph can capture.
+
+        Raises:
+            RuntimeError: it is on the CPU.
+        """
+        device = local(param).device
+        if self._capturable(group) and device.type not in runtime.CAPTURABLE_DEVICE_TYPES:
+            raise RuntimeError(
+                f"capturable=True, but {where} is on {device}: only what runs on a GPU can be "
+                "captured; move it there or leave `capturable` out"
+            )
+
+    def _check_leaving(self, grad: Tensor, group: Group, where: str, reason: str) -> None:
+        """Refuse torch's own way for a parameter where it does not do what was asked for.
+
+        Raises:
+            RuntimeError: torch's own step cannot be captured, or the gradient has no norm.
+        """
+        if self._capturable(group) and "capturable" not in group:
+            raise RuntimeError(f"capturable=True, but the kernels cannot take {where}: {reason}")
+        if self.max_grad_norm is not None and grad.layout != torch.strided:
+            raise RuntimeError(
+                f"max_grad_norm takes no {grad.layout} gradient, as that of {where}; make the "
+                "gradient dense, or give the parameter an optimizer of its own"
+            )
+
+
+_NO_GATE = Gate()

@@ -1,0 +1,148 @@
+"""One kernel launch: compiled and bound to its tables once, run at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import runtime
+from .runtime import COMPILED, GradVariant, Tables, Variant
+from .tuning import Config
+
+if runtime.DEVICE_TYPE:
+    from .kernels import multi_tensor
+
+
+class Launch:
+    """A launch, compiled and bound to its tables when it is made.
+
+    A compiled kernel is called directly: Triton's launcher would look it up by all its arguments.
+
+    Args:
+        kernel: of kernels/.
+        variant: what it is compiled for.
+        n_programs: how many.
+        arguments: by name, constants among them. Of tensors, the address is what counts.
+        options: the compiler's, by name.
+        device: where it runs.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        variant: Variant | GradVariant,
+        n_programs: int,
+        arguments: dict[str, Any],
+        options: Mapping[str, Any],
+        device: torch.device,
+    ) -> None:
+        self.kernel, self.variant = kernel, variant
+        self.grid = (n_programs, 1, 1)
+        self.arguments, self.options, self.device = arguments, options, device
+        self._start = self._bound()
+
+    def _bound(self) -> Callable[[Mapping[str, Tensor]], object]:
+        kernel = self.kernel
+        if not COMPILED:
+            launcher = kernel[self.grid]
+            return lambda changed: launcher(**{**self.arguments, **changed})
+        with _current(self.device):
+            compiled = kernel.warmup(**self.arguments, **self.options, grid=self.grid)
+            start = compiled[self.grid]
+        # Addresses: Triton would ask the driver whose memory a tensor's is, at every launch.
+        values = [self.arguments[name] for name in kernel.arg_names]
+        values = [v.data_ptr() if isinstance(v, Tensor) else v for v in values]
+        unchanged = partial(start, *values)
+        return lambda changed: start(*self._with(changed, values)) if changed else unchanged()
+
+    def _with(self, changed: Mapping[str, Tensor], values: list[Any]) -> list[Any]:
+        values = list(values)
+        for name, tensor in changed.items():
+            values[self.kernel.arg_names.index(name)] = tensor.data_ptr()
+        return values
+
+    @property
+    def name(self) -> str:
+        """The kernel's."""
+        name: str = self.kernel.fn.__name__
+        return name
+
+    def run(self, **changed: Tensor) -> None:
+        """Launch on the device's current stream, with these tensors in place of those bound."""
+        with _current(self.device):
+            self._start(changed)
+
+
+class UpdateLaunch(Launch):
+    """One update launch over all tensors of a variant.
+
+    Args:
+        rule: its name in kernels/rules.py.
+        variant: what the kernel is compiled for.
+        config: how the launch is cut into programs.
+        owners: int32, one a program: the row of its tensor.
+        tables: on the device of `owners`.
+        n_bytes: what the launch loads and stores of the tensors.
+    """
+
+    variant: Variant
+
+    def __init__(
+        self,
+        rule: str,
+        variant: Variant,
+        config: Config,
+        owners: Tensor,
+        tables: Tables,
+        n_bytes: int,
+    ) -> None:
+        self.owners, self.tables = owners, tables
+        device = owners.device
+        arguments = {
+            "owners_ptr": owners,
+            "rows_ptr": tables.rows,
+            "grads_ptr": tables.grads,
+            "hypers_ptr": tables.hypers,
+            "steps_ptr": tables.steps,
+            # Bound to a float32 scalar; `run` is given the step's own.
+            "found_inf_ptr": tables.happened,
+            "grad_scale_ptr": tables.happened,
+            "grad_norm_ptr": tables.norm,
+            "max_norm_ptr": tables.max_norm,
+            "happened_ptr": tables.happened,
+            "n_bytes": float(n_bytes),
+            **dict.fromkeys(runtime.unused_pointers(variant)),
+            **runtime.constants(rule, variant, config, tables.hypers.shape[1]),
+        }
+        options = runtime.options(variant, config, runtime.architecture(device)) if COMPILED else {}
+        kernel = multi_tensor.multi_tensor_kernel
+        super().__init__(kernel, variant, len(owners), arguments, options, device)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """The launches that are run meanwhile, for tools and tests."""
+    launches: list[Launch] = []
+    run = Launch.run
+
+    def record(launch: Launch, **changed: Tensor) -> None:
+        launches.append(launch)
+        run(launch, **changed)
+
+    Launch.run = record  # type: ignore[assignment, method-assign]
+    try:
+        yield launches
+    finally:
+        Launch.run = run  # type: ignore[method-assign]
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one, which Triton launches on."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

@@ -1,0 +1,136 @@
+"""What an optimizer class says about its rule and state, and how state is loaded and checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from .checks import (
+    check_apart,
+    check_entries,
+    check_groups,
+    check_shapes,
+    check_state,
+    check_step,
+    check_values,
+    describe,
+)
+from .gated import GatedOptimizer
+from .shards import local
+from .ways import PLAIN_TYPES, Group, State, group_refusal, refusal
+
+
+class StatefulOptimizer(GatedOptimizer):
+    """A torch optimizer whose state is checked when it is loaded."""
+
+    _rule: str  # its name in kernels/rules.py
+    _counts_steps = True  # state has a `step`
+    _step_flags: frozenset[str] = frozenset()  # flags under which the rule reads the step
+    _state_follows_parameter = False  # state on another device is moved, not refused
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._plan is not None:
+            self._plan.forget_skipped(self)
+        return {**super().__getstate__(), "_extras": self._extras}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        loaded = "defaults" not in state  # by load_state_dict; a copy brings everything
+        if "fused" in (self.defaults if loaded else state["defaults"]):
+            for group in state["param_groups"]:
+                group.setdefault("fused", None)  # torch sets False, which would refuse the kernels
+        if loaded:
+            groups, counts = state["param_groups"], self._counts_steps
+            check_entries(state["state"], groups, counts_steps=counts)
+        super().__setstate__(state)
+        self._plan = None
+        if loaded:
+            check_groups(self.param_groups, self.defaults)
+            self._check_states()
+
+    @_disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of an optimizer over the same parameters, torch's or this one.
+
+        Args:
+            state_dict: what `state_dict()` returned. Its groups replace this optimizer's.
+
+        Raises:
+            ValueError: the groups differ in number or size.
+            RuntimeError: a state tensor or a hyperparameter is missing, or does not fit its
+                parameter. The optimizer is as it was then, as after any exception of a hook.
+        """
+        groups, state = self.param_groups, self.state
+        try:
+            super().load_state_dict(state_dict)
+        except BaseException as error:
+            self.param_groups, self.state = groups, state
+            if isinstance(error, NotImplementedError):  # torch cannot copy from the meta device
+                check_values(state_dict["state"])
+            raise
+
+    @_disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the groups, in torch's format; see `torch.optim.Optimizer.state_dict`."""
+        if self._plan is not None:
+            self._plan.forget_skipped(self)
+        return super().state_dict()
+
+    def _flags(self, group: Group) -> frozenset[str]:
+        """Names of the rule's flags that a parameter group sets."""
+        raise NotImplementedError
+
+    def _hyperparameters(self, group: Group) -> tuple[float | Tensor, ...]:
+        """The rule's `hyper`: floats in double precision, or one-element tensors."""
+        raise NotImplementedError
+
+    def _state_names(self, group: Group) -> tuple[str, ...]:
+        """Keys of the tensors that the rule updates, in its order."""
+        raise NotImplementedError
+
+    def _new_state(self, param: Tensor, group: Group) -> State:
+        """The state of a parameter before its first update, keys in torch's order."""
+        raise NotImplementedError
+
+    def _new_step(self, param: Tensor, group: Group) -> Tensor:
+        """A step counter at 0, where torch keeps it."""
+        if self._fused(group) or self._capturable(group):
+            return torch.zeros((), dtype=torch.float32, device=param.device)
+        double = torch.get_default_dtype() == torch.float64
+        return torch.zeros((), dtype=torch.float64 if double else torch.float32, device="cpu")
+
+    def _has_state(self, state: State) -> bool:
+        """Whether a parameter with this state has been set up."""
+        return bool(state)
+
+    def _check_states(self) -> None:
+        """Refuse loaded state with which a step would fail."""
+        written: list[tuple[Tensor, str]] = []
+        for index, group in enumerate(self.param_groups):
+            for position, param in enumerate(group["params"]):
+                state = self.state.get(param, {})
+                foreign = any(isinstance(value, Tensor) for value in state.values())
+                if type(param) not in PLAIN_TYPES or not (self._has_state(state) or foreign):
+                    continue
+                kernels = not (self._group_refusal(group) or refusal(param, param))
+                where = describe(group, index, position)
+                written += self._check_state(param, group, where, kernels=kernels)
+        check_apart(written)
+
+    def _check_state(
+        self, param: Tensor, group: Group, where: str, *, kernels: bool
+    ) -> list[tuple[Tensor, str]]:
+        """Refuse bad state. Returns the tensors that the kernels will write, with their names."""
+        state, names = self.state[param], self._state_names(group)
+        check_shapes(param, state, names, where)
+        if not kernels:
+            return []
+        check_state(param, state, names, where, follows=self._state_follows_parameter)
+        if self._counts_steps:
+            check_step(state, where)
+        return [(local(state[name]), f"state {name!r} of {where}") for name in names]
+
+    def _group_refusal(self, group: Group) -> str | None:
+        return group_refusal(group, self._fused(group))

@@ -1,0 +1,166 @@
+"""The norm of gradients: one launch a dtype, and a sum over ranks where they are sharded."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import columns, runtime
+from .launch import Launch
+from .runtime import GradVariant
+from .shards import Spread, is_dtensor
+
+if runtime.DEVICE_TYPE:
+    from .kernels.norm import norm_kernel
+
+
+class GradCut(NamedTuple):
+    """What one launch over gradients reads, cut into programs."""
+
+    variant: GradVariant
+    spread: Spread
+    owners: Tensor  # int32, one a program: the row of its tensor
+    n_bytes: int
+
+
+class SquareSum(NamedTuple):
+    """The sum of squares of the gradients of one device that are spread alike."""
+
+    value: Tensor  # float64 []
+    spread: Spread
+
+
+def cut(
+    numels: Sequence[int],
+    variants: Sequence[GradVariant],
+    spreads: Sequence[Spread],
+    device: torch.device,
+) -> tuple[list[int], list[GradCut]]:
+    """Every tensor's first program, and the launches: one for those of a variant spread alike."""
+    members: dict[tuple[GradVariant, Spread], list[int]] = defaultdict(list)
+    for i, key in enumerate(zip(variants, spreads, strict=True)):
+        members[key].append(i)
+    first = [0] * len(numels)
+    cuts = []
+    for (variant, spread), indices in members.items():
+        chunk = runtime.grad_config(variant.dtype, device).chunk
+        sizes = [numels[i] for i in indices]
+        counts = [-(-size // chunk) for size in sizes]
+        for i, place in zip(indices, accumulate(counts, initial=0), strict=False):
+            first[i] = place
+        n_bytes = runtime.ITEM_SIZES[variant.dtype] * sum(sizes)
+        cuts.append(GradCut(variant, spread, columns.owners(indices, counts), n_bytes))
+    return first, cuts
+
+
+class GradNorm:
+    """Launches that sum the squares of gradients, made once for a table of their addresses.
+
+    Args:
+        cuts: what they read.
+        rows: int64 [tensors, ROW_WIDTH].
+        grads: int64 [tensors], addresses.
+
+    Attributes:
+        norm: float64 [], written by `run` where there is one sum, else by `total`.
+        sums: those of squares, one for the gradients that are spread alike.
+    """
+
+    def __init__(self, cuts: Sequence[GradCut], rows: Tensor, grads: Tensor) -> None:
+        device, self.rows = rows.device, rows
+        self.cuts = [
+            cut._replace(owners=columns.on_device(cut.owners, device))
+            for cut in cuts
+            if len(cut.owners)
+        ]
+        spreads = list(dict.fromkeys(cut.spread for cut in cuts))
+        n_partials = max((len(cut.owners) for cut in cuts), default=0)
+        self._partials = torch.empty(n_partials, dtype=torch.float64, device=device)
+        self._ticket = torch.zeros(1, dtype=torch.int32, device=device)
+        sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in spreads]
+        self.norm = torch.zeros((), dtype=torch.float64, device=device)
+        self.sums = [SquareSum(*item) for item in zip(sums, spreads, strict=True)]
+        self._launches = []
+        begun: set[Spread] = set()
+        for cut in self.cuts:
+            tensors = {
+                "owners_ptr": cut.owners,
+                "rows_ptr": rows,
+                "grads_ptr": grads,
+                "partials_ptr": self._partials,
+                "ticket_ptr": self._ticket,
+                "sum_ptr": sums[spreads.index(cut.spread)],
+                "norm_ptr": self.norm,
+            }
+            constants = {"ADDS": cut.spread in begun}
+            self._launches.append(grad_launch(norm_kernel, cut, tensors, constants))
+            begun.add(cut.spread)
+
+    def run(self) -> None:
+        """Launch."""
+        for launch in self._launches:
+            launch.run()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the launches use and nobody else holds."""
+        sums, owners = (s.value for s in self.sums), (cut.owners for cut in self.cuts)
+        return [self._partials, self._ticket, self.norm, *sums, *owners]
+
+
+def grad_launch(
+    kernel: object, cut: GradCut, tensors: dict[str, Tensor], constants: dict[str, bool]
+) -> Launch:
+    """A launch of a kernel of kernels/norm.py."""
+    owners = tensors["owners_ptr"]
+    config = runtime.grad_config(cut.variant.dtype, owners.device)
+    arguments = {
+        **tensors,
+        "n_bytes": float(cut.n_bytes),
+        "DTYPE": runtime.triton_dtype(cut.variant.dtype),
+        "ALIGNED": cut.variant.aligned,
+        **constants,
+        "BLOCK_SIZE": config.block_size,
+        "BLOCKS": config.blocks,
+    }
+    options = {"num_warps": config.num_warps, "enable_fp_fusion": True} if runtime.COMPILED else {}
+    return Launch(kernel, cut.variant, len(owners), arguments, options, owners.device)
+
+
+def square_sums(grads: Iterable[Tensor]) -> list[SquareSum]:
+    """torch's way. Those of DTensors are over all ranks already.
+
+    Ranks call it together where there are DTensors.
+    """
+    alike: dict[object, list[Tensor]] = defaultdict(list)
+    for grad in grads:
+        alike[id(grad) if is_dtensor(grad) else grad.device].append(grad)
+    norms: list[Any] = [torch.nn.utils.get_total_norm(group) for group in alike.values()]
+    norms = [norm.full_tensor() if is_dtensor(norm) else norm for norm in norms]
+    return [SquareSum(norm.double().square(), ()) for norm in norms]
+
+
+def total(norms: Sequence[GradNorm], others: Sequence[SquareSum]) -> Tensor:
+    """The norm of everything, over all ranks: float64 []; every `norms[i].norm` is told.
+
+    Ranks call it together, with sums that are spread alike in the same order. Waits for nothing.
+    """
+    sums = [*chain.from_iterable(norm.sums for norm in norms), *others]
+    if len(sums) == 1 and norms and not sums[0].spread:
+        return norms[0].norm
+    home = sums[0].value.device if sums else torch.device("cpu")
+    total = torch.zeros((), dtype=torch.float64, device=home)
+    for value, spread in sums:
+        for mesh, dim in spread:
+            value = value.clone()
+            torch.distributed.all_reduce(value, group=mesh.get_group(dim))
+        total = total + value.to(home, non_blocking=True)
+    total.sqrt_()
+    for norm in norms:
+        norm.norm.copy_(total, non_blocking=True)
+    return total

@@ -1,0 +1,71 @@
+"""torch's DTensor: the local shard that a kernel updates, and over which ranks a sum runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor
+
+# A mesh and one of its dims, for each dim over which a tensor's elements are spread.
+Spread = tuple[tuple[Any, int], ...]
+
+local_of = attrgetter("_local_tensor")
+spec_of = attrgetter("_spec")
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which there is none before torch's module is imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and type(tensor) is module.DTensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; any other tensor itself."""
+    shard: Tensor = local_of(tensor) if is_dtensor(tensor) else tensor
+    return shard
+
+
+def same_sharding(spec: Any, other: Any) -> bool:
+    return spec is other or (spec.placements == other.placements and spec.mesh == other.mesh)
+
+
+def bring_grad(param: Tensor) -> None:
+    """Place the gradient of a DTensor as the parameter is.
+
+    Tensor parallel ones may be partial sums. All ranks of the mesh call it together.
+    """
+    grad: Any = param.grad
+    if grad is None or not is_dtensor(param) or not is_dtensor(grad):
+        return
+    spec = spec_of(param)
+    if not same_sharding(spec, spec_of(grad)) and spec.mesh == spec_of(grad).mesh:
+        param.grad = grad.redistribute(spec.mesh, spec.placements)
+
+
+def sharding_refusal(param: Tensor, grad: Tensor) -> str | None:
+    """Why a gradient does not lie beside its parameter on every rank, or None."""
+    if is_dtensor(param) != is_dtensor(grad):
+        return f"it is a {type(param).__name__} with a {type(grad).__name__} gradient"
+    if is_dtensor(param):
+        spec, other = spec_of(param), spec_of(grad)
+        if not same_sharding(spec, other):
+            return f"it is placed as {spec.placements}, its gradient as {other.placements}"
+        if any(placement.is_partial() for placement in spec.placements):
+            return f"it is placed as {spec.placements}"
+    return None
+
+
+def spread(tensor: Tensor) -> Spread:
+    """Over what a sum over a tensor's elements must be reduced: nothing, unless it is sharded."""
+    if not is_dtensor(tensor):
+        return ()
+    spec = spec_of(tensor)
+    return tuple((spec.mesh, i) for i, p in enumerate(spec.placements) if not p.is_replicate())
+
+
+def device_types(tensors: Iterable[Tensor]) -> set[str]:
+    """Of the meshes of those that are DTensors."""
+    return {spec_of(t).mesh.device_type for t in tensors if is_dtensor(t)}
