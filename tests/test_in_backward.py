@@ -3,81 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DEVICE, Case, assert_same_bits
+from cases import CASES, DEVICE, Case
 from pair import every_state
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from twins import MOMENTUM, Net, Twins
 
 import triton_optim
 from triton_optim import runtime, step_in_backward
+from triton_optim.buckets import cut
 from triton_optim.launch import recorded
-
-MOMENTUM = next(case for case in CASES if case.name == "sgd-dampening")
-
-
-class Net(nn.Module):
-    """Three blocks and a head, some of which a pass can leave out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
-        self.head = nn.Linear(6, 2)
-        self.to(DEVICE)
-
-    def forward(
-        self, x: Tensor, *, head: bool = True, blocks: int = 3, reentrant: bool | None = None
-    ) -> Tensor:
-        for block in [*self.blocks][:blocks]:
-            x = block(x) if reentrant is None else checkpoint(block, x, use_reentrant=reentrant)
-            x = x.tanh()
-        return self.head(x) if head else x
-
-
-class Twins:
-    """A model that steps in backward, and one that steps as ever."""
-
-    def __init__(self, case: Case, model: Any = None, bucket_bytes: int = 200) -> None:
-        first = model or Net()
-        self.models: list[Any] = [first, copy.deepcopy(first)]
-        self.optimizers = [case.ours(_two_groups(model)) for model in self.models]
-        self.handle = step_in_backward(first, self.optimizers[0], bucket_bytes=bucket_bytes)
-
-    def each(self, change: Callable[[Any, torch.optim.Optimizer], object]) -> None:
-        for model, optimizer in zip(self.models, self.optimizers, strict=True):
-            change(model, optimizer)
-
-    def step(self, times: int = 1, **kwargs: Any) -> None:
-        for _ in range(times):
-            x = torch.randn(4, 6, device=DEVICE)
-            for model in self.models:
-                model(x.clone().requires_grad_(), **kwargs).square().sum().backward()
-            self.check()
-
-    def as_ever(self) -> None:
-        for model in self.models:
-            model(torch.ones(4, 6, device=DEVICE)).sum().backward()
-        assert all(param.grad is not None for param in self.models[0].parameters())
-        self.optimizers[0].step()
-        self.optimizers[0].zero_grad()
-        self.check()
-
-    def check(self) -> None:
-        self.optimizers[1].step()
-        self.optimizers[1].zero_grad()
-        ours, theirs = self.models
-        assert all(param.grad is None for param in ours.parameters())
-        assert_same_bits([*ours.parameters()], [*theirs.parameters()])
-        assert_same_bits(*(optimizer.state_dict() for optimizer in self.optimizers))
-
-
-def _two_groups(model: nn.Module) -> list[dict[str, Any]]:
-    named = [*model.named_parameters()]
-    return [{"params": named[::3], "lr": 0.01}, {"params": named[1::3] + named[2::3]}]
 
 
 @every_state
@@ -87,11 +25,10 @@ def test_same_bits(case: Case) -> None:
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in twins.optimizers]
     twins.step()
     saved = [copy.deepcopy(optimizer.state_dict()) for optimizer in twins.optimizers]
-    for _ in range(2):
-        for scheduler in schedulers:
-            scheduler.step()
-        twins.step()
-        twins.optimizers[0].step()
+    for scheduler in schedulers:
+        scheduler.step()
+    twins.step()
+    twins.optimizers[0].step()
     for optimizer, state_dict in zip(twins.optimizers, saved, strict=True):
         optimizer.load_state_dict(state_dict)
     twins.step()
@@ -114,6 +51,17 @@ def test_a_launch_a_bucket(bucket_bytes: int, n_buckets: int) -> None:
     assert len(launches) == len(plans) == n_buckets
     assert None not in plans
     assert plans == [bucket._part._plan for bucket in twins.handle._buckets]
+
+
+def test_cut() -> None:
+    """By kind, in order; one that is too large interrupts no bucket."""
+    sizes = [5, 10, 60, 10, 5, 25, 5]  # float32
+    params = [nn.Parameter(torch.ones(size)) for size in sizes]
+    params[1].requires_grad_(False)
+    params[4].data = params[4].data.half()
+    places = {id(param): i for i, param in enumerate(params)}
+    buckets = [[places[id(param)] for param in bucket] for bucket in cut(params, 100)]
+    assert buckets == [[0, 3], [1], [2], [4], [5], [6]]
 
 
 def test_live_gradients_are_bounded() -> None:
@@ -192,6 +140,18 @@ def test_every_backward_is_a_step() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_gradients_given_by_hand() -> None:
+    """Wait for `optimizer.step()` where a pass brings none to their bucket."""
+    twins = Twins(MOMENTUM, bucket_bytes=0)
+    for model in twins.models:
+        model.head.bias.grad = torch.ones_like(model.head.bias)
+        model(torch.ones(4, 6, device=DEVICE), head=False).sum().backward()
+    assert twins.models[0].head.bias.grad is not None
+    twins.optimizers[0].step()
+    twins.optimizers[0].zero_grad()
+    twins.check()
 
 
 @pytest.mark.parametrize("where", [0, 2])

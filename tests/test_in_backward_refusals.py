@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import DEVICE, assert_same_bits, refused
-from test_in_backward import MOMENTUM, Net, Twins
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from twins import MOMENTUM, Net, Twins
 
 from triton_optim import SGD, step_in_backward
 

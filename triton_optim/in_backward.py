@@ -94,7 +94,7 @@ class StepInBackward:
         places: dict[int, list[Place]],
         bucket_bytes: int,
     ) -> None:
-        optimizer._plan = None  # its tables would only take memory
+        optimizer._drop_plan()  # its tables would only take memory
         self._optimizer = optimizer
         self._params = _all_params(optimizer)
         # What the autograd engine will call at the end of the pass that is under way.
