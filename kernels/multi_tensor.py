@@ -110,9 +110,6 @@ def multi_tensor_kernel(
     if happened_ptr is not None:
         go = happens(found_inf_ptr, grad_norm_ptr, SKIP_NONFINITE)
         remaining = tl.where(go, remaining, 0)
-        if tl.program_id(0) == 0:
-            tl.store(happened_ptr, go.to(tl.float32))
-            tl.store(happened_ptr + 1, 1 - go.to(tl.float32))
     COMPUTE_DTYPE: tl.constexpr = tl.float64 if PARAM_DTYPE == tl.float64 else tl.float32
     unscale = None
     if grad_scale_ptr is not None:
@@ -150,3 +147,9 @@ def multi_tensor_kernel(
                 param_ptr, grad_ptr, state_ptrs, block * BLOCK_SIZE, rest, hyper, step,
                 unscale, clip, RULE, FLAGS, N_STATES, BLOCK_SIZE, EVICTION, MASKED=True,
             )  # fmt: skip
+
+    # Last: after a store, AMD's compiler takes addresses that are loaded for a thread's own.
+    if happened_ptr is not None:
+        if tl.program_id(0) == 0:
+            tl.store(happened_ptr, go.to(tl.float32))
+            tl.store(happened_ptr + 1, 1 - go.to(tl.float32))
