@@ -4,7 +4,7 @@ Pointers that are None ask for nothing:
 
 - found_inf_ptr: float32; anything but 0 skips the step;
 - grad_scale_ptr: float32; what the gradients must be divided by;
-- grad_norm_ptr: float64; the norm of the gradients as they are in memory;
+- grad_norm_ptr: float64; the norm of the gradients, unscaled;
 - max_norm_ptr: float64; None beside a norm that only skips.
 """
 
@@ -34,10 +34,8 @@ def unscaling(grad_scale_ptr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def clipping(grad_norm_ptr, max_norm_ptr, unscale, DTYPE: tl.constexpr):
-    """min(max_norm / (norm + eps), 1); NaN where the norm is. unscale: a factor, or None."""
+def clipping(grad_norm_ptr, max_norm_ptr, DTYPE: tl.constexpr):
+    """min(max_norm / (norm + eps), 1); NaN where the norm is."""
     norm = tl.load(grad_norm_ptr).to(DTYPE)
-    if unscale is not None:
-        norm = norm * unscale
     coefficient = div(tl.load(max_norm_ptr).to(DTYPE), norm + CLIP_EPS)
     return tl.where(coefficient > 1, 1, coefficient).to(DTYPE)

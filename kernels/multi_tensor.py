@@ -116,7 +116,7 @@ def multi_tensor_kernel(
         unscale = unscaling(grad_scale_ptr, COMPUTE_DTYPE)
     clip = None
     if max_norm_ptr is not None:
-        clip = clipping(grad_norm_ptr, max_norm_ptr, unscale, COMPUTE_DTYPE)
+        clip = clipping(grad_norm_ptr, max_norm_ptr, COMPUTE_DTYPE)
 
     hyper = ()
     group_ptr = hypers_ptr + tl.load(row_ptr + GROUP) * N_HYPERS

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .chunks import NORM_FIRST, find_chunk, pointer
-from .gate import clipping
+from .gate import clipping, unscaling
 from .numerics import narrow, widen
 
 PARTIALS_BLOCK = tl.constexpr(1024)  # partial sums that the last program adds at a time
@@ -12,7 +12,12 @@ PARTIALS_BLOCK = tl.constexpr(1024)  # partial sums that the last program adds a
 
 @triton.jit
 def _sum_of_squares(
-    grad_ptr, remaining, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr
+    grad_ptr,
+    remaining,
+    unscale,
+    DTYPE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     COMPUTE_DTYPE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     offsets = tl.arange(0, BLOCK_SIZE)
@@ -21,17 +26,26 @@ def _sum_of_squares(
     if remaining >= BLOCKS * BLOCK_SIZE:
         for block in tl.range(0, BLOCKS):
             grad = widen(tl.load(grad_ptr + block * BLOCK_SIZE + offsets), COMPUTE_DTYPE)
+            if unscale is not None:
+                grad = grad * unscale
             squares += grad * grad
     else:
         rest = remaining.to(tl.int32)
         for block in tl.range(0, tl.cdiv(rest, BLOCK_SIZE)):
             at = block * BLOCK_SIZE + offsets
             grad = widen(tl.load(grad_ptr + at, mask=at < rest, other=0.0), COMPUTE_DTYPE)
+            if unscale is not None:
+                grad = grad * unscale
             squares += grad * grad
     return tl.sum(squares)
 
 
-@triton.jit
+def _launch_metadata(grid, metadata, args):
+    """What Triton's profiler shows beside a launch's time."""
+    return {"name": metadata.name, "bytes": round(args["n_bytes"])}
+
+
+@triton.jit(launch_metadata=_launch_metadata)
 def norm_kernel(
     owners_ptr,
     rows_ptr,
@@ -40,6 +54,7 @@ def norm_kernel(
     ticket_ptr,
     sum_ptr,
     norm_ptr,
+    grad_scale_ptr,
     n_bytes,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -57,12 +72,16 @@ def norm_kernel(
     - partials_ptr: float64, one a program;
     - ticket_ptr: int32, 0; it is 0 again afterwards. No other launch uses it at the same time;
     - sum_ptr, norm_ptr: float64, written; with ADDS, what `sum_ptr` holds is added;
+    - grad_scale_ptr: see gate.py;
     - n_bytes: float, what the launch loads of the gradients; for a profiler alone.
     """
     CHUNK: tl.constexpr = BLOCKS * BLOCK_SIZE
     tensor, _, start, remaining = find_chunk(owners_ptr, rows_ptr, NORM_FIRST, CHUNK)
     grad_ptr = pointer(tl.load(grads_ptr + tensor), start, DTYPE, ALIGNED)
-    partial = _sum_of_squares(grad_ptr, remaining, DTYPE, BLOCK_SIZE, BLOCKS)
+    unscale = None
+    if grad_scale_ptr is not None:  # before it is squared, or a large scale would overflow
+        unscale = unscaling(grad_scale_ptr, tl.float64 if DTYPE == tl.float64 else tl.float32)
+    partial = _sum_of_squares(grad_ptr, remaining, unscale, DTYPE, BLOCK_SIZE, BLOCKS)
     tl.store(partials_ptr + tl.program_id(0), partial.to(tl.float64))
 
     # Acquire and release: the program that draws the last number sees all that was stored before.
@@ -83,7 +102,7 @@ def norm_kernel(
         tl.store(ticket_ptr, 0)
 
 
-@triton.jit
+@triton.jit(launch_metadata=_launch_metadata)
 def scale_kernel(
     owners_ptr,
     rows_ptr,
@@ -104,7 +123,7 @@ def scale_kernel(
     CHUNK: tl.constexpr = BLOCKS * BLOCK_SIZE
     tensor, _, start, remaining = find_chunk(owners_ptr, rows_ptr, NORM_FIRST, CHUNK)
     grad_ptr = pointer(tl.load(grads_ptr + tensor), start, DTYPE, ALIGNED)
-    coefficient = clipping(norm_ptr, max_norm_ptr, None, COMPUTE_DTYPE)
+    coefficient = clipping(norm_ptr, max_norm_ptr, COMPUTE_DTYPE)
     remaining = tl.where(coefficient == 1, 0, remaining)
 
     offsets = tl.arange(0, BLOCK_SIZE)

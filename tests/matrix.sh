@@ -34,7 +34,7 @@ for version in "${versions[@]}"; do
     export PYTHONPATH=$site:$PWD
     python -c "import triton; assert triton.__version__ == '$version', triton.__file__"
     code=0
-    python -m pytest -q -n auto "$@" >"$log" 2>&1 || code=$?
+    python -m pytest -q -n auto --dist loadfile "$@" >"$log" 2>&1 || code=$?
     echo "triton $version: $(count "$log" passed) passed, $(count "$log" skipped) skipped," \
         "$(count "$log" failed errors?) failed"
     if ((code)); then

@@ -6,9 +6,11 @@ import types
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import reduce
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 
 from . import norm, runtime
@@ -23,6 +25,7 @@ if runtime.DEVICE_TYPE:
     from .kernels.norm import scale_kernel
 
 
+@_disable_dynamo
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float,
@@ -51,7 +54,8 @@ def clip_grad_norm_(
         gradients are DTensors, and then a plain tensor, where torch's is a DTensor.
 
     Raises:
-        ValueError: `max_norm` is negative or NaN.
+        TypeError: `max_norm` is no number.
+        ValueError: it is negative or NaN.
         RuntimeError: the norm is not finite and `error_if_nonfinite` is True; nothing is clipped.
 
     Source: Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks",
@@ -61,7 +65,7 @@ def clip_grad_norm_(
     if isinstance(parameters, types.GeneratorType) and not params:
         message = "`parameters` is an empty generator, no gradient clipping will occur."
         warnings.warn(message, stacklevel=2)
-    max_norm = checked_max_norm(max_norm) or 0.0
+    max_norm = checked_max_norm(max_norm, "max_norm")
     for param in params:
         bring_grad(param)
     grads = [param.grad for param in params if param.grad is not None]
@@ -72,14 +76,16 @@ def clip_grad_norm_(
 
 
 def _kernels_take(grads: Sequence[Tensor]) -> bool:
-    """Whether all gradients lie on one device where kernels run, none of them twice."""
+    """Whether all gradients lie apart on one device where kernels run, outside of a capture.
+
+    A replay would read tables that are gone.
+    """
     shards = [local(grad) for grad in grads]
-    addresses = [shard.data_ptr() for shard in shards if shard.numel()]
-    return (
-        len({shard.device for shard in shards}) == 1
-        and len(set(addresses)) == len(addresses)
-        and not any(refusal(grad, grad) for grad in grads)
-    )
+    if len({shard.device for shard in shards}) != 1 or runtime.is_capturing(shards[0].device):
+        return False
+    spans = sorted((s.data_ptr(), s.data_ptr() + s.nbytes) for s in shards if s.numel())
+    apart = all(stop <= start for (_, stop), (start, _) in pairwise(spans))
+    return apart and not any(refusal(grad, grad) for grad in grads)
 
 
 def _clip(grads: list[Tensor], max_norm: float, error_if_nonfinite: bool) -> Tensor:
@@ -97,7 +103,7 @@ def _clip(grads: list[Tensor], max_norm: float, error_if_nonfinite: bool) -> Ten
     lengths = [len(part) // 8 for part in columns]
     tables = on_device(as_tensor(b"".join(columns)), device).split(lengths)
     squares = GradNorm(cuts, tables[0].view(-1, runtime.ROW_WIDTH), tables[1])
-    squares.run()
+    squares.run({})
     total = norm.total([squares], ())
     if error_if_nonfinite and not total.isfinite():
         raise RuntimeError(

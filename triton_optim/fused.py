@@ -43,6 +43,10 @@ class FusedStep(StatefulOptimizer):
         try:
             torch.set_grad_enabled(self.defaults["differentiable"])
             self._planned_step()
+        except BaseException:
+            for name in ("grad_scale", "found_inf"):  # GradScaler would multiply by the old one
+                vars(self).pop(name, None)
+            raise
         finally:
             torch.set_grad_enabled(enabled)
         return loss
@@ -87,6 +91,9 @@ class FusedStep(StatefulOptimizer):
             step = getattr(step, "__wrapped__", None)
         return False
 
+    def _is_overridden(self) -> bool:
+        return inspect.unwrap(type(self).step) is not inspect.unwrap(FusedStep.step)
+
     step.__signature__ = inspect.signature(_closure_step)  # type: ignore[attr-defined]
     step.hooked = True  # type: ignore[attr-defined]
 
@@ -96,10 +103,12 @@ class FusedStep(StatefulOptimizer):
         plan = self._plan
         found = plan.find(self) if plan is not None else None
         if plan is None or found is None:
+            if plan is not None and plan.on_gpu and torch.cuda.is_current_stream_capturing():
+                self._check_capture(plan, gate, ready=False)
             self._drop_plan()
             plan = Plan(self)
         if plan.on_gpu and torch.cuda.is_current_stream_capturing():
-            self._check_capture(ready=found is not None)
+            self._check_capture(plan, gate, ready=found is not None)
             self._captured = (*self._captured, plan)
         if found is None:
             plan.move_strays()
@@ -113,11 +122,11 @@ class FusedStep(StatefulOptimizer):
         copies = plan.prepare(found, gate)
         norm = None
         if gate.max_norm is not None:
-            norm = plan.norm()
+            norm = plan.norm(gate)
             self._keep_norm(norm, gate)
         rest_happens = True
         if plan.rest:
-            rest_happens = gate.happens(norm)
+            rest_happens = gate.does_happen(norm)
             if rest_happens:
                 gate.apply([param.grad for param in plan.rest if param.grad is not None], norm)
                 self._torch_step({id(param) for param in plan.rest})

@@ -6,26 +6,43 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from . import runtime
-from .gate import Extras, Gate, scalar
+from .gate import Extras, Gate, told
 from .plan import Plan
 from .shards import local
-from .ways import Group
+from .ways import Group, group_refusal
 
 
 class GatedOptimizer(torch.optim.Optimizer):
     """The options of `Extras`, and what becomes of them at a step."""
 
-    # GradScaler leaves unscaling and skipping to the step.
-    _step_supports_amp_scaling = True
-
     _extras = Extras()
+    _amp_scaling = True
     _plan: Plan | None = None
     _captured: tuple[Plan, ...] = ()  # CUDA graphs read their tables
     _norm: Tensor | None = None  # float64 [], of the last step's gradients
     _skipped: Tensor | None = None  # float32 [], how many steps were
     _was_gated = False  # whether a step may have been skipped by the device
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler leaves unscaling and skipping to the step.
+
+        Not where a hook or a step of a subclass would see gradients before they are unscaled, and
+        not where all groups go torch's own way.
+        """
+        return (
+            self._amp_scaling
+            and not (self._optimizer_step_pre_hooks or _global_optimizer_pre_hooks)
+            and not self._is_overridden()
+            and not all(map(self._group_refusal, self.param_groups))
+        )
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, supports: bool) -> None:
+        self._amp_scaling = supports
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -54,11 +71,11 @@ class GatedOptimizer(torch.optim.Optimizer):
     def grad_norm(self) -> Tensor | None:
         """The norm of the last step's gradients before clipping, on the device: [].
 
-        float64 where a gradient is, otherwise float32. Of unscaled gradients under a GradScaler;
+        float64 where a parameter is, otherwise float32. Of unscaled gradients under a GradScaler;
         over all ranks where parameters are DTensors. None without `max_grad_norm` and before the
         first step.
         """
-        if self._norm is None:
+        if self._norm is None or self.max_grad_norm is None:
             return None
         params = (param for group in self.param_groups for param in group["params"])
         double = any(param.dtype in (torch.float64, torch.complex128) for param in params)
@@ -73,6 +90,14 @@ class GatedOptimizer(torch.optim.Optimizer):
         if not self._extras.skip_nonfinite:
             return None
         return torch.zeros(()).long() if self._skipped is None else self._skipped.long()
+
+    def _is_overridden(self) -> bool:
+        """Whether a subclass has a step of its own."""
+        raise NotImplementedError
+
+    def _group_refusal(self, group: Group) -> str | None:
+        """Why a whole parameter group goes torch's way, or None."""
+        return group_refusal(group, self._fused(group))
 
     def _fused(self, group: Group) -> bool | None:
         fused: bool | None = group.get("fused", self._extras.fused)
@@ -90,23 +115,14 @@ class GatedOptimizer(torch.optim.Optimizer):
         """What decides about this step: a GradScaler's attributes, and the options.
 
         Raises:
-            RuntimeError: a GradScaler's number is on another kind of device than the parameters.
+            RuntimeError: a GradScaler's number is no tensor of one number.
         """
-        told = vars(self)
-        found_inf, grad_scale = told.get("found_inf"), told.get("grad_scale")
-        extras = self._extras
-        if found_inf is None and grad_scale is None:
-            if extras.max_grad_norm is None:
-                return _NO_GATE
-            return Gate(None, None, extras.max_grad_norm, extras.skip_nonfinite)
-        params = (param for group in self.param_groups for param in group["params"])
-        home = local(next(params)).device.type
-        return Gate(
-            None if found_inf is None else scalar(found_inf, "found_inf", home),
-            None if grad_scale is None else scalar(grad_scale, "grad_scale", home),
-            extras.max_grad_norm,
-            extras.skip_nonfinite,
-        )
+        mine = vars(self)
+        found_inf, grad_scale = mine.get("found_inf"), mine.get("grad_scale")
+        if found_inf is None and grad_scale is None and self._extras.max_grad_norm is None:
+            return _NO_GATE
+        numbers = (told(found_inf, "found_inf"), told(grad_scale, "grad_scale"))
+        return Gate.of(*numbers, self._extras)
 
     def _keep_norm(self, norm: Tensor, gate: Gate) -> None:
         """For `grad_norm`.
@@ -115,19 +131,18 @@ class GatedOptimizer(torch.optim.Optimizer):
             RuntimeError: it is not finite, and that is to be an error; but not of a step that a
                 GradScaler skips.
         """
-        if gate.grad_scale is not None:
-            norm = norm / gate.grad_scale.to(norm.device)
         self._norm = norm
-        if self._extras.error_if_nonfinite and gate.happens(None) and not norm.isfinite():
+        if self._extras.error_if_nonfinite and gate.does_happen(None) and not norm.isfinite():
             raise RuntimeError(
                 f"the norm of the gradients is {norm.item()}: nothing was stepped; leave "
                 "error_if_nonfinite out to step all the same, or give skip_nonfinite=True"
             )
 
     def _count_skipped(self, skipped: Tensor) -> None:
-        self._skipped = skipped.clone() if self._skipped is None else self._skipped.add_(skipped)
+        before = torch.zeros_like(skipped) if self._skipped is None else self._skipped
+        self._skipped = before.to(skipped.device, non_blocking=True) + skipped
 
-    def _check_capture(self, *, ready: bool) -> None:
+    def _check_capture(self, plan: Plan, gate: Gate, *, ready: bool) -> None:
         """Refuse a capture whose replays would not be steps.
 
         Raises:
@@ -141,6 +156,11 @@ class GatedOptimizer(torch.optim.Optimizer):
             )
         if self._extras.error_if_nonfinite:
             raise RuntimeError(f"{name}, but error_if_nonfinite waits for the device; leave it out")
+        if plan.rest and (gate.may_skip or gate.grad_scale is not None):
+            raise RuntimeError(
+                f"{name}, but what goes torch's own way waits for the device to learn whether to "
+                "step; leave GradScaler and skip_nonfinite out"
+            )
         for index, group in enumerate(self.param_groups):
             lr = group["lr"]
             if not isinstance(lr, Tensor) or lr.device.type not in runtime.CAPTURABLE_DEVICE_TYPES:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch.autograd.graph import increment_version
 
-from .columns import addresses_of
 from .fused import FusedStep
 from .plan import differ
 from .shards import local
@@ -43,34 +42,38 @@ class GraphedStep:
         with torch.cuda.graph(self._graph):
             optimizer.step()
         assert optimizer._plan is not None
-        self._plan = optimizer._plan
-        self._params = [p for p in self._plan.params if p.grad is not None]
-        self._addresses = self._touched()
+        self._plan, self._extras = optimizer._plan, optimizer._extras
+        self._addresses = self._gradients()
         self._values = self._plan.group_values(optimizer)
 
     def __call__(self) -> None:
         """Replay the step.
 
         Raises:
-            RuntimeError: a parameter or a gradient is no longer where it was captured, or a value
-                in the groups was replaced. Nothing has been replayed then.
+            RuntimeError: a parameter, a gradient or state is no longer where it was captured, or a
+                value in the groups was replaced. Nothing has been replayed then.
         """
-        if self._touched() != self._addresses:
+        optimizer, plan = self._optimizer, self._plan
+        if optimizer._extras is not self._extras or differ(
+            plan.group_values(optimizer), self._values
+        ):
             raise RuntimeError(
-                "a parameter or its gradient is not where the graph was captured, so that a replay "
-                "would use stale memory; keep gradients in place with "
+                "a value in the parameter groups or max_grad_norm was replaced, which a replay "
+                "would not see; fill a rate in place, as torch's schedulers do, or make a new "
+                "GraphedStep"
+            )
+        found = plan.find(optimizer) if optimizer._plan is plan else None
+        if found is None or self._gradients() != self._addresses:
+            raise RuntimeError(
+                "a parameter, its gradient or its state is not where the graph was captured, so "
+                "that a replay would use stale memory; keep gradients in place with "
                 "zero_grad(set_to_none=False), or make a new GraphedStep"
             )
-        if differ(self._plan.group_values(self._optimizer), self._values):
-            raise RuntimeError(
-                "a value in the parameter groups was replaced, which a replay would not see; fill "
-                "a rate in place, as torch's schedulers do, or make a new GraphedStep"
-            )
         self._graph.replay()
-        increment_version(self._params)
+        for tensors in found:
+            increment_version([*tensors.written, *tensors.wrappers])
 
-    def _touched(self) -> list[int]:
-        """Addresses of parameters and their gradients; 0 of a gradient that is missing."""
-        grads = (param.grad for param in self._params)
-        addresses = [0 if grad is None else local(grad).data_ptr() for grad in grads]
-        return [*addresses_of(map(local, self._params)), *addresses]
+    def _gradients(self) -> list[int]:
+        """Their addresses; 0 of one that is missing."""
+        grads = (param.grad for param in self._plan.params)
+        return [0 if grad is None else local(grad).data_ptr() for grad in grads]

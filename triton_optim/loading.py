@@ -20,7 +20,7 @@ from .checks import (
 )
 from .gated import GatedOptimizer
 from .shards import local
-from .ways import PLAIN_TYPES, Group, State, group_refusal, refusal
+from .ways import PLAIN_TYPES, Group, State, refusal
 
 
 class StatefulOptimizer(GatedOptimizer):
@@ -34,7 +34,7 @@ class StatefulOptimizer(GatedOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._plan is not None:
             self._plan.forget_skipped(self)
-        return {**super().__getstate__(), "_extras": self._extras}
+        return {**super().__getstate__(), "_extras": self._extras, "_skipped": self._skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         loaded = "defaults" not in state  # by load_state_dict; a copy brings everything
@@ -131,6 +131,3 @@ class StatefulOptimizer(GatedOptimizer):
         if self._counts_steps:
             check_step(state, where)
         return [(local(state[name]), f"state {name!r} of {where}") for name in names]
-
-    def _group_refusal(self, group: Group) -> str | None:
-        return group_refusal(group, self._fused(group))

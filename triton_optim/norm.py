@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
@@ -65,13 +65,16 @@ class GradNorm:
         cuts: what they read.
         rows: int64 [tensors, ROW_WIDTH].
         grads: int64 [tensors], addresses.
+        scaled: None, or a float32 scalar: they are divided by that which `run` is given.
 
     Attributes:
         norm: float64 [], written by `run` where there is one sum, else by `total`.
         sums: those of squares, one for the gradients that are spread alike.
     """
 
-    def __init__(self, cuts: Sequence[GradCut], rows: Tensor, grads: Tensor) -> None:
+    def __init__(
+        self, cuts: Sequence[GradCut], rows: Tensor, grads: Tensor, scaled: Tensor | None = None
+    ) -> None:
         device, self.rows = rows.device, rows
         self.cuts = [
             cut._replace(owners=columns.on_device(cut.owners, device))
@@ -96,15 +99,17 @@ class GradNorm:
                 "ticket_ptr": self._ticket,
                 "sum_ptr": sums[spreads.index(cut.spread)],
                 "norm_ptr": self.norm,
+                "grad_scale_ptr": scaled,
             }
             constants = {"ADDS": cut.spread in begun}
             self._launches.append(grad_launch(norm_kernel, cut, tensors, constants))
             begun.add(cut.spread)
 
-    def run(self) -> None:
-        """Launch."""
+    def run(self, told: Mapping[str, Tensor]) -> None:
+        """Launch, with what a GradScaler tells."""
+        scale = {name: told[name] for name in ("grad_scale_ptr",) if name in told}
         for launch in self._launches:
-            launch.run()
+            launch.run(**scale)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -114,11 +119,10 @@ class GradNorm:
 
 
 def grad_launch(
-    kernel: object, cut: GradCut, tensors: dict[str, Tensor], constants: dict[str, bool]
+    kernel: object, cut: GradCut, tensors: Mapping[str, Tensor | None], constants: dict[str, bool]
 ) -> Launch:
     """A launch of a kernel of kernels/norm.py."""
-    owners = tensors["owners_ptr"]
-    config = runtime.grad_config(cut.variant.dtype, owners.device)
+    config = runtime.grad_config(cut.variant.dtype, cut.owners.device)
     arguments = {
         **tensors,
         "n_bytes": float(cut.n_bytes),
@@ -129,20 +133,23 @@ def grad_launch(
         "BLOCKS": config.blocks,
     }
     options = {"num_warps": config.num_warps, "enable_fp_fusion": True} if runtime.COMPILED else {}
-    return Launch(kernel, cut.variant, len(owners), arguments, options, owners.device)
+    return Launch(kernel, cut.variant, len(cut.owners), arguments, options, cut.owners.device)
 
 
-def square_sums(grads: Iterable[Tensor]) -> list[SquareSum]:
-    """torch's way. Those of DTensors are over all ranks already.
+def square_sums(grads: Iterable[Tensor], scale: Tensor | None) -> list[SquareSum]:
+    """torch's way, of gradients divided by `scale`. Those of DTensors are over all ranks already.
 
     Ranks call it together where there are DTensors.
     """
-    alike: dict[object, list[Tensor]] = defaultdict(list)
+    sums: dict[torch.device, Tensor] = {}
     for grad in grads:
-        alike[id(grad) if is_dtensor(grad) else grad.device].append(grad)
-    norms: list[Any] = [torch.nn.utils.get_total_norm(group) for group in alike.values()]
-    norms = [norm.full_tensor() if is_dtensor(norm) else norm for norm in norms]
-    return [SquareSum(norm.double().square(), ()) for norm in norms]
+        if scale is not None:
+            grad = grad.to(torch.promote_types(grad.dtype, torch.float32)) / scale.to(grad.device)
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        norm: Any = torch.linalg.vector_norm(grad, dtype=dtype)
+        square = (norm.full_tensor() if is_dtensor(norm) else norm).double().square()
+        sums[square.device] = sums[square.device] + square if square.device in sums else square
+    return [SquareSum(value, ()) for value in sums.values()]
 
 
 def total(norms: Sequence[GradNorm], others: Sequence[SquareSum]) -> Tensor:

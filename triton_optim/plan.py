@@ -202,18 +202,22 @@ class Plan:
     def prepare(self, found: list[Found], gate: Gate) -> list[Copies]:
         """Compile, and bring the tables up to date: nothing of the optimizer is written."""
         for table, tensors in zip(self._tables, found, strict=True):
+            if gate.kinds:
+                gate.check_device(table.device)
             if gate.grad_scale is not None:
                 check_writable(table.reordered(tensors))
+                table.check_apart(tensors)
             table.prepare(gate.kinds)
         return [
             table.send(tensors, self._hypers, gate.max_norm)
             for table, tensors in zip(self._tables, found, strict=True)
         ]
 
-    def norm(self) -> Tensor:
+    def norm(self, gate: Gate) -> Tensor:
         """The norm of all gradients, over all ranks: float64 [], valid until the next step."""
-        norms = [table.sum_squares() for table in self._tables]
-        rest = norm.square_sums(param.grad for param in self.rest if param.grad is not None)
+        norms = [table.sum_squares(gate) for table in self._tables]
+        grads = (param.grad for param in self.rest if param.grad is not None)
+        rest = norm.square_sums(grads, gate.grad_scale)
         return norm.total(norms, rest)
 
     def run(self, found: list[Found], copies: list[Copies], gate: Gate) -> None:

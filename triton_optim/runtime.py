@@ -46,9 +46,11 @@ CAPTURABLE_DEVICE_TYPES = frozenset({"cuda"})  # where there are CUDA graphs, or
 
 ALIGNMENT = 16  # bytes: a 128-bit load
 
-# Left alone, ptxas squeezes kernels of two states into 64 registers, where some spill.
+# Left alone, ptxas squeezes kernels of two states into 64 registers, where some spill, and gated
+# ones of one state into 56.
 TWO_STATES_REGISTERS = 80
-TWO_STATES_ELEMENTS = 256  # that a warp holds at once; with more, or in a loop, these are too few
+GATED_REGISTERS = 64
+FEW_ELEMENTS = 256  # that a warp holds at once; with more, or in a loop, these are too few
 
 # An interpreted program costs about as much as 40,000 of its elements.
 INTERPRETED_BLOCK_SIZES = tuple(1 << k for k in range(10, 19))
@@ -186,12 +188,14 @@ def options(variant: Variant, config: Config, architecture: str) -> dict[str, An
     elements = config.block_size // config.num_warps
     if (
         architecture.startswith("sm_")
-        and variant.n_states == 2
         and variant.param_dtype != "float64"
-        and elements <= TWO_STATES_ELEMENTS
+        and elements <= FEW_ELEMENTS
         and config.blocks == 1
     ):
-        chosen["maxnreg"] = TWO_STATES_REGISTERS
+        if variant.n_states == 2:
+            chosen["maxnreg"] = TWO_STATES_REGISTERS
+        elif variant.n_states == 1 and variant.gate and not variant.aligned:
+            chosen["maxnreg"] = GATED_REGISTERS
     return chosen
 
 

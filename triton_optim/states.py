@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .columns import on_device
 from .cuts import Entry
 from .ways import State
 
@@ -60,4 +61,4 @@ def pack_steps(steps: Sequence[Tensor], device: torch.device, *, on_device: bool
 def count_updates(new: Sequence[State], device: torch.device) -> Tensor:
     """How often each tensor was updated, for a rule that must know but keeps no `step`: 0 or 1."""
     seen = torch.tensor([0.0 if state else 1.0 for state in new], device="cpu")
-    return seen.to(device)
+    return on_device(seen, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from operator import is_not
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -102,7 +103,7 @@ class Table:
             max_norm=buffer.max_norm,
         )
         self._launches: dict[frozenset[str], list[UpdateLaunch]] = {}
-        self._norm: GradNorm | None = None
+        self._norms: dict[frozenset[str], GradNorm] = {}
 
     def _found(self, grads: list[Tensor], written: list[Tensor]) -> Found:
         if not self._specs:
@@ -113,22 +114,28 @@ class Table:
         """Compile what a step under a gate of these kinds launches. Writes nothing."""
         if kinds in self._launches:
             return
-        if self.tables.happened is None and kinds:
-            norm = GradNorm(self._grad_cuts, self.tables.rows, self.tables.grads)
+        tables, norm = self.tables, None
+        if kinds and tables.happened is None:
             happened = torch.arange(1, -1, -1, dtype=torch.float32, device=self.device)
-            self.tables = self.tables._replace(norm=norm.norm, happened=happened)
-            self._norm = norm
-        self._launches[kinds] = [
+            tables = tables._replace(happened=happened)
+        if "CLIP" in kinds:
+            scaled = tables.happened if "UNSCALE" in kinds else None
+            norm = GradNorm(self._grad_cuts, tables.rows, tables.grads, scaled)
+        self.tables = tables
+        launches = [
             UpdateLaunch(
                 self._rule,
                 cut.variant._replace(gate=kinds),
                 cut.config,
                 cut.owners,
-                self.tables,
+                tables if norm is None else tables._replace(norm=norm.norm),
                 cut.n_bytes,
             )
             for cut in self._cuts
         ]
+        if norm is not None:
+            self._norms[kinds] = norm
+        self._launches[kinds] = launches
 
     def find(self) -> Found | None:
         """This step's tensors, or None where this table no longer describes them.
@@ -174,6 +181,18 @@ class Table:
         """The gradients that lie in another order than their parameters."""
         return [found.grads[i] for i in self._reordered]
 
+    def check_apart(self, found: Found) -> None:
+        """Refuse one gradient of two parameters, which would be unscaled twice.
+
+        Raises:
+            RuntimeError: there is one.
+        """
+        addresses = [a for a, grad in zip(self._grads, found.grads, strict=True) if grad.numel()]
+        if len(set(addresses)) != len(addresses):
+            raise RuntimeError(
+                "two parameters have one gradient tensor, which would be unscaled twice; clone() it"
+            )
+
     def send(self, found: Found, hypers: list[float | Tensor], max_norm: float | None) -> Copies:
         """Bring the tables up to date.
 
@@ -194,18 +213,20 @@ class Table:
         self._buffer.send(grad_column, hypers, max_norm or 0.0)
         return copies
 
-    def sum_squares(self) -> GradNorm:
+    def sum_squares(self, gate: Gate) -> GradNorm:
         """Launch the norm of the gradients."""
-        assert self._norm is not None
-        self._norm.run()
-        return self._norm
+        norm = self._norms[gate.kinds]
+        norm.run(gate.on(self.device))
+        return norm
 
     def update(self, found: Found, copies: Copies, gate: Gate) -> None:
         """Launch the updates, one a variant, and count the steps."""
-        kinds = gate.kinds
-        changed = gate.on(self.device) if kinds else {}
-        for launch in self._launches[kinds]:
+        changed = gate.on(self.device) if gate.kinds else {}
+        launches = self._launches[gate.kinds]
+        for launch in launches:
             launch.run(**changed)
+        if gate.may_skip and not launches:  # a rank without elements counts as the others do
+            self._tell_what_happened(gate)
         if self._pack is not None:
             happened = self.tables.happened
             self._pack.add_(happened[0] if gate.may_skip and happened is not None else 1)
@@ -217,6 +238,15 @@ class Table:
         self._may_have_skipped |= gate.may_skip
         self._outlive_the_stream()
 
+    def _tell_what_happened(self, gate: Gate) -> None:
+        go = torch.ones((), dtype=torch.bool, device=self.device)
+        if gate.found_inf is not None:
+            go = go & (gate.found_inf == 0).to(self.device, non_blocking=True)
+        if gate.skip_nonfinite:
+            go = go & self._norms[gate.kinds].norm.isfinite()
+        assert self.tables.happened is not None
+        self.tables.happened.copy_(torch.stack([go, ~go]))
+
     def _outlive_the_stream(self) -> None:
         """Keep the tables' memory from reuse until a step on another stream than theirs is done."""
         if self._stream is None:
@@ -224,7 +254,7 @@ class Table:
         stream = torch.cuda.current_stream(self.device)
         if stream != self._stream:
             own = (self._buffer.memory, self.tables.rows, self.tables.steps, self.tables.happened)
-            norms = self._norm.tensors if self._norm is not None else ()
+            norms = chain.from_iterable(norm.tensors for norm in self._norms.values())
             for tensor in (*own, *norms, *(cut.owners for cut in self._cuts)):
                 if tensor is not None and tensor.is_cuda:
                     tensor.record_stream(stream)
