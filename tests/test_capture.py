@@ -127,6 +127,20 @@ def _replaced(params: list[Parameter], optimizer: Any) -> None:
     optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
 
 
+def _restored(params: list[Parameter], optimizer: Any) -> None:
+    state = optimizer.state[params[0]]
+    state["square_avg"] = state["square_avg"].clone()
+
+
+def _clipped(params: list[Parameter], optimizer: Any) -> None:
+    optimizer.max_grad_norm = 0.5
+
+
+def _rebuilt(params: list[Parameter], optimizer: Any) -> None:
+    optimizer._plan = None
+    optimizer.step()
+
+
 def _decayed(params: list[Parameter], optimizer: Any) -> None:
     optimizer.param_groups[0]["weight_decay"] = 0.5
 
@@ -140,6 +154,9 @@ def _decayed(params: list[Parameter], optimizer: Any) -> None:
         (_relocated, "stale memory"),
         (_replaced, "fill a rate in place"),
         (_decayed, "make a new GraphedStep"),
+        (_restored, "stale memory"),
+        (_clipped, "max_grad_norm was replaced"),
+        (_rebuilt, "stale memory"),
     ],
 )
 def test_what_a_replay_would_not_see(change: Callable[..., None], message: str) -> None:

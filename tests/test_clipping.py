@@ -141,6 +141,40 @@ def test_a_gradient_that_occurs_twice() -> None:
     assert_same_bits(params[0].grad, twins[0].grad)
 
 
+@pytest.mark.parametrize(
+    ("max_norm", "error"), [(None, TypeError), (-1.0, ValueError), (math.nan, ValueError)]
+)
+def test_a_bad_max_norm(max_norm: Any, error: type[Exception]) -> None:
+    param = new_param(5)
+    assert param.grad is not None
+    before = param.grad.clone()
+    with pytest.raises(error):
+        clip_grad_norm_([param], max_norm)
+    assert_same_bits(param.grad, before)
+
+
+def test_gradients_that_overlap() -> None:
+    base = torch.ones(9, device=DEVICE)
+    params = [new_param(5), new_param(5)]
+    params[0].grad, params[1].grad = base[:5], base[4:]
+    with recorded() as launches:
+        clip_grad_norm_(params, 1.0)
+    assert launches == []  # torch clips one after the other
+
+
+def test_inside_a_compiled_program() -> None:
+    param, twin = new_param(5), new_param(5)
+    assert param.grad is not None
+    twin.grad = param.grad.clone()
+
+    def clip() -> torch.Tensor:
+        return clip_grad_norm_([param], 0.5)
+
+    norm = torch.compile(clip, backend="eager")()
+    torch.testing.assert_close(norm, torchs([twin], 0.5))
+    torch.testing.assert_close(param.grad, twin.grad)
+
+
 def test_nothing_to_clip() -> None:
     assert_same_bits(clip_grad_norm_([], 1.0), torchs([], 1.0))
     with pytest.warns(UserWarning, match="empty generator"):

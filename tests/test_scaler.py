@@ -226,3 +226,66 @@ def test_an_expanded_gradient_cannot_be_unscaled() -> None:
     vars(optimizer)["grad_scale"] = torch.ones((), device=DEVICE)
     with refused("is expanded", optimizer, [param]):
         optimizer.step()
+
+
+def test_a_scale_whose_squares_overflow() -> None:
+    """The norm is that of unscaled gradients, on both ways."""
+    for kwargs in ({}, {"fused": False}):
+        param = Parameter(torch.ones(4, device=DEVICE))
+        param.grad = torch.tensor([1.0, 2.0, 3.0, 4.0], device=DEVICE) * 2.0**70
+        optimizer = triton_optim.SGD([param], lr=1.0, max_grad_norm=1.0, **kwargs)
+        _told(optimizer, 0.0, 2.0**70)
+        torch.testing.assert_close(float(optimizer.grad_norm or 0), 30**0.5)
+        expected = 1 - torch.tensor([1.0, 2.0, 3.0, 4.0], device=DEVICE) / 30**0.5
+        torch.testing.assert_close(param.detach(), expected)
+
+
+def test_one_gradient_of_two_parameters() -> None:
+    params = [new_param(5), new_param(5)]
+    params[0].grad = params[1].grad
+    optimizer = triton_optim.SGD(params)
+    optimizer.step()
+    vars(optimizer)["grad_scale"] = torch.ones((), device=DEVICE)
+    with refused("one gradient tensor", optimizer, params):
+        optimizer.step()
+    assert "grad_scale" not in vars(optimizer)  # a scaler would multiply its next scale by it
+
+
+class _Clamping(triton_optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        for param in self.param_groups[0]["params"]:
+            param.grad.clamp_(-1.0, 1.0)
+        return super().step(closure)
+
+
+def _clamp(optimizer: Any, *_: Any) -> None:
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad.clamp_(-1.0, 1.0)
+
+
+@pytest.mark.parametrize("make", [_Clamping, triton_optim.SGD])
+def test_what_sees_gradients_sees_them_unscaled(make: Any) -> None:
+    param = Parameter(torch.ones(3, device=DEVICE))
+    optimizer = make([param], lr=0.5)
+    if make is not _Clamping:
+        optimizer.register_step_pre_hook(_clamp)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=SCALE)
+    scaler.scale((4 * param).sum()).backward()
+    scaler.step(optimizer)
+    assert torch.equal(param, torch.full_like(param, 0.5))
+
+
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_a_parameter_without_elements_counts_as_the_others(found_inf: float) -> None:
+    params = [new_param(0), new_param(3, dtype=torch.float64)]
+    optimizer = triton_optim.RMSprop(params[:1])
+    _told(optimizer, found_inf, None)
+    assert float(optimizer.state[params[0]]["step"]) == 1 - found_inf
+
+
+def test_a_scaler_without_gradients() -> None:
+    """It tells an int: the sum of nothing."""
+    optimizer = triton_optim.RMSprop([Parameter(torch.ones(3, device=DEVICE))])
+    vars(optimizer).update(found_inf=0, grad_scale=torch.ones((), device=DEVICE))
+    optimizer.step()
+    assert not optimizer.state
