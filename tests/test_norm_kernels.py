@@ -26,6 +26,7 @@ POINTERS = {
     "sum_ptr": "*fp64",
     "norm_ptr": "*fp64",
     "max_norm_ptr": "*fp64",
+    "grad_scale_ptr": "*fp32",
     "n_bytes": "fp32",
 }
 

@@ -13,7 +13,7 @@ ALIGNMENT = 16  # bytes: that of a vector
 VECTOR_BITS = 128  # 4 elements of float32, 8 of 16 bits
 BYTES_OVER_FLOOR = 1.01
 LEGEND = """
-kernel    rule, flags, dtypes of parameter/gradient/state
+kernel    rule, flags, dtypes of parameter/gradient/state; * under a GradScaler, and clips and skips
 al        bytes of which every address is a multiple
 regs      32-bit registers a thread
 spill     bytes a thread that did not fit them
@@ -103,7 +103,7 @@ def print_table(rows: Iterable[Row]) -> None:
     for architecture, group in groupby(rows, key=lambda row: row.architecture):
         print(f"\n{architecture}, {GPUS[architecture].arithmetic()}\n{header}")
         for row in group:
-            kernel = row.kernel.removesuffix(" misaligned")
+            kernel = row.kernel.removesuffix(" misaligned").replace(" gated", " *")
             print(
                 f"{kernel:<50}{row.alignment:>3}{row.registers:>5}{row.spills:>6}"
                 f"{row.shared:>7}{row.load_bits:>5}{row.store_bits:>6}{row.instructions:>6.1f}"
