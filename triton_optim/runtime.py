@@ -99,7 +99,7 @@ class GradVariant(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """What a launch reads, all on the parameters' device; `norm` and `happened` under a gate alone."""
+    """What a launch reads, on the parameters' device; `norm` and `happened` under a gate."""
 
     rows: Tensor  # int64 [tensors, ROW_WIDTH]
     grads: Tensor  # int64 [tensors]
