@@ -149,6 +149,10 @@ class Tensors:
         for spec, param in zip(self._specs, self.params, strict=True):
             param.grad = (spec.grad or spec.param)(self.draw)
 
+    @property
+    def grads(self) -> list[Tensor]:
+        return [param.grad for param in self.params if param.grad is not None]
+
     def train(self, optimizer: torch.optim.Optimizer, steps: int = 4) -> None:
         for _ in range(steps):
             self.new_gradients()
@@ -229,6 +233,11 @@ def twins_of(param: Parameter) -> list[Parameter]:
         twin.grad = param.grad.clone()
         twins.append(twin)
     return twins
+
+
+def copies_of(params: Sequence[Parameter]) -> list[Parameter]:
+    """With the gradients."""
+    return [twins_of(param)[0] for param in params]
 
 
 def main_state(case: Case) -> str:

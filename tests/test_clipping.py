@@ -1,4 +1,4 @@
-"""`clip_grad_norm_` and `max_grad_norm`: the same as torch's, in fewer passes."""
+"""`max_grad_norm`: a step after torch's clipping, in fewer passes."""
 
 from __future__ import annotations
 
@@ -13,73 +13,24 @@ from cases import (
     BLOCK,
     CASES,
     DEVICE,
-    DTYPES,
-    SPECS,
     STATEFUL_CASES,
     Case,
-    Spec,
     Tensors,
     assert_no_worse,
     assert_same_bits,
-    double,
+    copies_of,
     new_param,
     refused,
-    twins_of,
 )
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_ as torchs
 
 import triton_optim
-from triton_optim import clip_grad_norm_
 from triton_optim.launch import recorded
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
 FEW = pair.SPECS
-# Gradients that lie dense in memory; torch's function is what clips the others.
-DENSE = tuple(spec for spec in SPECS if spec.name != "grad-expanded")
-
-
-def _grads(tensors: Tensors) -> list[torch.Tensor]:
-    return [param.grad for param in tensors.params if param.grad is not None]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("max_norm", [0.5, 1e6, math.inf, 0.0])
-def test_clip_grad_norm_is_torchs(dtype: torch.dtype, max_norm: float) -> None:
-    """Both as near to float64 as torch: the norm, and what becomes of the gradients."""
-    ours, theirs = Tensors(dtype, specs=DENSE), Tensors(dtype, specs=DENSE)
-    exact = Tensors(dtype, double(dtype), specs=DENSE)
-    norms = []
-    for tensors, clip in ((ours, clip_grad_norm_), (theirs, torchs), (exact, torchs)):
-        tensors.new_gradients()
-        norms.append(clip(tensors.params, max_norm))
-    assert (norms[0].dtype, norms[0].shape) == (norms[1].dtype, norms[1].shape)
-    one = (Spec("norm", lambda draw: draw()),)
-    assert_no_worse(norms[:1], norms[1:2], norms[2:], "norm", specs=one)
-    assert_no_worse(_grads(ours), _grads(theirs), _grads(exact), "gradient", specs=DENSE)
-
-
-def test_two_launches() -> None:
-    params = [new_param(3, 5) for _ in range(60)]
-    with recorded() as launches:
-        clip_grad_norm_(params, 1.0)
-    assert [launch.name for launch in launches] == ["norm_kernel", "scale_kernel"]
-
-
-@interpreted
-def test_nothing_is_written_where_nothing_is_clipped() -> None:
-    from lab.traffic import Traffic, watched
-
-    params = [new_param(1000), new_param(BLOCK + 1)]
-    before = [param.grad.clone() for param in params if param.grad is not None]
-    traffic = Traffic()
-    with watched(traffic.count):
-        clip_grad_norm_(params, 1e6)
-    numel = 1000 + BLOCK + 1
-    assert traffic.stored < 200
-    assert traffic.loaded < 4 * numel + 100 * numel / BLOCK
-    assert_same_bits([param.grad for param in params], before)
 
 
 @interpreted
@@ -117,81 +68,6 @@ def _planned(optimizer: Any) -> Any:
     return plan
 
 
-def _twins(params: list[Parameter]) -> list[Parameter]:
-    return [twins_of(param)[0] for param in params]
-
-
-@pytest.mark.parametrize(
-    "arguments", [{"norm_type": 1.0}, {"norm_type": math.inf}, {"foreach": False}], ids=str
-)
-def test_other_norms_are_torchs(arguments: dict[str, Any]) -> None:
-    params = [new_param(5), new_param(3, 4)]
-    twins = _twins(params)
-    with recorded() as launches:
-        norm = clip_grad_norm_(params, 0.5, **arguments)
-    assert launches == []
-    assert_same_bits(norm, torchs(twins, 0.5, **arguments))
-    assert_same_bits([p.grad for p in params], [p.grad for p in twins])
-
-
-def test_a_gradient_that_occurs_twice() -> None:
-    params = [new_param(5)] * 2
-    twins = _twins(params[:1]) * 2
-    assert_same_bits(clip_grad_norm_(params, 0.5), torchs(twins, 0.5))
-    assert_same_bits(params[0].grad, twins[0].grad)
-
-
-@pytest.mark.parametrize(
-    ("max_norm", "error"), [(None, TypeError), (-1.0, ValueError), (math.nan, ValueError)]
-)
-def test_a_bad_max_norm(max_norm: Any, error: type[Exception]) -> None:
-    param = new_param(5)
-    assert param.grad is not None
-    before = param.grad.clone()
-    with pytest.raises(error):
-        clip_grad_norm_([param], max_norm)
-    assert_same_bits(param.grad, before)
-
-
-def test_gradients_that_overlap() -> None:
-    base = torch.ones(9, device=DEVICE)
-    params = [new_param(5), new_param(5)]
-    params[0].grad, params[1].grad = base[:5], base[4:]
-    with recorded() as launches:
-        clip_grad_norm_(params, 1.0)
-    assert launches == []  # torch clips one after the other
-
-
-def test_inside_a_compiled_program() -> None:
-    param, twin = new_param(5), new_param(5)
-    assert param.grad is not None
-    twin.grad = param.grad.clone()
-
-    def clip() -> torch.Tensor:
-        return clip_grad_norm_([param], 0.5)
-
-    norm = torch.compile(clip, backend="eager")()
-    torch.testing.assert_close(norm, torchs([twin], 0.5))
-    torch.testing.assert_close(param.grad, twin.grad)
-
-
-def test_nothing_to_clip() -> None:
-    assert_same_bits(clip_grad_norm_([], 1.0), torchs([], 1.0))
-    with pytest.warns(UserWarning, match="empty generator"):
-        clip_grad_norm_((param for param in list[Parameter]()), 1.0)
-
-
-@pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_error_if_nonfinite(value: float) -> None:
-    params = [new_param(5), new_param(3, 4)]
-    assert params[1].grad is not None
-    params[1].grad[1, 2] = value
-    before = [param.grad.clone() for param in params if param.grad is not None]
-    with pytest.raises(RuntimeError, match="non-finite"):
-        clip_grad_norm_(params, 1.0, error_if_nonfinite=True)
-    assert_same_bits([param.grad for param in params], before)
-
-
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
@@ -208,9 +84,9 @@ def test_max_grad_norm_is_a_clipped_step(case: Case, dtype: torch.dtype) -> None
     others = [case.theirs(problem.params) for problem in problems[1:]]
     for _ in range(3):
         problems[0].new_gradients()
-        before = [grad.clone() for grad in _grads(problems[0])]
+        before = [grad.clone() for grad in problems[0].grads]
         ours.step()
-        assert_same_bits(_grads(problems[0]), before)
+        assert_same_bits(problems[0].grads, before)
         for problem, optimizer in zip(problems[1:], others, strict=True):
             problem.new_gradients()
             for param in problem.params:
@@ -274,7 +150,7 @@ def test_skip_nonfinite(case: Case, value: float) -> None:
     for bad in (True, False, True, False):
         skipping.new_gradients()
         if bad:
-            grads = _grads(skipping)
+            grads = skipping.grads
             before = copy.deepcopy([skipping.params, optimizer.state_dict()["state"]])
             grads[1][3] = value
             optimizer.step()
@@ -283,7 +159,7 @@ def test_skip_nonfinite(case: Case, value: float) -> None:
             _assert_unchanged(before[1], after[1])
         else:
             optimizer.step()
-            for param, grad in zip(plain.params, _grads(skipping), strict=True):
+            for param, grad in zip(plain.params, skipping.grads, strict=True):
                 param.grad = grad.clone(memory_format=torch.preserve_format)
             other.step()
     assert optimizer.skipped_steps == 2
@@ -360,7 +236,7 @@ def test_max_grad_norm_may_change() -> None:
 def test_on_torchs_own_way(kwargs: dict[str, Any]) -> None:
     """Beside parameters that the kernels take: one norm of all gradients."""
     params = [new_param(5), new_param(3, 4)]
-    twins = _twins(params)
+    twins = copies_of(params)
     groups = [{"params": params[:1]}, {"params": params[1:], **kwargs}]
     optimizer = triton_optim.SGD(groups, lr=0.1, max_grad_norm=0.5)
     optimizer.step()

@@ -46,10 +46,6 @@ def _told(optimizer: Any, found_inf: float, grad_scale: float | None) -> None:
 SPECS = tuple(spec for spec in ALL_SPECS if spec.name != "grad-expanded")
 
 
-def _gradients(tensors: Tensors) -> list[torch.Tensor]:
-    return [param.grad for param in tensors.params if param.grad is not None]
-
-
 @every_state
 @pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("factors", [(1, INF, 1), (INF, INF, 1, 1)], ids=str)
@@ -86,13 +82,13 @@ def test_unscaling_in_the_update(case: Case, storage: torch.dtype) -> None:
     for _ in range(3):
         for tensors in (scaled, plain):
             tensors.new_gradients()
-        for grad in _gradients(scaled):
+        for grad in scaled.grads:
             grad.mul_(16.0)
-        versions = [grad._version for grad in _gradients(scaled)]
+        versions = [grad._version for grad in scaled.grads]
         _told(one, 0.0, 16.0)
         other.step()
-        assert_same_bits(_gradients(scaled), _gradients(plain))
-        assert all(g._version > v for g, v in zip(_gradients(scaled), versions, strict=True))
+        assert_same_bits(scaled.grads, plain.grads)
+        assert all(g._version > v for g, v in zip(scaled.grads, versions, strict=True))
     assert_same_bits(scaled.params, plain.params)
     assert_same_bits(one.state_dict()["state"], other.state_dict()["state"])
 
@@ -107,11 +103,11 @@ def test_a_skipped_step_leaves_everything(
     optimizer = case.ours(tensors.params)
     tensors.train(optimizer, 2)
     tensors.new_gradients()
-    before = copy.deepcopy([tensors.params, _gradients(tensors), optimizer.state_dict()])
+    before = copy.deepcopy([tensors.params, tensors.grads, optimizer.state_dict()])
     with recorded() as launches:
         _told(optimizer, found_inf, grad_scale)
     assert launches
-    assert_same_bits([tensors.params, _gradients(tensors), optimizer.state_dict()], before)
+    assert_same_bits([tensors.params, tensors.grads, optimizer.state_dict()], before)
     _told(optimizer, 0.0, grad_scale)
     assert not torch.equal(tensors.params[-1], before[0][-1])
 
@@ -145,7 +141,7 @@ def test_clipping_comes_after_unscaling(case: Case) -> None:
     others = [case.theirs(tensors.params) for tensors in (problems[1], exact)]
     for _ in range(3):
         problems[0].new_gradients()
-        for grad in _gradients(problems[0]):
+        for grad in problems[0].grads:
             grad.mul_(SCALE)
         _told(ours, 0.0, SCALE)
         for tensors, optimizer in zip((problems[1], exact), others, strict=True):

@@ -1,0 +1,140 @@
+"""`clip_grad_norm_`: torch's function, in fewer passes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    BLOCK,
+    DEVICE,
+    DTYPES,
+    SPECS,
+    Spec,
+    Tensors,
+    assert_no_worse,
+    assert_same_bits,
+    copies_of,
+    double,
+    new_param,
+)
+from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_ as torchs
+
+from triton_optim import clip_grad_norm_
+from triton_optim.launch import recorded
+
+interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
+# Gradients that lie dense in memory; torch's function is what clips the others.
+DENSE = tuple(spec for spec in SPECS if spec.name != "grad-expanded")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("max_norm", [0.5, 1e6, math.inf, 0.0])
+def test_clip_grad_norm_is_torchs(dtype: torch.dtype, max_norm: float) -> None:
+    """Both as near to float64 as torch: the norm, and what becomes of the gradients."""
+    ours, theirs = Tensors(dtype, specs=DENSE), Tensors(dtype, specs=DENSE)
+    exact = Tensors(dtype, double(dtype), specs=DENSE)
+    norms = []
+    for tensors, clip in ((ours, clip_grad_norm_), (theirs, torchs), (exact, torchs)):
+        tensors.new_gradients()
+        norms.append(clip(tensors.params, max_norm))
+    assert (norms[0].dtype, norms[0].shape) == (norms[1].dtype, norms[1].shape)
+    one = (Spec("norm", lambda draw: draw()),)
+    assert_no_worse(norms[:1], norms[1:2], norms[2:], "norm", specs=one)
+    assert_no_worse(ours.grads, theirs.grads, exact.grads, "gradient", specs=DENSE)
+
+
+def test_two_launches() -> None:
+    params = [new_param(3, 5) for _ in range(60)]
+    with recorded() as launches:
+        clip_grad_norm_(params, 1.0)
+    assert [launch.name for launch in launches] == ["norm_kernel", "scale_kernel"]
+
+
+@interpreted
+def test_nothing_is_written_where_nothing_is_clipped() -> None:
+    from lab.traffic import Traffic, watched
+
+    params = [new_param(1000), new_param(BLOCK + 1)]
+    before = [param.grad.clone() for param in params if param.grad is not None]
+    traffic = Traffic()
+    with watched(traffic.count):
+        clip_grad_norm_(params, 1e6)
+    numel = 1000 + BLOCK + 1
+    assert traffic.stored < 200
+    assert traffic.loaded < 4 * numel + 100 * numel / BLOCK
+    assert_same_bits([param.grad for param in params], before)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"norm_type": 1.0}, {"norm_type": math.inf}, {"foreach": False}], ids=str
+)
+def test_other_norms_are_torchs(arguments: dict[str, Any]) -> None:
+    params = [new_param(5), new_param(3, 4)]
+    twins = copies_of(params)
+    with recorded() as launches:
+        norm = clip_grad_norm_(params, 0.5, **arguments)
+    assert launches == []
+    assert_same_bits(norm, torchs(twins, 0.5, **arguments))
+    assert_same_bits([p.grad for p in params], [p.grad for p in twins])
+
+
+def test_a_gradient_that_occurs_twice() -> None:
+    params = [new_param(5)] * 2
+    twins = copies_of(params[:1]) * 2
+    assert_same_bits(clip_grad_norm_(params, 0.5), torchs(twins, 0.5))
+    assert_same_bits(params[0].grad, twins[0].grad)
+
+
+@pytest.mark.parametrize(
+    ("max_norm", "error"), [(None, TypeError), (-1.0, ValueError), (math.nan, ValueError)]
+)
+def test_a_bad_max_norm(max_norm: Any, error: type[Exception]) -> None:
+    param = new_param(5)
+    assert param.grad is not None
+    before = param.grad.clone()
+    with pytest.raises(error):
+        clip_grad_norm_([param], max_norm)
+    assert_same_bits(param.grad, before)
+
+
+def test_gradients_that_overlap() -> None:
+    base = torch.ones(9, device=DEVICE)
+    params = [new_param(5), new_param(5)]
+    params[0].grad, params[1].grad = base[:5], base[4:]
+    with recorded() as launches:
+        clip_grad_norm_(params, 1.0)
+    assert launches == []  # torch clips one after the other
+
+
+def test_inside_a_compiled_program() -> None:
+    param, twin = new_param(5), new_param(5)
+    assert param.grad is not None
+    twin.grad = param.grad.clone()
+
+    def clip() -> torch.Tensor:
+        return clip_grad_norm_([param], 0.5)
+
+    norm = torch.compile(clip, backend="eager")()
+    torch.testing.assert_close(norm, torchs([twin], 0.5))
+    torch.testing.assert_close(param.grad, twin.grad)
+
+
+def test_nothing_to_clip() -> None:
+    assert_same_bits(clip_grad_norm_([], 1.0), torchs([], 1.0))
+    with pytest.warns(UserWarning, match="empty generator"):
+        clip_grad_norm_((param for param in list[Parameter]()), 1.0)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_error_if_nonfinite(value: float) -> None:
+    params = [new_param(5), new_param(3, 4)]
+    assert params[1].grad is not None
+    params[1].grad[1, 2] = value
+    before = [param.grad.clone() for param in params if param.grad is not None]
+    with pytest.raises(RuntimeError, match="non-finite"):
+        clip_grad_norm_(params, 1.0, error_if_nonfinite=True)
+    assert_same_bits([param.grad for param in params], before)
