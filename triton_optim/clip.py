@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 
 from . import norm, runtime
-from .columns import addresses_of, as_tensor, column, is_aligned, on_device
+from .columns import addresses_of, as_tensor, column, is_aligned, on_device, real_numel
 from .gate import checked_max_norm
 from .norm import GradNorm, grad_launch
 from .runtime import GradVariant
@@ -92,7 +92,7 @@ def _clip(grads: list[Tensor], max_norm: float, error_if_nonfinite: bool) -> Ten
     shards = [local(grad) for grad in grads]
     device = shards[0].device
     addresses = addresses_of(shards)
-    numels = [shard.numel() * (2 if shard.is_complex() else 1) for shard in shards]
+    numels = [real_numel(shard) for shard in shards]
     variants = [
         GradVariant(runtime.STORAGE_DTYPES[shard.dtype], is_aligned([address]))
         for shard, address in zip(shards, addresses, strict=True)

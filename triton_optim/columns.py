@@ -24,6 +24,11 @@ def addresses_of(tensors: Iterable[Tensor | None]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
 
 
+def real_numel(tensor: Tensor) -> int:
+    """Elements as the kernels count them: a complex one is two."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
 def is_aligned(addresses: Iterable[int]) -> bool:
     return not any(address % runtime.ALIGNMENT for address in addresses)
 

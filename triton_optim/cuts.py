@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from . import norm, runtime
-from .columns import addresses_of, as_tensor, column, is_aligned, owners
+from .columns import addresses_of, as_tensor, column, is_aligned, owners, real_numel
 from .norm import GradCut
 from .runtime import GradVariant
 from .shards import Spread, local
@@ -53,7 +53,7 @@ class Cuts(NamedTuple):
 
 def cut(optimizer: FusedStep, entries: Sequence[Entry], states: Sequence[State]) -> Cuts:
     """Cut the entries of one device."""
-    numels = [e.shard.numel() * (2 if e.shard.is_complex() else 1) for e in entries]
+    numels = [real_numel(entry.shard) for entry in entries]
     updated = [
         [local(s[name]) for name in e.state_names] for e, s in zip(entries, states, strict=True)
     ]

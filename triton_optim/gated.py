@@ -10,7 +10,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from . import runtime
 from .gate import Extras, Gate, told
-from .plan import Plan
+from .plan import Plan, all_params
 from .shards import local
 from .ways import Group, group_refusal
 
@@ -77,8 +77,8 @@ class GatedOptimizer(torch.optim.Optimizer):
         """
         if self._norm is None or self.max_grad_norm is None:
             return None
-        params = (param for group in self.param_groups for param in group["params"])
-        double = any(param.dtype in (torch.float64, torch.complex128) for param in params)
+        dtypes = (param.dtype for param in all_params(self))
+        double = any(dtype in (torch.float64, torch.complex128) for dtype in dtypes)
         return self._norm.to(torch.float64 if double else torch.float32, copy=True)
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from functools import partial
 from itertools import chain
-from operator import is_not
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from .buckets import Bucket, Place, cut
 from .checks import describe
 from .fused import FusedStep
+from .plan import all_params, differ
 
 # Little beside a large model, in few launches: 209 for 7 billion bfloat16 parameters.
 BUCKET_BYTES = 64 * 2**20
@@ -96,7 +96,7 @@ class StepInBackward:
     ) -> None:
         optimizer._drop_plan()  # its tables would only take memory
         self._optimizer = optimizer
-        self._params = _all_params(optimizer)
+        self._params = list(all_params(optimizer))
         # What the autograd engine will call at the end of the pass that is under way.
         self._end: weakref.ref[partial[None]] | None = None
         expected = [param for param in reversed([*model.parameters()]) if id(param) in places]
@@ -133,8 +133,7 @@ class StepInBackward:
         queue = Variable._execution_engine.queue_callback
         queue(partial(queue, end))
         _check_optimizer(self._optimizer)
-        params = _all_params(self._optimizer)
-        if len(params) != len(self._params) or any(map(is_not, params, self._params)):
+        if differ(all_params(self._optimizer), self._params):
             raise RuntimeError(
                 "the optimizer's parameters are not those of the call of step_in_backward(); call "
                 "remove() on what it returned, and step_in_backward() again"
@@ -207,10 +206,6 @@ def _register(param: Tensor, hook: _Hook) -> RemovableHandle:
     if frozen:
         param.requires_grad_(False)
     return handle
-
-
-def _all_params(optimizer: FusedStep) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def _places(optimizer: FusedStep) -> dict[int, list[Place]]:

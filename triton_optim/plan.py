@@ -55,7 +55,7 @@ class Plan:
         self.uses_kernels = self.on_gpu = False
         self._was_gated = optimizer._was_gated
         self._key = optimizer._groups_key()
-        self.params = list(_all_params(optimizer))
+        self.params = list(all_params(optimizer))
         self._lengths = _lengths(optimizer)
         self._states: list[State] = []
         self._idle: list[Tensor] = []
@@ -104,11 +104,11 @@ class Plan:
         group = optimizer.param_groups[index]
         names = optimizer._state_names(group)
         state = optimizer.state.get(param, {})
-        written = [(local(param), where)]
+        shard, part = local(param), local(grad)
+        written = [(shard, where)]
         if optimizer._has_state(state):
             written += optimizer._check_state(param, group, where, kernels=True)
             self._strays += (Stray(param, state, name) for name in strays(param, state, names))
-        shard, part = local(param), local(grad)
         reordered = not same_order(shard, part) or part.is_conj() or part.is_neg()
         flags = optimizer._flags(group)
         entry = Entry(param, shard, part, spread(param), index, flags, names, reordered)
@@ -142,7 +142,7 @@ class Plan:
         """What to step with, table by table; None if the plan no longer describes the optimizer."""
         if (
             not self._same_groups(optimizer)
-            or differ(_all_params(optimizer), self.params)
+            or differ(all_params(optimizer), self.params)
             or _lengths(optimizer) != self._lengths
             or differ(optimizer.state.values(), self._states)
             or self._was_gated != optimizer._was_gated
@@ -242,7 +242,7 @@ class Plan:
         self._states = list(optimizer.state.values())
 
 
-def _all_params(optimizer: FusedStep) -> Iterable[Tensor]:
+def all_params(optimizer: Optimizer) -> Iterable[Tensor]:
     return chain.from_iterable(map(_PARAMS, optimizer.param_groups))
 
 
