@@ -38,3 +38,12 @@ def find_chunk(owners_ptr, rows_ptr, FIRST: tl.constexpr, CHUNK: tl.constexpr):
     row_ptr = rows_ptr + tensor * ROW_WIDTH
     start = (program - tl.load(row_ptr + FIRST)) * CHUNK
     return tensor, row_ptr, start, tl.load(row_ptr + NUMEL) - start
+
+
+@triton.jit
+def scalars(ptr, N: tl.constexpr):
+    """The N numbers at `ptr`."""
+    values = ()
+    for i in tl.static_range(N):
+        values = values + (tl.load(ptr + i),)
+    return values

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .chunks import FIRST, GROUP, PARAM, STATES, find_chunk, pointer
+from .chunks import FIRST, GROUP, PARAM, STATES, find_chunk, pointer, scalars
 from .gate import clipping, happens, unscaling
 from .numerics import narrow, widen
 
@@ -118,10 +118,7 @@ def multi_tensor_kernel(
     if max_norm_ptr is not None:
         clip = clipping(grad_norm_ptr, max_norm_ptr, COMPUTE_DTYPE)
 
-    hyper = ()
-    group_ptr = hypers_ptr + tl.load(row_ptr + GROUP) * N_HYPERS
-    for i in tl.static_range(N_HYPERS):
-        hyper = hyper + (tl.load(group_ptr + i),)
+    hyper = scalars(hypers_ptr + tl.load(row_ptr + GROUP) * N_HYPERS, N_HYPERS)
     step = None
     if steps_ptr is not None:
         step = tl.load(steps_ptr + tensor).to(tl.float64)

@@ -36,6 +36,17 @@ def reciprocal(x):
     return y * (2.0 - x * y)
 
 
+@triton.jit
+def power(base, exponent):
+    """base**exponent by squaring. base: a float64 scalar; exponent: a block of int32, 0 or more."""
+    result = tl.full(exponent.shape, 1, tl.float64)
+    while tl.max(exponent) > 0:
+        result = tl.where((exponent & 1) == 1, result * base, result)
+        base = base * base
+        exponent = exponent >> 1
+    return result
+
+
 # Triton's interpreter truncates float32 to bfloat16 and mangles bfloat16 subnormals, where the
 # hardware is exact; there, bfloat16 is converted bit by bit.
 INTERPRETED = tl.constexpr(not isinstance(sqrt, triton.runtime.JITFunction))

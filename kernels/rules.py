@@ -9,12 +9,17 @@ Every rule is `rule(param, grad, state, hyper, step, FLAGS) -> (param, state)`:
 - step: float64 scalar, how many updates this tensor has had before this one (None where neither
   LR_DECAY nor DAMPENING asks for it);
 - FLAGS: constexpr, a sum of the bits below.
+
+Rules that know of rows are given two more, after state, and return the first of them:
+
+- row_state: the state that has one number a row, a column of the block;
+- width: how many elements of a row are the tensor's; the block has zeros after them.
 """
 
 import triton
 import triton.language as tl
 
-from .numerics import div, reciprocal, sqrt
+from .numerics import div, power, reciprocal, sqrt
 
 MAXIMIZE = tl.constexpr(1)
 MOMENTUM = tl.constexpr(2)
@@ -22,6 +27,7 @@ NESTEROV = tl.constexpr(4)
 CENTERED = tl.constexpr(8)
 LR_DECAY = tl.constexpr(16)
 DAMPENING = tl.constexpr(32)
+DECOUPLED = tl.constexpr(64)
 
 
 @triton.jit
@@ -87,3 +93,48 @@ def rmsprop_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
         update = momentum.to(grad.dtype) * momentum_buffer + update
         new_state = new_state + (update,)
     return param - lr.to(param.dtype) * update, new_state
+
+
+@triton.jit
+def rowwise_adagrad_rule(param, grad, state, row_state, width, hyper, step, FLAGS: tl.constexpr):
+    """Adagrad with one s a row: s += mean(g^2), p -= lr g / (sqrt(s) + eps), as FBGEMM has it.
+
+    Decoupled decay: p -= lr weight_decay p first.
+    """
+    lr, weight_decay, eps = hyper
+    decayed = param
+    if DECOUPLED & FLAGS:
+        decayed = param * (1 - lr * weight_decay).to(param.dtype)
+        weight_decay = 0.0 * weight_decay
+    grad = objective_gradient(param, grad, weight_decay, FLAGS)
+    sum = row_state + div(tl.sum(grad * grad, 1, keep_dims=True), width.to(grad.dtype))
+    scale = div(lr.to(grad.dtype), sqrt(sum) + eps.to(grad.dtype))
+    return decayed - scale * grad, state, sum
+
+
+@triton.jit
+def _decayed(state, alpha, gap):
+    """Averages after `gap` updates by a zero: each is multiplied with alpha**gap."""
+    factor = power(alpha, gap)
+    new_state = ()
+    for i in tl.static_range(len(state)):
+        new_state = new_state + (state[i] * factor.to(state[i].dtype),)
+    return new_state
+
+
+@triton.jit
+def lazy_rmsprop_rule(param, grad, state, row_state, width, hyper, step, FLAGS: tl.constexpr):
+    """rmsprop_rule without momentum and decay, after what zeros did since update `row_state`.
+
+    A zero gradient moves no parameter, and v = a v, m = a m.
+    """
+    state = _decayed(state, hyper[1], (step - row_state).to(tl.int32))
+    param, state = rmsprop_rule(param, grad, state, hyper, step, FLAGS)
+    return param, state, row_state * 0 + step + 1
+
+
+@triton.jit
+def rmsprop_catch_up_rule(param, grad, state, row_state, width, hyper, step, FLAGS: tl.constexpr):
+    """What zeros did since update `row_state`, up to now."""
+    state = _decayed(state, hyper[1], (step - row_state).to(tl.int32))
+    return param, state, row_state * 0 + step

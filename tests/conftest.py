@@ -16,7 +16,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import fences
 
-from triton_optim import runtime
+from triton_optim import row_launch, runtime, tuning
 from triton_optim.launch import Launch, UpdateLaunch
 from triton_optim.table import Table
 
@@ -44,6 +44,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks a tensor without large tensors: see cases.BLOCK."""
     monkeypatch.setattr(runtime, "INTERPRETED_BLOCK_SIZES", (64,))
+    monkeypatch.setattr(row_launch, "INTERPRETED_ELEMENTS", 64)
+    monkeypatch.setattr(tuning, "PROGRAMS", 4)
+    monkeypatch.setattr(tuning, "MAX_ROW_BLOCKS", 2)
 
 
 @pytest.fixture(autouse=True)

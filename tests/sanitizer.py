@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from lab.traffic import Access
 from torch import Tensor
@@ -13,7 +14,11 @@ from torch import Tensor
 from triton_optim import runtime
 from triton_optim.gate import Gate
 from triton_optim.kernels.chunks import NUMEL, PARAM
+from triton_optim.kernels.rows import PARAM as ROW_PARAM
+from triton_optim.kernels.rows import ROWS, WIDTH
 from triton_optim.launch import Launch, UpdateLaunch
+from triton_optim.row_launch import KeysLaunch, RowLaunch
+from triton_optim.rows import RowTable
 from triton_optim.table import Copies, Found, Table
 
 Span = tuple[int, int]  # first byte, and the one after the last
@@ -22,7 +27,8 @@ Span = tuple[int, int]  # first byte, and the one after the last
 class Sanitizer:
     """Kernels load from tables, gradients, parameters and state, and store to the last two.
 
-    And to gradients that they unscale or clip. All of these that a step writes are stored once, or
+    And to gradients that they unscale or clip. Updates by rows do so to the rows that have a
+    gradient, and see no other. All of these that a step writes are stored once, or
     none where the step is skipped: a byte that two programs store is a race, and one that none
     stores is forgotten. Addresses are aligned where the variant promises it.
     """
@@ -42,14 +48,18 @@ class Sanitizer:
             return
         replaced = dict(copies)
         self._grads = _spans(replaced.get(i, grad) for i, grad in enumerate(found.grads))
-        self._writable = _spans(found.written)
+        self._ids = _spans(found.ids)
+        if isinstance(table, RowTable):
+            self._writable = touched(table, found)
+        else:
+            self._writable = _spans(found.written)
         if gate.grad_scale is not None:
             self._writable = sorted(self._writable + self._grads)
         self._stored = []
         try:
             update(table, found, copies, gate)
             assert sorted(self._stored) == _merged(self._stored), "stored twice"
-            happened = table.tables.happened
+            happened = table.happened
             skipped = gate.may_skip and happened is not None and not happened[0]
             assert _size(self._stored) == (0 if skipped else _size(self._writable)), "not stored"
         finally:
@@ -57,15 +67,22 @@ class Sanitizer:
 
     def launch(self, run: Callable[..., None], launch: Launch, changed: dict[str, Tensor]) -> None:
         """`Launch.run`, watched."""
+        if isinstance(launch, UpdateLaunch | RowLaunch) and not self._writable:
+            run(launch, **changed)  # a test's own launch, or one that is no step
+            return
         arguments = {**launch.arguments, **changed}
         bound = _spans(value for value in arguments.values() if isinstance(value, Tensor))
-        if not isinstance(launch, UpdateLaunch):
+        if isinstance(launch, KeysLaunch):
+            self._scratch = _spans([arguments["keys_ptr"]])
+            self._readable = _merged([*bound, *self._ids])
+        elif isinstance(launch, RowLaunch):
+            scratch = ("partials_ptr", "tickets_ptr", "happened_ptr")
+            self._scratch = _spans(t for name in scratch if (t := arguments[name]) is not None)
+            self._readable = _merged([*bound, *self._grads, *self._writable])
+        elif not isinstance(launch, UpdateLaunch):
             grads = _listed(arguments)
             self._scratch = _merged([*bound, *grads])
             self._readable = _merged([*bound, *grads])
-        elif not self._writable:  # a test's own launch
-            run(launch, **changed)
-            return
         else:
             _check_alignment(launch)
             happened = launch.tables.happened
@@ -79,15 +96,50 @@ class Sanitizer:
     def watch(self, access: Access) -> None:
         if not self._readable or not access.addresses.size:
             return
-        start = int(access.addresses.min())
-        stop = int(access.addresses.max()) + access.element_size
-        if access.stores:
-            assert stop - start == access.n_bytes
-            if _inside(self._scratch, start, stop):
-                return
-            self._stored.append((start, stop))
-        spans = self._writable if access.stores else self._readable
-        assert _inside(spans, start, stop), f"{start:#x} to {stop:#x} is out of bounds"
+        for start, stop in _runs(access):
+            if access.stores:
+                if _inside(self._scratch, start, stop):
+                    continue
+                self._stored.append((start, stop))
+            spans = self._writable if access.stores else self._readable
+            assert _inside(spans, start, stop), f"{start:#x} to {stop:#x} is out of bounds"
+
+
+def touched(table: RowTable, found: Found) -> list[Span]:
+    """The rows of parameters and state that a step must write, found without the kernels."""
+    spans = []
+    for variant, tensors in table._cuts:
+        sizes = [runtime.ITEM_SIZES[variant.param_dtype]]
+        sizes += variant.n_states * [runtime.ITEM_SIZES[variant.state_dtype]]
+        for i in tensors:
+            row = table._tables.rows[i].tolist()
+            width, n_rows = row[WIDTH.value], row[ROWS.value]
+            rows: Iterable[int] = range(n_rows)
+            if variant.sparse:
+                rows = [r for r in found.ids[i].unique().tolist() if 0 <= r < n_rows]
+            addresses = row[ROW_PARAM.value :]
+            for address, size in zip(addresses, sizes, strict=False):
+                spans += [
+                    (address + r * width * size, address + (r + 1) * width * size) for r in rows
+                ]
+            if variant.row_dtype is not None:
+                size = 8 if variant.row_dtype == "float64" else 4
+                spans += [(row[-1] + r * size, row[-1] + (r + 1) * size) for r in rows if width]
+    joined: list[Span] = []
+    for start, stop in sorted(span for span in spans if span[0] < span[1]):
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+def _runs(access: Access) -> Iterator[Span]:
+    """The spans of memory that an access is about; bytes that it has twice are in two."""
+    addresses, size = np.sort(access.addresses), access.element_size
+    breaks = np.flatnonzero(np.diff(addresses) != size) + 1
+    for run in np.split(addresses, breaks):
+        yield int(run[0]), int(run[-1]) + size
 
 
 def _check_alignment(launch: UpdateLaunch) -> None:

@@ -166,7 +166,7 @@ def test_constructor_is_torchs(name: str) -> None:
     found = [(p.name, p.kind, p.default) for p in signature.parameters.values()]
     torchs = [(p.name, p.kind, p.default) for p in expected.parameters.values()]
     own = {"max_grad_norm": None, "error_if_nonfinite": False, "skip_nonfinite": False}
-    own |= {"fused": None} if name == "RMSprop" else {"capturable": False}
+    own |= {"fused": None, "sparse": None} if name == "RMSprop" else {"capturable": False}
     assert found[: len(torchs)] == torchs
     assert {n: default for n, _, default in found[len(torchs) :]} == own
     assert {kind for _, kind, _ in found[len(torchs) :]} == {inspect.Parameter.KEYWORD_ONLY}

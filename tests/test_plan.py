@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 import triton_optim
 from triton_optim import columns, layout, plan, runtime, tuning
+from triton_optim.dense import DenseTable
 from triton_optim.kernels.chunks import FIRST
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
@@ -157,7 +158,9 @@ def test_programs_of_a_tensor_follow_one_another(monkeypatch: pytest.MonkeyPatch
     optimizer = triton_optim.SGD(params)
     optimizer.step()
     assert optimizer._plan is not None
-    launches = optimizer._plan._tables[0]._launches[frozenset()]
+    table = optimizer._plan._tables[0]
+    assert isinstance(table, DenseTable)
+    launches = table._launches[frozenset()]
     assert [launch.owners.tolist() for launch in launches] == [[0, 0, 0, 3], [1, 1]]
     assert launches[0].tables.rows[:, FIRST.value].tolist() == [0, 0, 0, 3]
     assert launches[0].owners.dtype == torch.int32

@@ -46,7 +46,7 @@ def test_fused_true_where_there_is_no_kernel(case: Case, kind: str) -> None:
 
     fine, param = new_param(4), new_param(6, 4)
     if kind == "sparse":
-        param.grad = torch.ones(6, 4, device=DEVICE).to_sparse(1)
+        param.grad = torch.ones(6, 4, device=DEVICE).to_sparse(2)
     elif kind == "strided":
         param = Parameter(torch.randn(6, 8, device=DEVICE)[:, ::2])
         param.grad = torch.ones(6, 4, device=DEVICE)

@@ -13,8 +13,17 @@ from .clip import clip_grad_norm_
 from .graphs import GraphedStep
 from .in_backward import step_in_backward
 from .rmsprop import RMSprop
+from .rowwise_adagrad import RowwiseAdagrad
 from .sgd import SGD
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "Adagrad", "GraphedStep", "RMSprop", "clip_grad_norm_", "step_in_backward"]
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "GraphedStep",
+    "RMSprop",
+    "RowwiseAdagrad",
+    "clip_grad_norm_",
+    "step_in_backward",
+]
 OPTIMIZERS = ("SGD", "Adagrad", "RMSprop")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import runtime
-from .layout import is_dense
+from .layout import is_dense, is_plain
 from .shards import device_types, is_dtensor, local, same_sharding, sharding_refusal, spec_of
 from .ways import PLAIN_TYPES, Group, State
 
@@ -53,6 +53,28 @@ def check_tensors(param: Tensor, grad: Tensor, where: str) -> None:
         raise RuntimeError(
             f"{where} is expanded: several of its elements share one place in memory; clone() it"
         )
+
+
+def check_ids(ids: Tensor, shape: Sequence[int], where: str) -> None:
+    """Refuse a sparse gradient of rows that its parameter has not; on a GPU it would have to wait.
+
+    Args:
+        ids: int64 [sparse dims, rows of the gradient].
+        shape: the parameter's.
+        where: the parameter in words.
+
+    Raises:
+        RuntimeError: there is one.
+    """
+    if not ids.is_cpu or ids.numel() == 0:
+        return
+    for of_dim, size in zip(ids, shape, strict=False):
+        for outermost in of_dim.aminmax():
+            if not 0 <= outermost < size:
+                raise RuntimeError(
+                    f"the sparse gradient of {where} has a row {int(outermost)}, the parameter "
+                    f"{size} rows; look for what made the ids, or clear it with zero_grad()"
+                )
 
 
 def _is_expanded(tensor: Tensor) -> bool:
@@ -164,6 +186,28 @@ def check_state(
         raise _bad_state(name, where, found)
     if len(dtypes) > 1:
         raise _bad_state(", ".join(names), where, f"mixes {sorted(map(str, dtypes))}")
+
+
+def check_row_state(param: Tensor, state: State, name: str, dtype: torch.dtype, where: str) -> None:
+    """Refuse state that has not one number for each row of its parameter.
+
+    Raises:
+        RuntimeError: it is missing, or of another shape, dtype, layout or device.
+    """
+    value, shape = state.get(name), param.shape[:1]
+    if not isinstance(value, Tensor):
+        raise _bad_state(name, where, f"is {value!r}")
+    if value.shape != shape:
+        found = f"has shape {tuple(value.shape)}, one number a row is {tuple(shape)}"
+    elif value.dtype != dtype:
+        found = f"is {value.dtype}, not {dtype}"
+    elif value.device != param.device:
+        found = f"is on {value.device}, the parameter on {param.device}"
+    elif type(value) not in PLAIN_TYPES or not is_plain(value):
+        found = f"is a {type(value).__name__} that does not lie in memory as it is"
+    else:
+        return
+    raise _bad_state(name, where, found)
 
 
 def check_step(state: State, where: str) -> None:

@@ -32,6 +32,13 @@ class Entry(NamedTuple):
     flags: frozenset[str]
     state_names: tuple[str, ...]
     reordered: bool  # the gradient must be copied into the parameter's memory order first
+    row_state: str | None = None  # name of the state that has one number a row
+    where: str = ""  # the parameter in words
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Keys of all the state that the rule updates."""
+        return self.state_names if self.row_state is None else (*self.state_names, self.row_state)
 
 
 class Cut(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
@@ -18,6 +18,7 @@ from .gate import Extras, Gate
 from .loading import StatefulOptimizer
 from .plan import Plan
 from .table import Found
+from .ways import Group
 
 
 class FusedStep(StatefulOptimizer):
@@ -135,13 +136,17 @@ class FusedStep(StatefulOptimizer):
             skipped = plan.skipped()
             self._count_skipped(torch.tensor(1.0 - rest_happens) if skipped is None else skipped)
 
-    def _scalars(self) -> list[float | Tensor]:
+    def _scalars(self, groups: Iterable[Group] | None = None) -> list[float | Tensor]:
         """Every group's hyperparameters, one after another; tensors only where they are on a GPU.
+
+        Args:
+            groups: those that stand in for the optimizer's.
 
         Raises:
             ValueError: a tensor has more elements than one.
         """
-        values = chain.from_iterable(map(self._hyperparameters, self.param_groups))
+        groups = self.param_groups if groups is None else groups
+        values = chain.from_iterable(map(self._hyperparameters, groups))
         return [value if type(value) is float else _scalar(value) for value in values]
 
     def _torch_step(self, rest: set[int]) -> None:
@@ -176,6 +181,7 @@ class FusedStep(StatefulOptimizer):
                 self._group_refusal(group),
                 self._fused(group),
                 self._capturable(group),
+                self._sparse_refusal(group),
             )
             for group in self.param_groups
         ]

@@ -22,8 +22,11 @@ class Extras:
     max_grad_norm: float | None = None
     error_if_nonfinite: bool = False
     skip_nonfinite: bool = False
+    sparse: str | None = None  # "lazy": see RMSprop
 
     def __post_init__(self) -> None:
+        if self.sparse not in (None, "lazy"):
+            raise ValueError(f"Invalid sparse value: {self.sparse!r}; give 'lazy' or None")
         if self.max_grad_norm is not None:
             self.max_grad_norm = checked_max_norm(self.max_grad_norm, "max_grad_norm")
         for name in ("error_if_nonfinite", "skip_nonfinite"):

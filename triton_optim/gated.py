@@ -195,7 +195,24 @@ class GatedOptimizer(torch.optim.Optimizer):
         """
         if self._capturable(group) and "capturable" not in group:
             raise RuntimeError(f"capturable=True, but the kernels cannot take {where}: {reason}")
-        if self.max_grad_norm is not None and grad.layout != torch.strided:
+        if grad.layout != torch.strided:
+            self._check_norm(grad, where)
+
+    def _check_rows(self, grad: Tensor, group: Group, where: str) -> None:
+        """Refuse to update by rows where that does not do what was asked for.
+
+        Raises:
+            RuntimeError: the step is to be captured, or the gradient has no norm.
+        """
+        if self._capturable(group):
+            raise RuntimeError(
+                f"capturable=True, but {where} is updated by rows, of which a capture would repeat "
+                "those of this step; leave `capturable` out, or give it an optimizer of its own"
+            )
+        self._check_norm(grad, where)
+
+    def _check_norm(self, grad: Tensor, where: str) -> None:
+        if self.max_grad_norm is not None:
             raise RuntimeError(
                 f"max_grad_norm takes no {grad.layout} gradient, as that of {where}; make the "
                 "gradient dense, or give the parameter an optimizer of its own"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import runtime
-from .runtime import COMPILED, GradVariant, Tables, Variant
+from .runtime import COMPILED, Tables, Variant
 from .tuning import Config
 
 if runtime.DEVICE_TYPE:
@@ -26,7 +26,7 @@ class Launch:
     Args:
         kernel: of kernels/.
         variant: what it is compiled for.
-        n_programs: how many.
+        n_programs: how many; `grid` may be set before `run` is given arguments.
         arguments: by name, constants among them. Of tensors, the address is what counts.
         options: the compiler's, by name.
         device: where it runs.
@@ -35,7 +35,7 @@ class Launch:
     def __init__(
         self,
         kernel: Any,
-        variant: Variant | GradVariant,
+        variant: object,
         n_programs: int,
         arguments: dict[str, Any],
         options: Mapping[str, Any],
@@ -46,25 +46,28 @@ class Launch:
         self.arguments, self.options, self.device = arguments, options, device
         self._start = self._bound()
 
-    def _bound(self) -> Callable[[Mapping[str, Tensor]], object]:
+    def _bound(self) -> Callable[[Mapping[str, Tensor | int]], object]:
         kernel = self.kernel
         if not COMPILED:
-            launcher = kernel[self.grid]
-            return lambda changed: launcher(**{**self.arguments, **changed})
+            return lambda changed: kernel[self.grid](**{**self.arguments, **changed})
         with _current(self.device):
             compiled = kernel.warmup(**self.arguments, **self.options, grid=self.grid)
             start = compiled[self.grid]
         # Addresses: Triton would ask the driver whose memory a tensor's is, at every launch.
         values = [self.arguments[name] for name in kernel.arg_names]
-        values = [v.data_ptr() if isinstance(v, Tensor) else v for v in values]
+        values = [*map(_address, values)]
         unchanged = partial(start, *values)
-        return lambda changed: start(*self._with(changed, values)) if changed else unchanged()
 
-    def _with(self, changed: Mapping[str, Tensor], values: list[Any]) -> list[Any]:
-        values = list(values)
-        for name, tensor in changed.items():
-            values[self.kernel.arg_names.index(name)] = tensor.data_ptr()
-        return values
+        def run(changed: Mapping[str, Tensor | int]) -> None:
+            if not changed:
+                unchanged()
+                return
+            now = list(values)
+            for name, value in changed.items():
+                now[kernel.arg_names.index(name)] = _address(value)
+            compiled[self.grid](*now)
+
+        return run
 
     @property
     def name(self) -> str:
@@ -72,8 +75,8 @@ class Launch:
         name: str = self.kernel.fn.__name__
         return name
 
-    def run(self, **changed: Tensor) -> None:
-        """Launch on the device's current stream, with these tensors in place of those bound."""
+    def run(self, **changed: Tensor | int) -> None:
+        """Launch on the device's current stream, with these arguments in place of those bound."""
         with _current(self.device):
             self._start(changed)
 
@@ -130,7 +133,7 @@ def recorded() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     run = Launch.run
 
-    def record(launch: Launch, **changed: Tensor) -> None:
+    def record(launch: Launch, **changed: Tensor | int) -> None:
         launches.append(launch)
         run(launch, **changed)
 
@@ -139,6 +142,10 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
     finally:
         Launch.run = run  # type: ignore[method-assign]
+
+
+def _address(value: Any) -> Any:
+    return value.data_ptr() if isinstance(value, Tensor) else value
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

@@ -33,6 +33,11 @@ def same_order(a: Tensor, b: Tensor) -> bool:
     )
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether memory holds the elements one after another, as they are."""
+    return tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+
+
 class LayoutGuard:
     """Remembers type, dtype, device, shape and strides of tensors.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from .checks import (
     check_apart,
     check_entries,
     check_groups,
+    check_row_state,
     check_shapes,
     check_state,
     check_step,
@@ -30,6 +33,10 @@ class StatefulOptimizer(GatedOptimizer):
     _counts_steps = True  # state has a `step`
     _step_flags: frozenset[str] = frozenset()  # flags under which the rule reads the step
     _state_follows_parameter = False  # state on another device is moved, not refused
+    _row_rule: str | None = None  # for updates by rows, if that is another
+    _row_state: str | None = None  # name of the state that has one number a row
+    _loaded: dict[str, Any] | None = None  # while a state dict is loaded
+    _rows_read_step = False  # whether that rule reads the step whatever the flags
 
     def __getstate__(self) -> dict[str, Any]:
         if self._plan is not None:
@@ -44,11 +51,24 @@ class StatefulOptimizer(GatedOptimizer):
         if loaded:
             groups, counts = state["param_groups"], self._counts_steps
             check_entries(state["state"], groups, counts_steps=counts)
+            self._restore_row_states(groups, state["state"])
         super().__setstate__(state)
         self._plan = None
         if loaded:
             check_groups(self.param_groups, self.defaults)
             self._check_states()
+
+    def _restore_row_states(self, groups: Sequence[Group], states: Mapping[Tensor, State]) -> None:
+        """Load the state of rows once more: torch cast it to its parameter's dtype."""
+        name, loaded = self._row_state, self._loaded
+        if name is None or loaded is None:
+            return
+        ids = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+        params = chain.from_iterable(group["params"] for group in groups)
+        for key, param in zip(ids, params, strict=True):
+            value = loaded["state"].get(key, {}).get(name)
+            if isinstance(value, Tensor) and param in states:
+                states[param][name] = value.to(param.device, self._row_dtype(param))
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -63,6 +83,7 @@ class StatefulOptimizer(GatedOptimizer):
                 parameter. The optimizer is as it was then, as after any exception of a hook.
         """
         groups, state = self.param_groups, self.state
+        keep = self.register_load_state_dict_pre_hook(_keep_for_setstate)
         try:
             super().load_state_dict(state_dict)
         except BaseException as error:
@@ -70,6 +91,9 @@ class StatefulOptimizer(GatedOptimizer):
             if isinstance(error, NotImplementedError):  # torch cannot copy from the meta device
                 check_values(state_dict["state"])
             raise
+        finally:
+            keep.remove()
+            vars(self).pop("_loaded", None)
 
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
@@ -101,6 +125,35 @@ class StatefulOptimizer(GatedOptimizer):
         double = torch.get_default_dtype() == torch.float64
         return torch.zeros((), dtype=torch.float64 if double else torch.float32, device="cpu")
 
+    def _by_rows(self, grad: Tensor, state: State) -> bool:
+        """Whether a parameter with this state is updated by rows."""
+        return grad.layout == torch.sparse_coo
+
+    def _sparse_refusal(self, group: Group) -> str | None:
+        """Why the kernels cannot take sparse gradients for a group, or None."""
+        raise NotImplementedError
+
+    def _row_dtype(self, param: Tensor) -> torch.dtype:
+        """That of the state that has one number a row."""
+        raise NotImplementedError
+
+    def _new_row_state(self, param: Tensor, state: State) -> Tensor:
+        """It, of a parameter whose state has none yet."""
+        raise NotImplementedError
+
+    def _has_row_state(self, state: State) -> bool:
+        """Whether a parameter with this state has it."""
+        return self._row_state is not None
+
+    def _refusal(self, param: Tensor, grad: Tensor, group: Group) -> str | None:
+        """Why a parameter goes torch's way, or None."""
+        if reason := self._group_refusal(group):
+            return reason
+        if grad.layout == torch.sparse_coo and (reason := self._sparse_refusal(group)):
+            return reason
+        by_rows = self._by_rows(grad, self.state.get(param, {}))
+        return refusal(param, grad, by_rows=by_rows)
+
     def _has_state(self, state: State) -> bool:
         """Whether a parameter with this state has been set up."""
         return bool(state)
@@ -114,7 +167,7 @@ class StatefulOptimizer(GatedOptimizer):
                 foreign = any(isinstance(value, Tensor) for value in state.values())
                 if type(param) not in PLAIN_TYPES or not (self._has_state(state) or foreign):
                     continue
-                kernels = not (self._group_refusal(group) or refusal(param, param))
+                kernels = not self._refusal(param, param, group)
                 where = describe(group, index, position)
                 written += self._check_state(param, group, where, kernels=kernels)
         check_apart(written)
@@ -125,9 +178,19 @@ class StatefulOptimizer(GatedOptimizer):
         """Refuse bad state. Returns the tensors that the kernels will write, with their names."""
         state, names = self.state[param], self._state_names(group)
         check_shapes(param, state, names, where)
+        if self._row_state is not None and self._has_row_state(state):
+            check_row_state(param, state, self._row_state, self._row_dtype(param), where)
+            names = (*names, self._row_state)
         if not kernels:
             return []
-        check_state(param, state, names, where, follows=self._state_follows_parameter)
+        check_state(
+            param, state, self._state_names(group), where, follows=self._state_follows_parameter
+        )
         if self._counts_steps:
             check_step(state, where)
         return [(local(state[name]), f"state {name!r} of {where}") for name in names]
+
+
+def _keep_for_setstate(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """A hook that runs after all others."""
+    vars(optimizer)["_loaded"] = state_dict

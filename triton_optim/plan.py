@@ -14,13 +14,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import norm, runtime
-from .checks import check_apart, check_meshes, check_tensors, check_writable, describe
+from .checks import check_apart, check_ids, check_meshes, check_tensors, check_writable, describe
 from .cuts import Entry
+from .dense import DenseTable
 from .gate import Gate
 from .layout import LayoutGuard, same_order
+from .rows import RowTable
 from .shards import bring_grad, is_dtensor, local, spread
 from .table import Copies, Found, Table
-from .ways import PLAIN_TYPES, State, refusal, strays
+from .ways import PLAIN_TYPES, State, strays
 
 if TYPE_CHECKING:
     from .fused import FusedStep
@@ -60,9 +62,10 @@ class Plan:
         self._states: list[State] = []
         self._idle: list[Tensor] = []
         self._steady: list[Tensor] = []  # of rest, those that a LayoutGuard can watch
-        self._reconsidered: list[Tensor] = []  # and the others, whose gradient may become dense
-        # by device, DTensors apart
-        self._entries: dict[tuple[torch.device, bool], list[Entry]] = defaultdict(list)
+        # and the others, whose gradient may become dense, with their group
+        self._reconsidered: list[tuple[Tensor, int]] = []
+        # by device, DTensors and those by rows apart
+        self._entries: dict[tuple[torch.device, bool, bool], list[Entry]] = defaultdict(list)
         self._strays: list[Stray] = []
         self._tables: list[Table] = []
         written: list[tuple[Tensor, str]] = []
@@ -75,12 +78,12 @@ class Plan:
                     self._idle.append(param)
                     continue
                 check_tensors(param, param.grad, where)
+                if param.grad.layout == torch.sparse_coo:
+                    check_ids(param.grad._indices(), param.shape, where)
                 optimizer._check_capturable(param, group, where)
-                if reason := optimizer._group_refusal(group):
-                    self._leave(optimizer, param, param.grad, index, where, reason)
-                elif listed[id(param)] > 1:
+                if listed[id(param)] > 1:
                     self._leave(optimizer, param, param.grad, index, where, "it is listed twice")
-                elif reason := refusal(param, param.grad):
+                elif reason := optimizer._refusal(param, param.grad, group):
                     self._leave(optimizer, param, param.grad, index, where, reason)
                 else:
                     written += self._take(optimizer, param, param.grad, index, where)
@@ -109,10 +112,19 @@ class Plan:
         if optimizer._has_state(state):
             written += optimizer._check_state(param, group, where, kernels=True)
             self._strays += (Stray(param, state, name) for name in strays(param, state, names))
-        reordered = not same_order(shard, part) or part.is_conj() or part.is_neg()
+        by_rows = optimizer._by_rows(part, state)
+        row_state = None
+        reordered = False
+        if by_rows:
+            optimizer._check_rows(grad, group, where)
+            row_state = optimizer._row_state
+        else:
+            reordered = not same_order(shard, part) or part.is_conj() or part.is_neg()
         flags = optimizer._flags(group)
-        entry = Entry(param, shard, part, spread(param), index, flags, names, reordered)
-        self._entries[shard.device, is_dtensor(param)].append(entry)
+        entry = Entry(
+            param, shard, part, spread(param), index, flags, names, reordered, row_state, where
+        )
+        self._entries[shard.device, is_dtensor(param), by_rows].append(entry)
         self.uses_kernels = True
         self.on_gpu |= shard.device.type in runtime.CAPTURABLE_DEVICE_TYPES
         return written
@@ -131,7 +143,10 @@ class Plan:
         if type(param) in PLAIN_TYPES and optimizer._has_state(state):
             optimizer._check_state(param, group, where, kernels=False)
         plain = all(type(t) in PLAIN_TYPES and t.layout == torch.strided for t in (param, grad))
-        (self._steady if plain else self._reconsidered).append(param)
+        if plain:
+            self._steady.append(param)
+        else:
+            self._reconsidered.append((param, index))
         self.rest.append(param)
         if optimizer._state_follows_parameter:
             for name in optimizer._state_names(group):
@@ -146,7 +161,7 @@ class Plan:
             or _lengths(optimizer) != self._lengths
             or differ(optimizer.state.values(), self._states)
             or self._was_gated != optimizer._was_gated
-            or ((self._idle or self.rest) and self._others_changed())
+            or ((self._idle or self.rest) and self._others_changed(optimizer))
         ):
             return None
         found = []
@@ -175,11 +190,16 @@ class Plan:
         self._values_mutate = not all(v is None or isinstance(v, (float, int)) for v in values)
         self._values = values
 
-    def _others_changed(self) -> bool:
+    def _others_changed(self, optimizer: FusedStep) -> bool:
         """Whether a parameter that the kernels do not take must be looked at again."""
+        groups = optimizer.param_groups
         return (
             any(param.grad is not None for param in self._idle)
-            or any(refusal(p, p.grad) is None for p in self._reconsidered if p.grad is not None)
+            or any(
+                optimizer._refusal(param, param.grad, groups[index]) is None
+                for param, index in self._reconsidered
+                if param.grad is not None
+            )
             or not self._guard.check([*self._steady, *_grads(self._steady)])
         )
 
@@ -193,9 +213,16 @@ class Plan:
         """Make the tables, and state where it is missing. Returns what `find` would."""
         on_device = optimizer._counts_on_device
         self._tables = [
-            Table(optimizer, device, entries, self._hypers, counts_on_device=on_device)
-            for (device, _), entries in self._entries.items()
-        ]
+            RowTable(
+                optimizer, device, entries, self._hypers,
+                counts_on_device=on_device, rule=optimizer._row_rule or optimizer._rule,
+            )
+            if by_rows
+            else DenseTable(
+                optimizer, device, entries, self._hypers, counts_on_device=on_device
+            )
+            for (device, _, by_rows), entries in self._entries.items()
+        ]  # fmt: skip
         self._entries.clear()
         return [table.first for table in self._tables if table.first is not None]
 
@@ -215,7 +242,8 @@ class Plan:
 
     def norm(self, gate: Gate) -> Tensor:
         """The norm of all gradients, over all ranks: float64 [], valid until the next step."""
-        norms = [table.sum_squares(gate) for table in self._tables]
+        dense = (table for table in self._tables if isinstance(table, DenseTable))
+        norms = [table.sum_squares(gate) for table in dense]
         grads = (param.grad for param in self.rest if param.grad is not None)
         rest = norm.square_sums(grads, gate.grad_scale)
         return norm.total(norms, rest)
@@ -227,7 +255,7 @@ class Plan:
 
     def skipped(self) -> Tensor | None:
         """Float32 []: 1 where the last step was skipped, or 0. None without tables."""
-        happened = self._tables[0].tables.happened if self._tables else None
+        happened = self._tables[0].happened if self._tables else None
         return None if happened is None else happened[1]
 
     def forget_skipped(self, optimizer: Optimizer) -> None:

@@ -149,11 +149,17 @@ def triton_dtype(name: str) -> Any:
     return getattr(tl, name)
 
 
+def rule_constants(rule: str, flags: Iterable[str]) -> dict[str, Any]:
+    return {
+        "RULE": getattr(rules, rule),
+        "FLAGS": sum(getattr(rules, flag).value for flag in flags),
+    }
+
+
 def constants(rule: str, variant: Variant, config: Config, n_hypers: int) -> dict[str, Any]:
     """The kernel's compile-time arguments, by name."""
     return {
-        "RULE": getattr(rules, rule),
-        "FLAGS": sum(getattr(rules, flag).value for flag in variant.flags),
+        **rule_constants(rule, variant.flags),
         "N_HYPERS": n_hypers,
         "N_STATES": variant.n_states,
         "PARAM_DTYPE": getattr(tl, variant.param_dtype),

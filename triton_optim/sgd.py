@@ -105,6 +105,14 @@ class SGD(FusedStep, torch.optim.SGD):
     def _state_names(self, group: Group) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
+    def _sparse_refusal(self, group: Group) -> str | None:
+        if group["momentum"] != 0:
+            return "its gradient is sparse, with momentum"
+        weight_decay = group["weight_decay"]
+        if isinstance(weight_decay, Tensor) or weight_decay != 0:
+            return "its gradient is sparse, with weight decay"
+        return None
+
     def _has_state(self, state: State) -> bool:
         return state.get("momentum_buffer") is not None
 

@@ -25,11 +25,13 @@ def states_of(optimizer: FusedStep, entries: Sequence[Entry]) -> tuple[list[Stat
     """Every parameter's entry of optimizer.state, and what it lacks before a first update."""
     states, new = [], []
     for entry in entries:
-        state = optimizer.state.get(entry.param, {}) if entry.state_names else {}
-        complete = not entry.state_names or optimizer._has_state(state)
+        state = optimizer.state.get(entry.param, {}) if entry.names else {}
+        complete = not entry.names or optimizer._has_state(state)
         group = optimizer.param_groups[entry.group]
         states.append(state)
         new.append({} if complete else optimizer._new_state(entry.param, group))
+        if entry.row_state is not None and entry.row_state not in {**state, **new[-1]}:
+            new[-1][entry.row_state] = optimizer._new_row_state(entry.param, state)
     return states, new
 
 
@@ -37,7 +39,7 @@ def holders_of(entries: Sequence[Entry], states: Sequence[State]) -> dict[str, l
     """By name of the tensors that the rule updates, those of `states` that hold one."""
     holders = defaultdict(list)
     for entry, state in zip(entries, states, strict=True):
-        for name in entry.state_names:
+        for name in entry.names:
             holders[name].append(state)
     return holders
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import runtime
+from . import runtime, tuning
 from .layout import is_dense, same_order
-from .shards import local, sharding_refusal
+from .row_launch import MAX_COUNT, few_enough, rows_and_width
+from .shards import is_dtensor, local, sharding_refusal
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -26,16 +27,23 @@ def group_refusal(group: Group, fused: bool | None) -> str | None:
     return "fused=False" if fused is False else None
 
 
-def refusal(param: Tensor, grad: Tensor) -> str | None:
-    """Why the kernels cannot update `param` from `grad`, or None if they can."""
+def refusal(param: Tensor, grad: Tensor, *, by_rows: bool = False) -> str | None:
+    """Why the kernels cannot update `param` from `grad`, or None if they can.
+
+    Args:
+        by_rows: whether the kernel is that of rows.
+    """
     if reason := sharding_refusal(param, grad):
         return reason
+    if by_rows and is_dtensor(param):
+        return "it is a DTensor, and updated by rows"
     param, grad = local(param), local(grad)
     if param.device.type != runtime.DEVICE_TYPE:
         return f"it is on {param.device}, where the kernels do not run"
     if type(param) not in PLAIN_TYPES or type(grad) not in PLAIN_TYPES:
         return f"it is a {type(param).__name__} with a {type(grad).__name__} gradient"
-    if param.layout != torch.strided or grad.layout != torch.strided:
+    layouts = (torch.strided, torch.sparse_coo) if by_rows else (torch.strided,)
+    if param.layout != torch.strided or grad.layout not in layouts:
         return f"its gradient is {grad.layout}"
     for tensor in (param, grad):
         if tensor.dtype not in runtime.STORAGE_DTYPES:
@@ -46,6 +54,23 @@ def refusal(param: Tensor, grad: Tensor) -> str | None:
         return "its elements do not fill one span of memory"
     if param.is_inference() and not torch.is_inference_mode_enabled():
         return "it is an inference tensor"
+    return _row_refusal(param, grad) if by_rows else None
+
+
+def _row_refusal(param: Tensor, grad: Tensor) -> str | None:
+    if param.is_complex() or grad.is_complex():
+        return f"it is {param.dtype}, and updated by rows"
+    rows, width = rows_and_width(param)
+    if not param.is_contiguous():
+        return "its rows do not follow one another in memory"
+    most = tuning.MAX_ROW_BYTES // (8 if param.dtype == torch.float64 else 4)
+    if width > most:
+        return f"its rows have {width} elements, more than {most}"
+    if grad.layout == torch.sparse_coo:
+        if grad.sparse_dim() != 1:
+            return f"its gradient has {grad.sparse_dim()} sparse dims"
+        if rows >= MAX_COUNT or not few_enough(grad):
+            return f"it or its gradient has {MAX_COUNT} rows or more"
     return None
 
 

@@ -1,0 +1,357 @@
+"""Updates by rows: of those that a sparse gradient has, or of all where state is kept by row."""
+
+import triton
+import triton.language as tl
+
+from .chunks import pointer, scalars
+from .gate import happens, unscaling
+from .numerics import narrow, widen
+
+# Columns of a row of the tensor table; the addresses of up to MAX_STATES states follow.
+GROUP = tl.constexpr(0)
+WIDTH = tl.constexpr(1)  # elements of a row
+ROWS = tl.constexpr(2)  # rows of the tensor
+KEY = tl.constexpr(3)  # of row 0
+PARAM = tl.constexpr(4)
+STATES = tl.constexpr(5)
+MAX_STATES = tl.constexpr(2)
+ROW_STATE = tl.constexpr(7)
+TENSOR_COLUMNS = tl.constexpr(8)
+
+# Columns of a row of the gradient table.
+COUNT = tl.constexpr(0)  # rows of the gradient
+FIRST = tl.constexpr(1)  # program of the launch
+POSITION = tl.constexpr(2)  # of its first key
+IDS = tl.constexpr(3)
+VALUES = tl.constexpr(4)
+GRAD_COLUMNS = tl.constexpr(5)
+
+
+@triton.jit
+def keys_kernel(tensors_ptr, grads_ptr, keys_ptr, BLOCK_SIZE: tl.constexpr):
+    """A key for every row of every gradient: the row's, or where there is no such row, the last.
+
+    A tensor of n rows has n + 1 keys, which follow those of the tensor before it.
+
+    Preconditions, beside those of `rows_kernel`: a grid of blocks and tensors; keys_ptr: int32 or
+    int64, one a row of all gradients, in the order of positions.
+    """
+    tensor = tl.program_id(1).to(tl.int64)
+    grad_ptr = grads_ptr + tensor * GRAD_COLUMNS
+    tensor_ptr = tensors_ptr + tensor * TENSOR_COLUMNS
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    mask = offsets < tl.load(grad_ptr + COUNT)
+    ids_ptr = tl.load(grad_ptr + IDS).to(tl.pointer_type(tl.int64))
+    ids = tl.load(ids_ptr + offsets, mask=mask, other=0)
+    rows = tl.load(tensor_ptr + ROWS)
+    keys = tl.load(tensor_ptr + KEY) + tl.where((ids >= 0) & (ids < rows), ids, rows)
+    positions = tl.load(grad_ptr + POSITION) + offsets
+    tl.store(keys_ptr + positions, keys.to(keys_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _find_tensor(grads_ptr, program, first, n_tensors):
+    """The last of the launch's tensors that does not begin after this program."""
+    low = first
+    high = first + n_tensors - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tl.load(grads_ptr + middle * GRAD_COLUMNS + FIRST) <= program:
+            low = middle
+        else:
+            high = middle - 1
+    return low.to(tl.int64)
+
+
+@triton.jit
+def _first_chunk(keys_ptr, key, chunk, latest):
+    """The first chunk up to `latest` that does not end before `key`."""
+    low = latest * 0
+    high = latest
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(keys_ptr + (middle + 1) * chunk - 1) < key:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def _last_chunk(keys_ptr, key, chunk, earliest, count):
+    """The last chunk from `earliest` on that does not begin after `key`."""
+    low = earliest
+    high = (count - 1) // chunk
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tl.load(keys_ptr + middle * chunk) > key:
+            high = middle - 1
+        else:
+            low = middle
+    return low
+
+
+@triton.jit
+def _row(key_ptr, base, mask, other):
+    """The row of a key: int32, or `other` where there is no key."""
+    row = (tl.load(key_ptr, mask=mask, other=0).to(tl.int64) - base).to(tl.int32)
+    return tl.where(mask, row, other)
+
+
+@triton.jit
+def _sum_up(grad, key):
+    """Every row of `grad` becomes the sum of the rows up to it that have its key.
+
+    Keys ascend. The order of additions depends on the places of the rows alone: Hillis and Steele,
+    "Data parallel algorithms", 1986, for as many rounds as the most frequent key asks for.
+    """
+    row = tl.arange(0, key.shape[0])
+    shift = 1
+    same = (row >= 1) & (tl.gather(key, tl.maximum(row - 1, 0), 0) == key)
+    while tl.max(same.to(tl.int32), 0) > 0:
+        earlier = tl.maximum(row - shift, 0)
+        sums = tl.gather(grad, tl.broadcast_to(earlier[:, None], grad.shape), 0)
+        grad = tl.where(same[:, None], grad + sums, grad)
+        shift *= 2
+        earlier = tl.maximum(row - shift, 0)
+        same = (row >= shift) & (tl.gather(key, earlier, 0) == key)
+    return grad
+
+
+@triton.jit
+def _row_pointers(
+    row,
+    tensor_ptr,
+    width,
+    N_STATES: tl.constexpr,
+    PARAM_DTYPE: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
+    ROW_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Pointers to the elements of rows: of the parameter, its states, and the state of rows."""
+    offsets = row.to(tl.int64)[:, None] * width + tl.arange(0, COLUMNS)[None, :]
+    param_ptr = pointer(tl.load(tensor_ptr + PARAM), 0, PARAM_DTYPE, ALIGNED) + offsets
+    state_ptrs = ()
+    for i in tl.static_range(N_STATES):
+        address = tl.load(tensor_ptr + STATES + i)
+        state_ptrs = state_ptrs + (pointer(address, 0, STATE_DTYPE, ALIGNED) + offsets,)
+    row_ptrs = ()
+    if ROW_DTYPE is not None:
+        row_ptrs = (pointer(tl.load(tensor_ptr + ROW_STATE), 0, ROW_DTYPE, False) + row[:, None],)
+    return param_ptr, state_ptrs, row_ptrs
+
+
+@triton.jit
+def _load_rows(pointers, active, mask, COMPUTE_DTYPE: tl.constexpr):
+    param_ptr, state_ptrs, row_ptrs = pointers
+    param = widen(tl.load(param_ptr, mask=mask, other=0.0), COMPUTE_DTYPE)
+    state = ()
+    for i in tl.static_range(len(state_ptrs)):
+        state = state + (widen(tl.load(state_ptrs[i], mask=mask, other=0.0), COMPUTE_DTYPE),)
+    row_state = ()
+    for i in tl.static_range(len(row_ptrs)):
+        row_state = row_state + (tl.load(row_ptrs[i], mask=active[:, None], other=0),)
+    return param, state, row_state
+
+
+@triton.jit
+def _update_rows(
+    pointers,
+    active,
+    mask,
+    values,
+    grad,
+    width,
+    hyper,
+    step,
+    RULE: tl.constexpr,
+    FLAGS: tl.constexpr,
+):
+    param_ptr, state_ptrs, row_ptrs = pointers
+    param, state, row_state = values
+    if len(row_ptrs) == 0:
+        param, state = RULE(param, grad, state, hyper, step, FLAGS)
+    else:
+        row_ptr = row_ptrs[0]
+        param, state, new = RULE(param, grad, state, row_state[0], width, hyper, step, FLAGS)
+        tl.store(row_ptr, new.to(row_ptr.dtype.element_ty), mask=active[:, None])
+    tl.store(param_ptr, narrow(param, param_ptr.dtype.element_ty), mask=mask)
+    for i in tl.static_range(len(state_ptrs)):
+        ptr = state_ptrs[i]
+        tl.store(ptr, narrow(state[i], ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["first_tensor", "n_tensors", "chunk"])
+def rows_kernel(
+    tensors_ptr,
+    grads_ptr,
+    hypers_ptr,
+    steps_ptr,
+    keys_ptr,
+    order_ptr,
+    partials_ptr,
+    tickets_ptr,
+    found_inf_ptr,
+    grad_scale_ptr,
+    happened_ptr,
+    first_tensor,
+    n_tensors,
+    chunk,
+    RULE: tl.constexpr,
+    FLAGS: tl.constexpr,
+    N_HYPERS: tl.constexpr,
+    N_STATES: tl.constexpr,
+    PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
+    ROW_DTYPE: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Update the rows of several tensors, in place, each that has a gradient once.
+
+    A program sums the gradients of `chunk` positions in the order of their keys, BLOCK_ROWS at a
+    time, and updates the rows whose positions are all its own. Of a row that has more, every
+    program stores a partial sum; whichever is the last to finish adds them, always in the order of
+    positions, and updates the row.
+
+    Preconditions, none of which the kernel can check:
+
+    - tensors_ptr, grads_ptr: int64 [tensors, TENSOR_COLUMNS], [tensors, GRAD_COLUMNS]. The launch
+      is about n_tensors of them from first_tensor on, whose programs follow one another, as many as
+      each has chunks;
+    - hypers_ptr, steps_ptr, happened_ptr: as for `multi_tensor_kernel`; found_inf_ptr,
+      grad_scale_ptr: see gate.py;
+    - keys_ptr: `keys_kernel`'s, sorted, or None: then gradients are dense, and position is row;
+    - order_ptr: int64, the position of each key before;
+    - partials_ptr: [programs, 2, COLUMNS] of the arithmetic's dtype;
+    - tickets_ptr: int32, 0, one a program; they are 0 again afterwards;
+    - addresses are those of rows that follow one another without gaps; COLUMNS is no less than
+      their width, and a power of two;
+    - MULTIPLE divides the width; if it is not 1, all addresses but row state's and ids' are
+      multiples of 16 bytes, and so are MULTIPLE elements of any of the dtypes.
+    """
+    COMPUTE_DTYPE: tl.constexpr = tl.float64 if PARAM_DTYPE == tl.float64 else tl.float32
+    ALIGNED: tl.constexpr = MULTIPLE > 1
+    program = tl.program_id(0)
+    tensor = _find_tensor(grads_ptr, program, first_tensor, n_tensors)
+    tensor_ptr = tensors_ptr + tensor * TENSOR_COLUMNS
+    grad_ptr = grads_ptr + tensor * GRAD_COLUMNS
+    count = tl.load(grad_ptr + COUNT).to(tl.int32)
+    first_program = tl.load(grad_ptr + FIRST).to(tl.int32)
+    width = tl.multiple_of(tl.load(tensor_ptr + WIDTH), MULTIPLE)
+    values_ptr = pointer(tl.load(grad_ptr + VALUES), 0, GRAD_DTYPE, ALIGNED)
+    hyper = scalars(hypers_ptr + tl.load(tensor_ptr + GROUP) * N_HYPERS, N_HYPERS)
+    step = None
+    if steps_ptr is not None:
+        step = tl.load(steps_ptr + tensor).to(tl.float64)
+
+    start = (program - first_program) * chunk
+    stop = tl.minimum(start + chunk, count)
+    if happened_ptr is not None:
+        go = happens(found_inf_ptr, None, False)
+        stop = tl.where(go, stop, start)
+    unscale = None
+    if grad_scale_ptr is not None:
+        unscale = unscaling(grad_scale_ptr, COMPUTE_DTYPE)
+
+    block_row = tl.arange(0, BLOCK_ROWS)
+    column = tl.arange(0, COLUMNS)
+    within = (column < width)[None, :]
+    before = -1
+    carried = -1
+    carry = tl.zeros((COLUMNS,), COMPUTE_DTYPE)
+    if keys_ptr is not None:
+        position = tl.load(grad_ptr + POSITION)
+        keys_ptr += position
+        order_ptr += position
+        base = tl.load(tensor_ptr + KEY)
+        n_rows = tl.load(tensor_ptr + ROWS).to(tl.int32)
+        before = _row(keys_ptr + start - 1, base, start > 0, -1)
+
+    for block in tl.range(start, stop, BLOCK_ROWS):
+        place = block + block_row
+        inside = place < stop
+        row = place
+        source = place.to(tl.int64)
+        complete = inside
+        if keys_ptr is not None:
+            row = _row(keys_ptr + place, base, inside, -1)
+            after = _row(keys_ptr + place + 1, base, place + 1 < count, -1)
+            source = tl.load(order_ptr + place, mask=inside, other=0) - position
+            ends = inside & (row != after)
+            complete = ends & (row != before) & (row != n_rows)
+        grad_offsets = source[:, None] * width + column[None, :]
+        mask = inside[:, None] & within
+        grad = tl.load(values_ptr + grad_offsets, mask=mask, other=0.0)
+        pointers = _row_pointers(
+            row, tensor_ptr, width, N_STATES, PARAM_DTYPE, STATE_DTYPE, ROW_DTYPE, ALIGNED, COLUMNS
+        )
+        updated = complete[:, None] & within
+        values = _load_rows(pointers, complete, updated, COMPUTE_DTYPE)
+        grad = widen(grad, COMPUTE_DTYPE)
+        if unscale is not None:
+            grad = grad * unscale
+            tl.store(values_ptr + grad_offsets, narrow(grad, GRAD_DTYPE), mask=mask)
+        if keys_ptr is not None:
+            if BLOCK_ROWS > 1:
+                grad = _sum_up(grad, tl.where(inside, row, -2 - block_row))
+            grad = tl.where((row == carried)[:, None], grad + carry[None, :], grad)
+            last = tl.minimum(block + BLOCK_ROWS, stop) - 1
+            carried = _row(keys_ptr + last, base, True, -1)
+            if carried == _row(keys_ptr + last + 1, base, last + 1 < stop, -1):
+                carry = tl.sum(tl.where((place == last)[:, None], grad, 0.0), 0)
+            # Of a row with positions in other chunks: the sum of those in this one.
+            partial = (ends & (row == before)) | ((place == stop - 1) & (row == after))
+            slot = 2 * program + (row != before).to(tl.int32)
+            slot_ptr = partials_ptr + slot.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+            tl.store(slot_ptr, grad, mask=partial[:, None] & within)
+        _update_rows(pointers, complete, updated, values, grad, width, hyper, step, RULE, FLAGS)
+
+    if keys_ptr is not None:
+        index = program - first_program
+        tl.debug_barrier()  # all of this program's partial sums are stored
+        for side in tl.range(0, 2):
+            # The row that began in an earlier chunk, then the one that goes on in a later chunk.
+            place = start if side == 0 else stop - 1
+            other = start - 1 if side == 0 else stop
+            exists = (stop > start) & (other >= 0) & (other < count)
+            row = _row(keys_ptr + place, base, exists, -1)
+            crosses = row == _row(keys_ptr + other, base, exists, -2)
+            if crosses & (row != n_rows) & ((side == 0) | (row != before)):
+                begin = _first_chunk(keys_ptr, base + row, chunk, index)
+                end = _last_chunk(keys_ptr, base + row, chunk, index, count)
+                ticket_ptr = tickets_ptr + first_program + begin
+                # Acquire and release: the last one sees all that was stored before.
+                n_done = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
+                if n_done == end - begin:
+                    sums = tl.zeros((BLOCK_ROWS, COLUMNS), COMPUTE_DTYPE)
+                    for earliest in tl.range(begin, end + 1, BLOCK_ROWS):
+                        part = earliest + block_row
+                        slot = 2 * (first_program + part) + (part == begin).to(tl.int32)
+                        slot_ptr = partials_ptr + slot.to(tl.int64)[:, None] * COLUMNS
+                        mask = (part <= end)[:, None] & within
+                        sums += tl.load(
+                            slot_ptr + column[None, :], mask=mask, other=0.0, cache_modifier=".cg"
+                        )
+                    grad = tl.broadcast_to(tl.sum(sums, 0)[None, :], (BLOCK_ROWS, COLUMNS))
+                    pointers = _row_pointers(
+                        row + block_row * 0, tensor_ptr, width, N_STATES, PARAM_DTYPE, STATE_DTYPE,
+                        ROW_DTYPE, ALIGNED, COLUMNS,
+                    )  # fmt: skip
+                    one = block_row == 0
+                    updated = one[:, None] & within
+                    values = _load_rows(pointers, one, updated, COMPUTE_DTYPE)
+                    _update_rows(
+                        pointers, one, updated, values, grad, width, hyper, step, RULE, FLAGS
+                    )
+                    tl.store(ticket_ptr, 0)
+
+    # Last: after a store, AMD's compiler takes addresses that are loaded for a thread's own.
+    if happened_ptr is not None:
+        if program == 0:
+            tl.store(happened_ptr, go.to(tl.float32))
+            tl.store(happened_ptr + 1, 1 - go.to(tl.float32))

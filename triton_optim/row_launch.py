@@ -1,0 +1,212 @@
+"""Launches over rows: what they are compiled for, and how they are cut into programs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import runtime, tuning
+from .columns import is_aligned
+from .launch import Launch
+from .runtime import ALIGNMENT, COMPILED, ITEM_SIZES, Tables
+from .tuning import RowConfig
+
+if runtime.DEVICE_TYPE:
+    from .kernels import rows as kernels
+
+    TENSOR_COLUMNS, GRAD_COLUMNS = kernels.TENSOR_COLUMNS.value, kernels.GRAD_COLUMNS.value
+else:
+    TENSOR_COLUMNS = GRAD_COLUMNS = 0
+
+MAX_COUNT = 2**31 - 1  # of rows, of a parameter or of a gradient
+KEYS_BLOCK = 1024  # ids that a program turns into keys
+
+# Left alone, ptxas spills in many of these kernels for the sake of one more program.
+REGISTERS = 65536  # of a processor
+MAX_REGISTERS = 255  # of a thread
+FOUR_PROGRAMS_REGISTERS = 128  # where a processor holds 4 programs of 4 warps
+
+INTERPRETED_ELEMENTS = 1 << 16  # of a program's block, where a program costs more than they do
+
+
+class RowVariant(NamedTuple):
+    """What a compiled kernel depends on: never a count of rows or tensors, a rate or a step."""
+
+    sparse: bool
+    flags: frozenset[str]
+    n_states: int  # with a number for each element
+    param_dtype: str
+    grad_dtype: str
+    state_dtype: str
+    row_dtype: str | None  # of the state that has one number a row
+    columns: int  # the least power of two that is no less than the elements of a row
+    reads_step: bool
+    multiple: int = 1  # of elements that are loaded together
+    gate: frozenset[str] = frozenset()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.float64 if self.param_dtype == "float64" else torch.float32
+
+    def loading(self, addresses: Iterable[int], widths: Iterable[int]) -> RowVariant:
+        """The variant for tensors at these addresses, with rows of these widths."""
+        dtypes = (self.param_dtype, self.grad_dtype, self.state_dtype)
+        narrowest = min(ITEM_SIZES[dtype] for dtype in dtypes)
+        most = ALIGNMENT // narrowest if is_aligned(addresses) else 1
+        return self._replace(multiple=math.gcd(most, *widths))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Triton's, of a dtype that both call the same."""
+    return str(dtype).removeprefix("torch.")
+
+
+def rows_and_width(param: Tensor) -> tuple[int, int]:
+    """How many rows a tensor has, and elements each."""
+    rows = param.shape[0] if param.dim() else 1
+    return rows, param.numel() // max(rows, 1)
+
+
+def few_enough(grad: Tensor) -> bool:
+    """Whether the kernels can count the rows of a sparse gradient."""
+    return grad._nnz() < MAX_COUNT
+
+
+def columns_for(width: int) -> int:
+    """The columns of a block that holds rows of so many elements."""
+    return 1 << max(width - 1, 0).bit_length()
+
+
+def config(variant: RowVariant, device: torch.device) -> RowConfig:
+    """How a launch over rows is cut into programs."""
+    if COMPILED:
+        wide = variant.multiple > 2
+        return tuning.row_config(runtime.architecture(device), variant.columns, wide=wide)
+    return RowConfig(max(INTERPRETED_ELEMENTS // variant.columns, 1), num_warps=1)
+
+
+def constants(rule: str, variant: RowVariant, config: RowConfig, n_hypers: int) -> dict[str, Any]:
+    """The kernel's compile-time arguments, by name, and its pointers that are None."""
+    dtype = runtime.triton_dtype
+    used = {
+        "steps_ptr": variant.reads_step,
+        "keys_ptr": variant.sparse,
+        "order_ptr": variant.sparse,
+        "partials_ptr": variant.sparse,
+        "tickets_ptr": variant.sparse,
+        "found_inf_ptr": "FOUND_INF" in variant.gate,
+        "grad_scale_ptr": "UNSCALE" in variant.gate,
+        "happened_ptr": "FOUND_INF" in variant.gate,
+    }
+    return {
+        **dict.fromkeys(name for name, is_used in used.items() if not is_used),
+        **runtime.rule_constants(rule, variant.flags),
+        "N_HYPERS": n_hypers,
+        "N_STATES": variant.n_states,
+        "PARAM_DTYPE": dtype(variant.param_dtype),
+        "GRAD_DTYPE": dtype(variant.grad_dtype),
+        "STATE_DTYPE": dtype(variant.state_dtype),
+        "ROW_DTYPE": None if variant.row_dtype is None else dtype(variant.row_dtype),
+        "MULTIPLE": variant.multiple,
+        "BLOCK_ROWS": config.block_rows,
+        "COLUMNS": variant.columns,
+    }
+
+
+def options(variant: RowVariant, config: RowConfig, architecture: str) -> dict[str, Any]:
+    """The compiler's options, by name."""
+    chosen = {"num_warps": config.num_warps, "enable_fp_fusion": True}
+    if architecture.startswith("sm_"):
+        fits = variant.n_states < 2 and variant.param_dtype != "float64" and variant.multiple > 2
+        registers = FOUR_PROGRAMS_REGISTERS if fits else MAX_REGISTERS
+        chosen["maxnreg"] = min(registers, REGISTERS // (32 * config.num_warps))
+    return chosen
+
+
+class RowLaunch(Launch):
+    """One update launch over all tensors of a variant.
+
+    Args:
+        rule: its name in kernels/rules.py.
+        variant: what the kernel is compiled for.
+        tables: on the parameters' device; `rows` and `grads` as kernels/rows.py has them.
+        tensors: which of their rows.
+        key_dtype: int32 or int64.
+    """
+
+    variant: RowVariant
+
+    def __init__(
+        self,
+        rule: str,
+        variant: RowVariant,
+        tables: Tables,
+        tensors: range,
+        key_dtype: torch.dtype,
+    ) -> None:
+        device = tables.rows.device
+        cut = config(variant, device)
+
+        def later(dtype: torch.dtype) -> Tensor:
+            return torch.empty(0, dtype=dtype, device=device)
+
+        arguments = {
+            "tensors_ptr": tables.rows,
+            "grads_ptr": tables.grads,
+            "hypers_ptr": tables.hypers,
+            "steps_ptr": tables.steps,
+            "keys_ptr": later(key_dtype),
+            "order_ptr": later(torch.int64),
+            "partials_ptr": later(variant.compute_dtype),
+            "tickets_ptr": later(torch.int32),
+            "found_inf_ptr": tables.happened,
+            "grad_scale_ptr": tables.happened,
+            "happened_ptr": tables.happened,
+            "first_tensor": tensors.start,
+            "n_tensors": len(tensors),
+            "chunk": cut.block_rows,
+            **constants(rule, variant, cut, tables.hypers.shape[1]),
+        }
+        chosen = options(variant, cut, runtime.architecture(device)) if COMPILED else {}
+        super().__init__(kernels.rows_kernel, variant, 1, arguments, chosen, device)
+
+
+class KeysLaunch(Launch):
+    """The launch that makes the keys of all sparse gradients.
+
+    Args:
+        tables: those of the updates.
+        key_dtype: int32 or int64.
+    """
+
+    def __init__(self, tables: Tables, key_dtype: torch.dtype) -> None:
+        device = tables.rows.device
+        arguments = {
+            "tensors_ptr": tables.rows,
+            "grads_ptr": tables.grads,
+            "keys_ptr": torch.empty(0, dtype=key_dtype, device=device),
+            "BLOCK_SIZE": KEYS_BLOCK,
+        }
+        chosen = {"num_warps": 4} if COMPILED else {}
+        super().__init__(kernels.keys_kernel, None, 1, arguments, chosen, device)
+
+
+def tensor_row(
+    group: int, width: int, rows: int, first_key: int, addresses: Sequence[int], row_state: int
+) -> list[int]:
+    """A row of the tensor table.
+
+    Args:
+        group: its row of hyperparameters.
+        width: elements of a row.
+        rows: of the tensor.
+        first_key: that of its row 0.
+        addresses: the parameter's, then one a state.
+        row_state: address of the state that has one number a row, or 0.
+    """
+    values = [group, width, rows, first_key, *addresses]
+    return [*values, *[0] * (TENSOR_COLUMNS - 1 - len(values)), row_state]

@@ -1,0 +1,270 @@
+"""Tensors that are updated row by row: the rows of a sparse gradient, or all of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from . import columns, row_launch, runtime
+from .buffer import Buffer
+from .checks import check_ids
+from .columns import addresses_of, as_tensor, column, is_aligned
+from .cuts import Entry
+from .gate import Gate
+from .layout import LayoutGuard, is_plain
+from .row_launch import GRAD_COLUMNS, KeysLaunch, RowLaunch, RowVariant
+from .states import get_step, holders_of, values_of
+from .table import Copies, Found, Table
+
+if TYPE_CHECKING:
+    from .fused import FusedStep
+
+MAX_KEYS = 2**31  # of int32, which are sorted in half the time of int64
+
+
+class RowTable(Table):
+    """Parameters with sparse gradients, and those whose state has one number a row.
+
+    A step makes a key of every row that has a gradient, sorts the keys of all parameters together,
+    and updates rows in one launch a variant.
+
+    Args:
+        optimizer: its hyperparameters are as many as `hypers`.
+        device: where its parameters are.
+        entries: the parameters.
+        hypers: every group's hyperparameters, one after another.
+        counts_on_device: whether steps are counted on `device`.
+        rule: its name in kernels/rules.py.
+    """
+
+    def __init__(
+        self,
+        optimizer: FusedStep,
+        device: torch.device,
+        entries: Sequence[Entry],
+        hypers: Sequence[object],
+        *,
+        counts_on_device: bool,
+        rule: str,
+    ) -> None:
+        members: dict[RowVariant, list[Entry]] = defaultdict(list)
+        for entry in entries:
+            members[_variant(optimizer, entry)].append(entry)
+        # Those with sparse gradients come first: they alone have keys.
+        variants = sorted(members, key=lambda variant: not variant.sparse)
+        entries = [*chain.from_iterable(members[variant] for variant in variants)]
+        reads_step = any(variant.reads_step for variant in variants)
+        super().__init__(
+            optimizer, device, entries, reads_step=reads_step, counts_on_device=counts_on_device
+        )
+        self._rule, complete = rule, self._complete
+        self._wheres = [entry.where for entry in entries]
+        self._shapes = [row_launch.rows_and_width(entry.param) for entry in entries]
+        self._looks = [_look(entry.grad) for entry in entries]
+        self._n_sparse = sum(entry.grad.layout == torch.sparse_coo for entry in entries)
+        written = [*self._params, *values_of(holders_of(entries, complete))]
+        steps = [*map(get_step, complete)] if optimizer._counts_steps else []
+        self._guard = LayoutGuard(written)
+        self._addresses = addresses_of([*written, *steps])
+        self.first = found = self._found([entry.grad for entry in entries], written)
+
+        own = [
+            addresses_of([entry.param, *(state[name] for name in entry.state_names)])
+            for entry, state in zip(entries, complete, strict=True)
+        ]
+        values = [*map(_address, found.grads)]
+        first_keys = [*accumulate((rows + 1 for rows, _ in self._shapes), initial=0)]
+        self._key_dtype = torch.int32 if first_keys[-1] <= MAX_KEYS else torch.int64
+        self._cuts: list[tuple[RowVariant, range]] = []  # the tensors of each launch
+        table: list[int] = []
+        for variant in variants:
+            start = len(self._cuts) and self._cuts[-1][1].stop
+            tensors = range(start, start + len(members[variant]))
+            addresses = [address for i in tensors for address in (*own[i], values[i])]
+            widths = [self._shapes[i][1] for i in tensors]
+            self._cuts.append((variant.loading(addresses, widths), tensors))
+        for i, (entry, state) in enumerate(zip(entries, complete, strict=True)):
+            row_state = 0 if entry.row_state is None else state[entry.row_state].data_ptr()
+            rows, width = self._shapes[i]
+            table += row_launch.tensor_row(
+                entry.group, width, rows, first_keys[i], own[i], row_state
+            )
+        n_columns = GRAD_COLUMNS * len(entries)
+        buffer = Buffer(device, n_columns, hypers, self._pack, reads_steps=reads_step)
+        self._buffer = buffer
+        on_host = as_tensor(column("q", table)).view(-1, row_launch.TENSOR_COLUMNS)
+        self._tables = runtime.Tables(
+            rows=columns.on_device(on_host, device),
+            grads=buffer.grads,
+            hypers=buffer.hypers.view(len(optimizer.param_groups), -1),
+            steps=buffer.steps,
+        )
+        self._tickets = torch.zeros(0, dtype=torch.int32, device=device)
+        self._keys: KeysLaunch | None = None
+        self._launches: dict[frozenset[str], list[RowLaunch]] = {}
+        self._sizes: list[tuple[int, int]] = []  # programs and chunk of each launch of this step
+
+    def _found(self, grads: Sequence[Tensor], written: list[Tensor]) -> Found:
+        sparse, dense = grads[: self._n_sparse], grads[self._n_sparse :]
+        values = [*(grad._values() for grad in sparse), *dense]
+        ids = [grad._indices().contiguous() for grad in sparse]
+        return Found(values, written, [], ids)
+
+    def find(self) -> Found | None:
+        """This step's tensors, or None where this table no longer describes them.
+
+        It does while parameters and state are where they were, and gradients of the same kind.
+
+        Raises:
+            RuntimeError: on the CPU, a gradient has rows that its parameter has not.
+        """
+        grads = [param.grad for param in self._params]
+        if [*map(_look, grads)] != self._looks:
+            return None
+        try:
+            written = [*self._params, *values_of(self._holders)]
+            if not self._guard.check(written):
+                return None
+            steps = map(get_step, self._counted)
+            if addresses_of([*written, *steps]) != self._addresses:
+                return None
+        except (KeyError, TypeError):  # state was removed, or a step is no tensor any more
+            return None
+        found = self._found(grads, written)  # type: ignore[arg-type]
+        for variant, tensors in self._cuts:
+            values = found.grads[tensors.start : tensors.stop]
+            if variant.multiple > 1 and not is_aligned(map(_address, values)):
+                return None
+        for ids, param, where in zip(found.ids, self._params, self._wheres, strict=False):
+            check_ids(ids, param.shape, where)
+        return found
+
+    def prepare(self, kinds: frozenset[str]) -> None:
+        if kinds in self._launches:
+            return
+        if kinds:
+            self._tables = self._tables._replace(happened=self._tell_here())
+        if self._n_sparse and self._keys is None:
+            self._keys = KeysLaunch(self._tables, self._key_dtype)
+        self._launches[kinds] = [
+            RowLaunch(
+                self._rule, variant._replace(gate=kinds), self._tables, tensors, self._key_dtype
+            )
+            for variant, tensors in self._cuts
+        ]
+
+    def reordered(self, found: Found) -> list[Tensor]:
+        return [values for values in found.grads if not is_plain(values)]
+
+    def send(self, found: Found, hypers: list[float | Tensor], max_norm: float | None) -> Copies:
+        copies = [
+            (i, torch.empty(values.shape, dtype=values.dtype, device=self.device).copy_(values))
+            for i, values in enumerate(found.grads)
+            if not is_plain(values)
+        ]
+        values = [*found.grads]
+        for i, copy in copies:
+            values[i] = copy
+        counts = self._counts(found)
+        first: list[int] = []
+        self._sizes = []
+        for variant, tensors in self._cuts:
+            config = row_launch.config(variant, self.device)
+            mine = counts[tensors.start : tensors.stop]
+            chunk = config.chunk(sum(mine))
+            n_programs = [-(-count // chunk) for count in mine]
+            first += accumulate(n_programs[:-1], initial=0)
+            self._sizes.append((sum(n_programs), chunk))
+        positions = accumulate(counts, initial=0)
+        ids = [*addresses_of(found.ids), *[0] * (len(counts) - self._n_sparse)]
+        rows = zip(counts, first, positions, ids, addresses_of(values), strict=False)
+        self._buffer.send(column("q", [*chain.from_iterable(rows)]), hypers, 0.0)
+        return copies
+
+    def _counts(self, found: Found) -> list[int]:
+        """How many rows of each gradient there are to update from."""
+        dense = self._shapes[self._n_sparse :]
+        n_rows = [*(ids.shape[1] for ids in found.ids), *(rows for rows, _ in dense)]
+        return [n if width else 0 for n, (_, width) in zip(n_rows, self._shapes, strict=True)]
+
+    def _launch(self, found: Found, copies: Copies, gate: Gate) -> bool:
+        told = gate.on(self.device) if gate.kinds else {}
+        counts = self._counts(found)[: self._n_sparse]
+        sorted_keys = self._sorted_keys(counts) if sum(counts) else {}
+        for launch, (n_programs, chunk) in zip(
+            self._launches[gate.kinds], self._sizes, strict=True
+        ):
+            if n_programs:
+                scratch = {}
+                if launch.variant.sparse:
+                    scratch = {**sorted_keys, **self._scratch(launch.variant, n_programs)}
+                launch.grid = (n_programs, 1, 1)
+                launch.run(chunk=chunk, **scratch, **told)
+        return any(n_programs for n_programs, _ in self._sizes)
+
+    def _sorted_keys(self, counts: Sequence[int]) -> dict[str, Tensor]:
+        assert self._keys is not None
+        keys = torch.empty(sum(counts), dtype=self._key_dtype, device=self.device)
+        self._keys.grid = (-(-max(counts) // row_launch.KEYS_BLOCK), len(counts), 1)
+        self._keys.run(keys_ptr=keys)
+        keys, order = torch.sort(keys, stable=True)
+        return {"keys_ptr": keys, "order_ptr": order}
+
+    def _scratch(self, variant: RowVariant, n_programs: int) -> dict[str, Tensor]:
+        """Where programs meet that share a row."""
+        if len(self._tickets) < n_programs:
+            self._tickets = torch.zeros(n_programs, dtype=torch.int32, device=self.device)
+        shape = (n_programs, 2, variant.columns)
+        partials = torch.empty(shape, dtype=variant.compute_dtype, device=self.device)
+        return {"partials_ptr": partials, "tickets_ptr": self._tickets}
+
+    def run_once(self, hypers: list[float | Tensor]) -> None:
+        """Launch for the gradients of its making, without counting a step."""
+        assert self.first is not None
+        self.prepare(frozenset())
+        copies = self.send(self.first, hypers, None)
+        self._launch(self.first, copies, Gate())
+        increment_version(self.first.written)
+
+    def _own_tensors(self) -> list[Tensor | None]:
+        return [self._buffer.memory, self._tables.rows, self._tables.steps, self._tickets]
+
+
+def _variant(optimizer: FusedStep, entry: Entry) -> RowVariant:
+    state = optimizer.state.get(entry.param, {})
+    held = [state[name] for name in entry.state_names if name in state]
+    sparse = entry.grad.layout == torch.sparse_coo
+    storage = runtime.STORAGE_DTYPES
+    by_row = entry.row_state is not None
+    return RowVariant(
+        sparse=sparse,
+        flags=entry.flags,
+        n_states=len(entry.state_names),
+        param_dtype=storage[entry.param.dtype],
+        grad_dtype=storage[entry.grad.dtype],
+        state_dtype=storage[(held or [entry.param])[0].dtype],
+        row_dtype=row_launch.dtype_name(optimizer._row_dtype(entry.param)) if by_row else None,
+        columns=row_launch.columns_for(row_launch.rows_and_width(entry.param)[1]),
+        reads_step=optimizer._rows_read_step or not entry.flags.isdisjoint(optimizer._step_flags),
+    )
+
+
+def _look(grad: Tensor | None) -> object:
+    """What must stay as it is while a table is kept."""
+    if grad is None:
+        return None
+    if grad.layout != torch.sparse_coo:
+        return type(grad), grad.layout, grad.shape, grad.dtype, grad.device
+    kind = (grad.sparse_dim(), row_launch.few_enough(grad))
+    return type(grad), grad.layout, grad.shape, grad.dtype, grad.device, kind
+
+
+def _address(values: Tensor) -> int:
+    """0 of what will be copied."""
+    return values.data_ptr() if is_plain(values) else 0

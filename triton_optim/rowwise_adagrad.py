@@ -1,0 +1,116 @@
+"""Row-wise Adagrad."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .fused import FusedStep
+from .gate import Extras
+from .rowwise_loop import RowwiseAdagradLoop
+from .shards import is_dtensor
+from .ways import Group, State
+
+
+class RowwiseAdagrad(FusedStep, RowwiseAdagradLoop):
+    r"""Adagrad with one number of state for each row of a parameter.
+
+    .. math::
+        g_i &\leftarrow \nabla f(\theta)_i + \lambda\,\theta_i \\
+        s_i &\leftarrow s_i + \tfrac{1}{D} \lVert g_i \rVert^2 \\
+        \theta_i &\leftarrow \theta_i - \frac{\gamma}{\sqrt{s_i} + \epsilon}\, g_i
+
+    A row is what the first index selects: an embedding of one word, D elements. Of a tensor with
+    one dim each element is a row, which is Adagrad. State takes 1 / D of Adagrad's memory.
+
+    Gradients may be dense or, with one sparse dim, sparse as `nn.Embedding(sparse=True)` makes
+    them; then only rows that have a gradient decay, and step.
+
+    State of a parameter: `step`, and `sum`, one number a row, float32 (float64 for float64).
+
+    Args:
+        params: tensors, dicts of groups or `named_parameters()`; any shape, float32, bfloat16,
+            float16 or float64. Those that are not contiguous, or with rows of more than 4,096
+            elements (2,048 of float64), go the way of `fused=False`.
+        lr: learning rate :math:`\gamma`; a float or a one-element tensor.
+        weight_decay: :math:`\lambda`.
+        initial_accumulator_value: what :math:`s` starts from.
+        eps: :math:`\epsilon`, outside the root.
+        decoupled_weight_decay: shrink :math:`\theta_i` by :math:`\gamma\lambda\theta_i` instead of
+            adding to the gradient.
+        maximize: ascend.
+        fused: True insists on the kernels, False takes torch's operations, None decides parameter
+            by parameter.
+
+    Raises:
+        ValueError: a negative argument, or a complex parameter.
+
+    Example:
+        >>> table = torch.nn.EmbeddingBag(10_000_000, 64, sparse=True, device="cuda")
+        >>> optimizer = RowwiseAdagrad(table.parameters(), lr=0.01)
+        >>> loss.backward()
+        >>> optimizer.step()
+
+    Source: FBGEMM's EXACT_ROWWISE_ADAGRAD, whose weight decays are L2 and decoupled likewise;
+    Mudigere et al., "Software-hardware co-design for fast and scalable training of deep learning
+    recommendation models", 2022.
+    """
+
+    _rule = "rowwise_adagrad_rule"
+    _row_state = "sum"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        *,
+        decoupled_weight_decay: bool = False,
+        maximize: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            weight_decay,
+            initial_accumulator_value,
+            eps,
+            decoupled_weight_decay,
+            maximize,
+            fused,
+            extras=Extras(),
+        )
+
+    def _by_rows(self, grad: Tensor, state: State) -> bool:
+        return True
+
+    def _sparse_refusal(self, group: Group) -> str | None:
+        return None
+
+    def _check_leaving(self, grad: Tensor, group: Group, where: str, reason: str) -> None:
+        super()._check_leaving(grad, group, where, reason)
+        if is_dtensor(grad):
+            raise RuntimeError(
+                f"{where} is a DTensor, whose rows lie on several ranks; use Adagrad"
+            )
+
+    def _flags(self, group: Group) -> frozenset[str]:
+        flags = {"MAXIMIZE": group["maximize"], "DECOUPLED": group["decoupled_weight_decay"]}
+        return frozenset(flag for flag, on in flags.items() if on)
+
+    def _hyperparameters(self, group: Group) -> tuple[float | Tensor, ...]:
+        return group["lr"], group["weight_decay"], group["eps"]
+
+    def _state_names(self, group: Group) -> tuple[str, ...]:
+        return ()
+
+    def _row_dtype(self, param: Tensor) -> torch.dtype:
+        return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+    def _new_state(self, param: Tensor, group: Group) -> State:
+        value, dtype = group["initial_accumulator_value"], self._row_dtype(param)
+        sum = torch.full(param.shape[:1], value, dtype=dtype, device=param.device)
+        return {"step": self._new_step(param, group), "sum": sum}
