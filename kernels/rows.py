@@ -5,97 +5,26 @@ import triton.language as tl
 
 from .chunks import pointer, scalars
 from .gate import happens, unscaling
+from .keys import (
+    COUNT,
+    FIRST,
+    GRAD_COLUMNS,
+    GROUP,
+    KEY,
+    PARAM,
+    POSITION,
+    ROW_STATE,
+    ROWS,
+    STATES,
+    TENSOR_COLUMNS,
+    VALUES,
+    WIDTH,
+    find_tensor,
+    first_chunk,
+    last_chunk,
+    row_of,
+)
 from .numerics import narrow, widen
-
-# Columns of a row of the tensor table; the addresses of up to MAX_STATES states follow.
-GROUP = tl.constexpr(0)
-WIDTH = tl.constexpr(1)  # elements of a row
-ROWS = tl.constexpr(2)  # rows of the tensor
-KEY = tl.constexpr(3)  # of row 0
-PARAM = tl.constexpr(4)
-STATES = tl.constexpr(5)
-MAX_STATES = tl.constexpr(2)
-ROW_STATE = tl.constexpr(7)
-TENSOR_COLUMNS = tl.constexpr(8)
-
-# Columns of a row of the gradient table.
-COUNT = tl.constexpr(0)  # rows of the gradient
-FIRST = tl.constexpr(1)  # program of the launch
-POSITION = tl.constexpr(2)  # of its first key
-IDS = tl.constexpr(3)
-VALUES = tl.constexpr(4)
-GRAD_COLUMNS = tl.constexpr(5)
-
-
-@triton.jit
-def keys_kernel(tensors_ptr, grads_ptr, keys_ptr, BLOCK_SIZE: tl.constexpr):
-    """A key for every row of every gradient: the row's, or where there is no such row, the last.
-
-    A tensor of n rows has n + 1 keys, which follow those of the tensor before it.
-
-    Preconditions, beside those of `rows_kernel`: a grid of blocks and tensors; keys_ptr: int32 or
-    int64, one a row of all gradients, in the order of positions.
-    """
-    tensor = tl.program_id(1).to(tl.int64)
-    grad_ptr = grads_ptr + tensor * GRAD_COLUMNS
-    tensor_ptr = tensors_ptr + tensor * TENSOR_COLUMNS
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    mask = offsets < tl.load(grad_ptr + COUNT)
-    ids_ptr = tl.load(grad_ptr + IDS).to(tl.pointer_type(tl.int64))
-    ids = tl.load(ids_ptr + offsets, mask=mask, other=0)
-    rows = tl.load(tensor_ptr + ROWS)
-    keys = tl.load(tensor_ptr + KEY) + tl.where((ids >= 0) & (ids < rows), ids, rows)
-    positions = tl.load(grad_ptr + POSITION) + offsets
-    tl.store(keys_ptr + positions, keys.to(keys_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _find_tensor(grads_ptr, program, first, n_tensors):
-    """The last of the launch's tensors that does not begin after this program."""
-    low = first
-    high = first + n_tensors - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if tl.load(grads_ptr + middle * GRAD_COLUMNS + FIRST) <= program:
-            low = middle
-        else:
-            high = middle - 1
-    return low.to(tl.int64)
-
-
-@triton.jit
-def _first_chunk(keys_ptr, key, chunk, latest):
-    """The first chunk up to `latest` that does not end before `key`."""
-    low = latest * 0
-    high = latest
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(keys_ptr + (middle + 1) * chunk - 1) < key:
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
-@triton.jit
-def _last_chunk(keys_ptr, key, chunk, earliest, count):
-    """The last chunk from `earliest` on that does not begin after `key`."""
-    low = earliest
-    high = (count - 1) // chunk
-    while low < high:
-        middle = (low + high + 1) // 2
-        if tl.load(keys_ptr + middle * chunk) > key:
-            high = middle - 1
-        else:
-            low = middle
-    return low
-
-
-@triton.jit
-def _row(key_ptr, base, mask, other):
-    """The row of a key: int32, or `other` where there is no key."""
-    row = (tl.load(key_ptr, mask=mask, other=0).to(tl.int64) - base).to(tl.int32)
-    return tl.where(mask, row, other)
 
 
 @triton.jit
@@ -237,7 +166,7 @@ def rows_kernel(
     COMPUTE_DTYPE: tl.constexpr = tl.float64 if PARAM_DTYPE == tl.float64 else tl.float32
     ALIGNED: tl.constexpr = MULTIPLE > 1
     program = tl.program_id(0)
-    tensor = _find_tensor(grads_ptr, program, first_tensor, n_tensors)
+    tensor = find_tensor(grads_ptr, program, first_tensor, n_tensors)
     tensor_ptr = tensors_ptr + tensor * TENSOR_COLUMNS
     grad_ptr = grads_ptr + tensor * GRAD_COLUMNS
     count = tl.load(grad_ptr + COUNT).to(tl.int32)
@@ -270,7 +199,7 @@ def rows_kernel(
         order_ptr += position
         base = tl.load(tensor_ptr + KEY)
         n_rows = tl.load(tensor_ptr + ROWS).to(tl.int32)
-        before = _row(keys_ptr + start - 1, base, start > 0, -1)
+        before = row_of(keys_ptr + start - 1, base, start > 0, -1)
 
     for block in tl.range(start, stop, BLOCK_ROWS):
         place = block + block_row
@@ -279,8 +208,8 @@ def rows_kernel(
         source = place.to(tl.int64)
         complete = inside
         if keys_ptr is not None:
-            row = _row(keys_ptr + place, base, inside, -1)
-            after = _row(keys_ptr + place + 1, base, place + 1 < count, -1)
+            row = row_of(keys_ptr + place, base, inside, -1)
+            after = row_of(keys_ptr + place + 1, base, place + 1 < count, -1)
             source = tl.load(order_ptr + place, mask=inside, other=0) - position
             ends = inside & (row != after)
             complete = ends & (row != before) & (row != n_rows)
@@ -301,8 +230,8 @@ def rows_kernel(
                 grad = _sum_up(grad, tl.where(inside, row, -2 - block_row))
             grad = tl.where((row == carried)[:, None], grad + carry[None, :], grad)
             last = tl.minimum(block + BLOCK_ROWS, stop) - 1
-            carried = _row(keys_ptr + last, base, True, -1)
-            if carried == _row(keys_ptr + last + 1, base, last + 1 < stop, -1):
+            carried = row_of(keys_ptr + last, base, True, -1)
+            if carried == row_of(keys_ptr + last + 1, base, last + 1 < stop, -1):
                 carry = tl.sum(tl.where((place == last)[:, None], grad, 0.0), 0)
             # Of a row with positions in other chunks: the sum of those in this one.
             partial = (ends & (row == before)) | ((place == stop - 1) & (row == after))
@@ -319,11 +248,11 @@ def rows_kernel(
             place = start if side == 0 else stop - 1
             other = start - 1 if side == 0 else stop
             exists = (stop > start) & (other >= 0) & (other < count)
-            row = _row(keys_ptr + place, base, exists, -1)
-            crosses = row == _row(keys_ptr + other, base, exists, -2)
+            row = row_of(keys_ptr + place, base, exists, -1)
+            crosses = row == row_of(keys_ptr + other, base, exists, -2)
             if crosses & (row != n_rows) & ((side == 0) | (row != before)):
-                begin = _first_chunk(keys_ptr, base + row, chunk, index)
-                end = _last_chunk(keys_ptr, base + row, chunk, index, count)
+                begin = first_chunk(keys_ptr, base + row, chunk, index)
+                end = last_chunk(keys_ptr, base + row, chunk, index, count)
                 ticket_ptr = tickets_ptr + first_program + begin
                 # Acquire and release: the last one sees all that was stored before.
                 n_done = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")

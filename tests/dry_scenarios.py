@@ -21,12 +21,19 @@ from triton.compiler import CompiledKernel
 
 import triton_optim
 from triton_optim.kernels.multi_tensor import multi_tensor_kernel
+from triton_optim.kernels.rows import rows_kernel
 
 OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {}),
     ("SGD", {"momentum": 0.9}),
     ("Adagrad", {"lr_decay": 0.1}),
     ("RMSprop", {"momentum": 0.9, "centered": True}),
+]
+SPARSE_OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
+    ("SGD", {}),
+    ("Adagrad", {"lr_decay": 0.1}),
+    ("RMSprop", {"sparse": "lazy"}),
+    ("RowwiseAdagrad", {}),
 ]
 
 
@@ -157,6 +164,64 @@ def clipping_gradients_is_two_launches(gpu: DryGPU) -> None:
     assert len(gpu.launches) == launched + 2 + 4
 
 
+def rows_of_any_number_take_the_same_kernels(gpu: DryGPU) -> None:
+    """One that makes keys, for all optimizers, and one that updates."""
+    keys = 1
+    for name, kwargs in SPARSE_OPTIMIZERS:
+        make = getattr(triton_optim, name)
+        tables = [Parameter(torch.zeros(rows, 16)) for rows in (100, 7)]
+        optimizer = make(tables, **kwargs)
+        before = gpu.n_compiled()
+        for step, count in enumerate((1, 16, 17, 5000)):
+            for table in tables:
+                table.grad = _sparse(table, count)
+            optimizer.param_groups[0]["lr"] = 0.1 * (step + 1)
+            launched = len(gpu.launches)
+            optimizer.step()
+            assert len(gpu.launches) == launched + 2, name
+            assert gpu.n_compiled() == before + keys + 1, name
+        assert gpu.launches[-1][0] > 16  # programs
+        for n_tables in (1, 16, 40):
+            others = [Parameter(torch.zeros(5 + n, 16)) for n in range(n_tables)]
+            for table in others:
+                table.grad = _sparse(table, 3)
+            groups = [{"params": others[i::3], "lr": 0.1} for i in range(min(3, n_tables))]
+            make(groups, **kwargs).step()
+        assert gpu.n_compiled() == before + keys + 1, name
+        keys = 0
+
+
+def _sparse(param: Tensor, count: int) -> Tensor:
+    ids = torch.arange(count).remainder(len(param)).view(1, -1)
+    return torch.sparse_coo_tensor(ids, torch.ones(count, 16), param.shape)
+
+
+def rows_are_compiled_before_anything_is_launched(gpu: DryGPU) -> None:
+    tables = [Parameter(torch.zeros(9, 16)), Parameter(torch.zeros(9, 32))]
+    for table in tables:
+        table.grad = torch.ones_like(table).to_sparse(1)
+    optimizer = triton_optim.RowwiseAdagrad(tables)
+    warmup = type(rows_kernel).warmup
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("COLUMNS") == 32:
+            raise MemoryError
+        return warmup(self, *args, **kwargs)
+
+    launched = len(gpu.launches)
+    with patch.object(type(rows_kernel), "warmup", failing):
+        try:
+            optimizer.step()
+        except MemoryError:
+            pass
+        else:
+            raise AssertionError("the second kernel was not compiled")
+    assert len(gpu.launches) == launched
+    assert not optimizer.state
+    optimizer.step()
+    assert len(gpu.launches) == launched + 3
+
+
 SCENARIOS: tuple[Callable[[DryGPU], None], ...] = (
     nothing_is_compiled_after_the_first_step,
     a_launch_is_what_triton_would_launch,
@@ -164,6 +229,8 @@ SCENARIOS: tuple[Callable[[DryGPU], None], ...] = (
     everything_is_compiled_before_anything_is_launched,
     a_gated_step_is_told_this_steps_scalars,
     clipping_gradients_is_two_launches,
+    rows_of_any_number_take_the_same_kernels,
+    rows_are_compiled_before_anything_is_launched,
 )
 
 

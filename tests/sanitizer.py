@@ -14,8 +14,8 @@ from torch import Tensor
 from triton_optim import runtime
 from triton_optim.gate import Gate
 from triton_optim.kernels.chunks import NUMEL, PARAM
-from triton_optim.kernels.rows import PARAM as ROW_PARAM
-from triton_optim.kernels.rows import ROWS, WIDTH
+from triton_optim.kernels.keys import PARAM as ROW_PARAM
+from triton_optim.kernels.keys import ROWS, WIDTH
 from triton_optim.launch import Launch, UpdateLaunch
 from triton_optim.row_launch import KeysLaunch, RowLaunch
 from triton_optim.rows import RowTable

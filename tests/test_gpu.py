@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import STATEFUL_CASES, Case, Spec, Tensors, new_param, refused
+from cases import STATEFUL_CASES, Case, Spec, Tensors, assert_same_bits, new_param, refused
+from tables import Tables
 from torch.nn import Parameter
 
 import triton_optim
@@ -48,6 +49,37 @@ def test_no_synchronisation(case: Case, kwargs: dict[str, Any], scaled: bool) ->
             optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+SPARSE: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("SGD", {}),
+    ("Adagrad", {"lr_decay": 0.1}),
+    ("RowwiseAdagrad", {}),
+    ("RMSprop", {"sparse": "lazy", "centered": True}),
+)
+
+
+@pytest.mark.parametrize(("name", "kwargs"), SPARSE, ids=[name for name, _ in SPARSE])
+def test_sparse_steps_synchronise_with_nothing_and_repeat_their_bits(
+    name: str, kwargs: dict[str, Any]
+) -> None:
+    """Rows of 1 to 30,000 duplicates, over hundreds of programs."""
+    results = []
+    for _ in range(3):
+        tables = Tables([(1000, 64), (50, 64)], torch.float32)
+        optimizer = getattr(triton_optim, name)(tables.params, fused=True, **kwargs)
+        tables.new_gradients([40_000, 500], hot=30_000)
+        optimizer.step()
+        tables.new_gradients([50_000, 100], hot=20_000)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        results.append([[param.detach() for param in tables.params], optimizer.state_dict()])
+    assert_same_bits(results[1], results[0])
+    assert_same_bits(results[2], results[0])
 
 
 @every_state

@@ -16,9 +16,10 @@ from .runtime import ALIGNMENT, COMPILED, ITEM_SIZES, Tables
 from .tuning import RowConfig
 
 if runtime.DEVICE_TYPE:
-    from .kernels import rows as kernels
+    from .kernels import keys
+    from .kernels.rows import rows_kernel
 
-    TENSOR_COLUMNS, GRAD_COLUMNS = kernels.TENSOR_COLUMNS.value, kernels.GRAD_COLUMNS.value
+    TENSOR_COLUMNS, GRAD_COLUMNS = keys.TENSOR_COLUMNS.value, keys.GRAD_COLUMNS.value
 else:
     TENSOR_COLUMNS = GRAD_COLUMNS = 0
 
@@ -172,7 +173,7 @@ class RowLaunch(Launch):
             **constants(rule, variant, cut, tables.hypers.shape[1]),
         }
         chosen = options(variant, cut, runtime.architecture(device)) if COMPILED else {}
-        super().__init__(kernels.rows_kernel, variant, 1, arguments, chosen, device)
+        super().__init__(rows_kernel, variant, 1, arguments, chosen, device)
 
 
 class KeysLaunch(Launch):
@@ -192,7 +193,7 @@ class KeysLaunch(Launch):
             "BLOCK_SIZE": KEYS_BLOCK,
         }
         chosen = {"num_warps": 4} if COMPILED else {}
-        super().__init__(kernels.keys_kernel, None, 1, arguments, chosen, device)
+        super().__init__(keys.keys_kernel, None, 1, arguments, chosen, device)
 
 
 def tensor_row(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -18,8 +19,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
 from triton_optim import runtime
+from triton_optim.kernels.keys import keys_kernel
 from triton_optim.kernels.multi_tensor import multi_tensor_kernel
+from triton_optim.kernels.rows import rows_kernel
 
+KERNELS = (multi_tensor_kernel, keys_kernel, rows_kernel)
 SHARED_MEMORY = 227 * 1024  # bytes a program can have on sm_90
 
 
@@ -58,7 +62,8 @@ class DryGPU:
 
     def n_compiled(self) -> int:
         """Kernels compiled, or loaded from Triton's cache, until now."""
-        return sum(len(cache[0]) for cache in multi_tensor_kernel.device_caches.values())
+        caches = (kernel.device_caches.values() for kernel in KERNELS)
+        return sum(len(cache[0]) for cache in chain.from_iterable(caches))
 
 
 @contextmanager
