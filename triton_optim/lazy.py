@@ -1,52 +1,137 @@
-"""RMSprop's state of rows without a gradient, brought up to date when it is asked for."""
+"""RMSprop on sparse gradients: rows that were left out are brought up to date when they matter."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from .checks import describe
 from .cuts import Entry
+from .fused import FusedStep
 from .rows import RowTable
-
-if TYPE_CHECKING:
-    from .rmsprop import RMSprop
+from .ways import Group, State
 
 LAST_STEP = "last_step"  # int32 [rows]: the step up to which a row's averages are
 
 
-def catch_up(optimizer: RMSprop, alphas: Sequence[float | Tensor]) -> None:
-    """Do to the averages of every row what steps with a gradient of zero would have done.
+class LazyRows(FusedStep):
+    """The option `sparse="lazy"` of RMSprop."""
 
-    Args:
-        optimizer: whatever its parameters' gradients are.
-        alphas: by group, that of the steps since.
+    _row_state = LAST_STEP
+    _rows_read_step = True
+    _alphas: list[float | Tensor] | None = None  # of the steps that rows may have been left out of
 
-    Raises:
-        RuntimeError: state does not fit its parameter, or the kernels do not run where it is.
-    """
-    entries: dict[torch.device, list[Entry]] = defaultdict(list)
-    for index, group in enumerate(optimizer.param_groups):
-        names, flags = optimizer._state_names(group), optimizer._flags(group)
-        for position, param in enumerate(group["params"]):
-            if LAST_STEP not in optimizer.state.get(param, {}):
-                continue
-            where = describe(group, index, position)
-            if reason := optimizer._refusal(param, param, group):
-                raise RuntimeError(f"sparse='lazy' cannot bring {where} up to date: {reason}")
-            optimizer._check_state(param, group, where, kernels=True)
-            # The rule reads no gradient: the parameter takes its place.
-            entry = Entry(param, param, param, (), index, flags, names, False, LAST_STEP, where)
-            entries[param.device].append(entry)
-    groups = [{**g, "alpha": a} for g, a in zip(optimizer.param_groups, alphas, strict=True)]
-    hypers = optimizer._scalars(groups)
-    for device, here in entries.items():
-        on_device = optimizer._counts_on_device
-        RowTable(
-            optimizer, device, here, hypers,
-            counts_on_device=on_device, rule="rmsprop_catch_up_rule",
-        ).run_once(hypers)  # fmt: skip
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            ValueError: `sparse="lazy"` does not go with the group.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if self._extras.sparse is not None and (reason := self._lazy_refusal(group)):
+            del self.param_groups[-1]
+            raise ValueError(f"sparse='lazy' does not go with {reason}")
+
+    def _lazy_refusal(self, group: Group) -> str | None:
+        """What a row that was left out could not be spared for, or not in the kernel."""
+        excluded = {
+            "momentum, which moves every row at every step": group["momentum"] != 0,
+            "weight_decay, which moves every row at every step": group["weight_decay"] != 0,
+            "capturable=True: a capture would repeat the rows of its step": group["capturable"],
+            f"{self._group_refusal(group)}, which is torch's way": self._group_refusal(group),
+            "max_grad_norm: clip the gradients before the step": self.max_grad_norm is not None,
+        }
+        return next((reason for reason, is_on in excluded.items() if is_on), None)
+
+    def _planned_step(self) -> None:
+        if self._extras.sparse is not None:
+            alphas = [group["alpha"] for group in self.param_groups]
+            if self._alphas is not None and self._alphas != alphas[: len(self._alphas)]:
+                self._catch_up()
+            self._alphas = alphas
+        super()._planned_step()
+
+    def _catch_up(self) -> None:
+        """Do to every row's averages what steps with a gradient of zero would have done.
+
+        Raises:
+            RuntimeError: state does not fit its parameter, or kernels do not run where it is.
+        """
+        entries: dict[torch.device, list[Entry]] = defaultdict(list)
+        for index, group in enumerate(self.param_groups):
+            names, flags = self._state_names(group), self._flags(group)
+            for position, param in enumerate(group["params"]):
+                if LAST_STEP not in self.state.get(param, {}):
+                    continue
+                where = describe(group, index, position)
+                if reason := self._refusal(param, param, group):
+                    raise RuntimeError(f"sparse='lazy' cannot bring {where} up to date: {reason}")
+                self._check_state(param, group, where, kernels=True)
+                # The rule reads no gradient: the parameter takes its place.
+                entry = Entry(param, param, param, (), index, flags, names, False, LAST_STEP, where)
+                entries[param.device].append(entry)
+        alphas = self._alphas or []
+        since = [{**group, "alpha": a} for group, a in zip(self.param_groups, alphas, strict=False)]
+        hypers = self._scalars([*since, *self.param_groups[len(since) :]])
+        for device, here in entries.items():
+            RowTable(
+                self, device, here, hypers,
+                counts_on_device=self._counts_on_device, rule="rmsprop_catch_up_rule",
+            ).run_once(hypers)  # fmt: skip
+
+    @_disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the groups, in torch's format; see `torch.optim.Optimizer.state_dict`.
+
+        With `sparse="lazy"` every row is brought up to date first, so that `last_step` is left out.
+        """
+        if self._extras.sparse is None:
+            return super().state_dict()
+        self._catch_up()
+        state = self.state
+        try:
+            self.state = defaultdict(dict)
+            for param, values in state.items():
+                self.state[param] = {k: v for k, v in values.items() if k != LAST_STEP}
+            return super().state_dict()
+        finally:
+            self.state = state
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_alphas": self._alphas}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "defaults" not in state:  # loaded, where every row is up to date
+            self._alphas = None
+
+    def _by_rows(self, grad: Tensor, state: State) -> bool:
+        return super()._by_rows(grad, state) or LAST_STEP in state
+
+    def _sparse_refusal(self, group: Group) -> str | None:
+        if self._extras.sparse is None:
+            return "its gradient is sparse, without sparse='lazy'"
+        return self._lazy_refusal(group)
+
+    def _check_leaving(self, grad: Tensor, group: Group, where: str, reason: str) -> None:
+        super()._check_leaving(grad, group, where, reason)
+        if self._extras.sparse is not None and grad.layout != torch.strided:
+            raise RuntimeError(
+                f"sparse='lazy' cannot take {where}: {reason}; use the kernels, which run on a GPU "
+                "and under TRITON_INTERPRET=1, or make its gradient dense"
+            )
+
+    def _has_row_state(self, state: State) -> bool:
+        return LAST_STEP in state
+
+    def _row_dtype(self, param: Tensor) -> torch.dtype:
+        return torch.int32
+
+    def _new_row_state(self, param: Tensor, state: State) -> Tensor:
+        last = torch.zeros(param.shape[:1], dtype=torch.int32, device=param.device)
+        return last + state["step"].to(torch.int32) if "step" in state else last

@@ -213,16 +213,11 @@ class Plan:
         """Make the tables, and state where it is missing. Returns what `find` would."""
         on_device = optimizer._counts_on_device
         self._tables = [
-            RowTable(
-                optimizer, device, entries, self._hypers,
-                counts_on_device=on_device, rule=optimizer._row_rule or optimizer._rule,
-            )
-            if by_rows
-            else DenseTable(
+            (RowTable if by_rows else DenseTable)(
                 optimizer, device, entries, self._hypers, counts_on_device=on_device
             )
             for (device, _, by_rows), entries in self._entries.items()
-        ]  # fmt: skip
+        ]
         self._entries.clear()
         return [table.first for table in self._tables if table.first is not None]
 

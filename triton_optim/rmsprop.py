@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
-from .fused import FusedStep
 from .gate import Extras
-from .lazy import LAST_STEP, catch_up
+from .lazy import LazyRows
 from .ways import Group, State
 
 
-class RMSprop(FusedStep, torch.optim.RMSprop):
+class RMSprop(LazyRows, torch.optim.RMSprop):
     r"""RMSprop in one launch; drop-in for `torch.optim.RMSprop`, with `fused` added.
 
     .. math::
@@ -69,9 +64,6 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
 
     _rule = "rmsprop_rule"
     _row_rule = "lazy_rmsprop_rule"
-    _row_state = LAST_STEP
-    _rows_read_step = True
-    _alphas: list[float | Tensor] | None = None  # of the steps that rows may have been left out of
 
     def __init__(
         self,
@@ -113,95 +105,6 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
                 raise RuntimeError("`fused` does not support `differentiable`")
             if foreach:
                 raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`.
-
-        Raises:
-            ValueError: `sparse="lazy"` does not go with the group.
-        """
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        if self._extras.sparse is not None and (reason := self._lazy_refusal(group)):
-            del self.param_groups[-1]
-            raise ValueError(f"sparse='lazy' does not go with {reason}")
-
-    def _lazy_refusal(self, group: Group) -> str | None:
-        """What a row that was left out could not be spared for, or not in the kernel."""
-        excluded = {
-            "momentum, which moves every row at every step": group["momentum"] != 0,
-            "weight_decay, which moves every row at every step": group["weight_decay"] != 0,
-            "capturable=True: a capture would repeat the rows of its step": group["capturable"],
-            f"{self._group_refusal(group)}, which is torch's way": self._group_refusal(group),
-            "max_grad_norm: clip the gradients before the step": self.max_grad_norm is not None,
-        }
-        return next((reason for reason, is_on in excluded.items() if is_on), None)
-
-    def _planned_step(self) -> None:
-        if self._extras.sparse is not None:
-            alphas = [group["alpha"] for group in self.param_groups]
-            if self._alphas is not None and self._alphas != alphas[: len(self._alphas)]:
-                self._catch_up()
-            self._alphas = alphas
-        super()._planned_step()
-
-    def _catch_up(self) -> None:
-        """Bring the averages of every row up to date."""
-        before = self._alphas or []
-        alphas = [group["alpha"] for group in self.param_groups]
-        catch_up(self, [*before, *alphas[len(before) :]])
-
-    @_disable_dynamo
-    def state_dict(self) -> dict[str, Any]:
-        """The state and the groups, in torch's format; see `torch.optim.Optimizer.state_dict`.
-
-        With `sparse="lazy"` every row is brought up to date first, so that `last_step` is left out.
-        """
-        if self._extras.sparse is None:
-            return super().state_dict()
-        self._catch_up()
-        state = self.state
-        try:
-            self.state = defaultdict(dict)
-            for param, values in state.items():
-                self.state[param] = {k: v for k, v in values.items() if k != LAST_STEP}
-            return super().state_dict()
-        finally:
-            self.state = state
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_alphas": self._alphas}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "defaults" not in state:  # loaded, where every row is up to date
-            self._alphas = None
-
-    def _by_rows(self, grad: Tensor, state: State) -> bool:
-        return super()._by_rows(grad, state) or LAST_STEP in state
-
-    def _sparse_refusal(self, group: Group) -> str | None:
-        if self._extras.sparse is None:
-            return "its gradient is sparse, without sparse='lazy'"
-        return self._lazy_refusal(group)
-
-    def _check_leaving(self, grad: Tensor, group: Group, where: str, reason: str) -> None:
-        super()._check_leaving(grad, group, where, reason)
-        if self._extras.sparse is not None and grad.layout != torch.strided:
-            raise RuntimeError(
-                f"sparse='lazy' cannot take {where}: {reason}; use the kernels, which run on a GPU "
-                "and under TRITON_INTERPRET=1, or make its gradient dense"
-            )
-
-    def _has_row_state(self, state: State) -> bool:
-        return LAST_STEP in state
-
-    def _row_dtype(self, param: Tensor) -> torch.dtype:
-        return torch.int32
-
-    def _new_row_state(self, param: Tensor, state: State) -> Tensor:
-        last = torch.zeros(param.shape[:1], dtype=torch.int32, device=param.device)
-        return last + state["step"].to(torch.int32) if "step" in state else last
 
     def _flags(self, group: Group) -> frozenset[str]:
         flags = {

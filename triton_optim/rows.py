@@ -40,7 +40,7 @@ class RowTable(Table):
         entries: the parameters.
         hypers: every group's hyperparameters, one after another.
         counts_on_device: whether steps are counted on `device`.
-        rule: its name in kernels/rules.py.
+        rule: its name in kernels/rules.py, if it is not the one of a step.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class RowTable(Table):
         hypers: Sequence[object],
         *,
         counts_on_device: bool,
-        rule: str,
+        rule: str | None = None,
     ) -> None:
         members: dict[RowVariant, list[Entry]] = defaultdict(list)
         for entry in entries:
@@ -63,7 +63,8 @@ class RowTable(Table):
         super().__init__(
             optimizer, device, entries, reads_step=reads_step, counts_on_device=counts_on_device
         )
-        self._rule, complete = rule, self._complete
+        self._rule = rule or optimizer._row_rule or optimizer._rule
+        complete = self._complete
         self._wheres = [entry.where for entry in entries]
         self._shapes = [row_launch.rows_and_width(entry.param) for entry in entries]
         self._looks = [_look(entry.grad) for entry in entries]
