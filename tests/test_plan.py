@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 import triton_optim
 from triton_optim import columns, layout, plan, runtime, tuning
+from triton_optim.buffer import Buffer
 from triton_optim.dense import DenseTable
 from triton_optim.kernels.chunks import FIRST
 
@@ -224,3 +225,14 @@ def test_same_objects_are_not_compared_by_value() -> None:
     a, b = torch.zeros(1), torch.zeros(1)
     assert plan.differ([a], [b])
     assert not plan.differ([a, b], [a, b])
+
+
+@pytest.mark.parametrize("n_grads", [3, 4, 15])
+def test_what_is_sent_fills_its_buffer(n_grads: int) -> None:
+    """With steps that are counted on another device; on meta, where sizes alone are checked."""
+    hypers: list[float | Tensor] = [0.1] * 5
+    pack = torch.zeros(3)
+    buffer = Buffer(torch.device("meta"), n_grads, hypers, pack, reads_steps=True)
+    buffer.send(columns.column("q", range(n_grads)), hypers, 0.0)
+    assert buffer.steps is not None
+    assert len(buffer.steps) == 4

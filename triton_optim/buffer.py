@@ -14,18 +14,18 @@ AHEAD = 2  # float64 before the hyperparameters: the norm to clip to, and what a
 
 
 class Buffer:
-    """Gradient addresses, hyperparameters and step counts, sent in one copy when they did change.
+    """Where gradients are, hyperparameters and step counts, sent in one copy when they did change.
 
     Args:
         device: where.
-        n_tensors: of which there are addresses.
+        n_grads: numbers that say where gradients are.
         hypers: every group's hyperparameters, one after another.
         pack: the step counts; None if there are none.
         reads_steps: whether a kernel reads them.
 
     Attributes:
         memory: int64, all of it.
-        grads: int64 [n_tensors].
+        grads: int64 [n_grads], padded.
         max_norm: float64 [].
         hypers: float64 [hyperparameters of all groups].
         steps: what the kernel reads: the pack, unless that is on another device.
@@ -34,7 +34,7 @@ class Buffer:
     def __init__(
         self,
         device: torch.device,
-        n_tensors: int,
+        n_grads: int,
         hypers: Sequence[object],
         pack: Tensor | None,
         *,
@@ -45,8 +45,8 @@ class Buffer:
         self._host_pack = pack if reads_steps and pack is not None else None
         if pack is not None and pack.device == device:
             self._host_pack = None
-        n_steps = n_tensors if self._host_pack is not None else 0
-        lengths = [n + n % 2 for n in (n_tensors, AHEAD + len(hypers), n_steps)]
+        n_steps = 0 if self._host_pack is None else len(self._host_pack)
+        lengths = [n + n % 2 for n in (n_grads, AHEAD + len(hypers), n_steps)]
         self.memory = torch.empty(sum(lengths), dtype=torch.int64, device=device)
         self.grads, floats, steps = torch.split(self.memory, lengths)
         floats = floats.view(torch.float64)
