@@ -230,7 +230,7 @@ def rows_kernel(
                 grad = _sum_up(grad, tl.where(inside, row, -2 - block_row))
             grad = tl.where((row == carried)[:, None], grad + carry[None, :], grad)
             last = tl.minimum(block + BLOCK_ROWS, stop) - 1
-            carried = row_of(keys_ptr + last, base, True, -1)
+            carried = row_of(keys_ptr + last, base, last < stop, -1)
             if carried == row_of(keys_ptr + last + 1, base, last + 1 < stop, -1):
                 carry = tl.sum(tl.where((place == last)[:, None], grad, 0.0), 0)
             # Of a row with positions in other chunks: the sum of those in this one.
@@ -250,7 +250,8 @@ def rows_kernel(
             exists = (stop > start) & (other >= 0) & (other < count)
             row = row_of(keys_ptr + place, base, exists, -1)
             crosses = row == row_of(keys_ptr + other, base, exists, -2)
-            if crosses & (row != n_rows) & ((side == 0) | (row != before)):
+            done = before * 0 - 1 if side == 0 else before
+            if crosses & (row != n_rows) & (row != done):
                 begin = first_chunk(keys_ptr, base + row, chunk, index)
                 end = last_chunk(keys_ptr, base + row, chunk, index, count)
                 ticket_ptr = tickets_ptr + first_program + begin
