@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim import checks, rows, runtime, tuning
+from triton_optim import checks, row_cuts, rows, tuning
 from triton_optim.launch import Launch, recorded
 from triton_optim.row_launch import RowLaunch, RowVariant
 
@@ -302,8 +302,8 @@ def test_empty_tables(shape: tuple[int, ...]) -> None:
 
 def test_keys_of_more_rows_than_an_int32_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
-    for most in (rows.MAX_KEYS, 64):
-        monkeypatch.setattr(rows, "MAX_KEYS", most)
+    for most in (row_cuts.MAX_KEYS, 64):
+        monkeypatch.setattr(row_cuts, "MAX_KEYS", most)
         tables = Tables([(40, 4), (30, 4)], torch.float32)
         optimizer = ADAGRAD.ours(tables.params)
         tables.new_gradients([90, 20], hot=30)
@@ -517,4 +517,3 @@ def test_check_ids_knows_every_sparse_dim() -> None:
     checks.check_ids(ids, (3, 5, 7), "p")
     with pytest.raises(RuntimeError, match="p has a row 4, the parameter 4 rows"):
         checks.check_ids(ids, (3, 4, 7), "p")
-    assert runtime.STORAGE_DTYPES

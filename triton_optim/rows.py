@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING
@@ -11,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import columns, row_launch, runtime
+from . import columns, row_cuts, row_launch, runtime
 from .buffer import Buffer
 from .checks import check_ids
-from .columns import addresses_of, as_tensor, column, is_aligned
+from .columns import addresses_of, column, is_aligned
 from .cuts import Entry
 from .gate import Gate
 from .layout import LayoutGuard, is_plain
@@ -24,8 +23,6 @@ from .table import Copies, Found, Table
 
 if TYPE_CHECKING:
     from .fused import FusedStep
-
-MAX_KEYS = 2**31  # of int32, which are sorted in half the time of int64
 
 
 class RowTable(Table):
@@ -53,13 +50,9 @@ class RowTable(Table):
         counts_on_device: bool,
         rule: str | None = None,
     ) -> None:
-        members: dict[RowVariant, list[Entry]] = defaultdict(list)
-        for entry in entries:
-            members[_variant(optimizer, entry)].append(entry)
-        # Those with sparse gradients come first: they alone have keys.
-        variants = sorted(members, key=lambda variant: not variant.sparse)
-        entries = [*chain.from_iterable(members[variant] for variant in variants)]
-        reads_step = any(variant.reads_step for variant in variants)
+        members = row_cuts.grouped(optimizer, entries)
+        entries = [*chain.from_iterable(members.values())]
+        reads_step = any(variant.reads_step for variant in members)
         super().__init__(
             optimizer, device, entries, reads_step=reads_step, counts_on_device=counts_on_device
         )
@@ -75,33 +68,13 @@ class RowTable(Table):
         self._addresses = addresses_of([*written, *steps])
         self.first = found = self._found([entry.grad for entry in entries], written)
 
-        own = [
-            addresses_of([entry.param, *(state[name] for name in entry.state_names)])
-            for entry, state in zip(entries, complete, strict=True)
-        ]
-        values = [*map(_address, found.grads)]
-        first_keys = [*accumulate((rows + 1 for rows, _ in self._shapes), initial=0)]
-        self._key_dtype = torch.int32 if first_keys[-1] <= MAX_KEYS else torch.int64
-        self._cuts: list[tuple[RowVariant, range]] = []  # the tensors of each launch
-        table: list[int] = []
-        for variant in variants:
-            start = len(self._cuts) and self._cuts[-1][1].stop
-            tensors = range(start, start + len(members[variant]))
-            addresses = [address for i in tensors for address in (*own[i], values[i])]
-            widths = [self._shapes[i][1] for i in tensors]
-            self._cuts.append((variant.loading(addresses, widths), tensors))
-        for i, (entry, state) in enumerate(zip(entries, complete, strict=True)):
-            row_state = 0 if entry.row_state is None else state[entry.row_state].data_ptr()
-            rows, width = self._shapes[i]
-            table += row_launch.tensor_row(
-                entry.group, width, rows, first_keys[i], own[i], row_state
-            )
+        cut = row_cuts.cut(members, complete, [*map(_address, found.grads)])
+        self._cuts, self._key_dtype = cut.launches, cut.key_dtype
         n_columns = GRAD_COLUMNS * len(entries)
         buffer = Buffer(device, n_columns, hypers, self._pack, reads_steps=reads_step)
         self._buffer = buffer
-        on_host = as_tensor(column("q", table)).view(-1, row_launch.TENSOR_COLUMNS)
         self._tables = runtime.Tables(
-            rows=columns.on_device(on_host, device),
+            rows=columns.on_device(cut.tensors, device),
             grads=buffer.grads,
             hypers=buffer.hypers.view(len(optimizer.param_groups), -1),
             steps=buffer.steps,
@@ -235,25 +208,6 @@ class RowTable(Table):
 
     def _own_tensors(self) -> list[Tensor | None]:
         return [self._buffer.memory, self._tables.rows, self._tables.steps, self._tickets]
-
-
-def _variant(optimizer: FusedStep, entry: Entry) -> RowVariant:
-    state = optimizer.state.get(entry.param, {})
-    held = [state[name] for name in entry.state_names if name in state]
-    sparse = entry.grad.layout == torch.sparse_coo
-    storage = runtime.STORAGE_DTYPES
-    by_row = entry.row_state is not None
-    return RowVariant(
-        sparse=sparse,
-        flags=entry.flags,
-        n_states=len(entry.state_names),
-        param_dtype=storage[entry.param.dtype],
-        grad_dtype=storage[entry.grad.dtype],
-        state_dtype=storage[(held or [entry.param])[0].dtype],
-        row_dtype=row_launch.dtype_name(optimizer._row_dtype(entry.param)) if by_row else None,
-        columns=row_launch.columns_for(row_launch.rows_and_width(entry.param)[1]),
-        reads_step=optimizer._rows_read_step or not entry.flags.isdisjoint(optimizer._step_flags),
-    )
 
 
 def _look(grad: Tensor | None) -> object:

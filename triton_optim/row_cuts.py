@@ -1,0 +1,86 @@
+"""How the tensors of a table by rows are put into launches."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import row_launch, runtime
+from .columns import addresses_of, as_tensor, column
+from .cuts import Entry
+from .row_launch import RowVariant, rows_and_width
+from .ways import State
+
+if TYPE_CHECKING:
+    from .fused import FusedStep
+
+MAX_KEYS = 2**31  # of int32, which are sorted in half the time of int64
+
+
+class RowCuts(NamedTuple):
+    """The table of tensors, on the host, and which of them each launch updates."""
+
+    tensors: Tensor  # int64 [tensors, TENSOR_COLUMNS]
+    launches: list[tuple[RowVariant, range]]
+    key_dtype: torch.dtype
+
+
+def grouped(optimizer: FusedStep, entries: Iterable[Entry]) -> dict[RowVariant, list[Entry]]:
+    """Entries by what their kernel is compiled for; those with sparse gradients come first."""
+    members: dict[RowVariant, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        members[_variant(optimizer, entry)].append(entry)
+    return dict(sorted(members.items(), key=lambda item: not item[0].sparse))
+
+
+def cut(
+    members: dict[RowVariant, list[Entry]], states: Sequence[State], grads: Sequence[int]
+) -> RowCuts:
+    """Cut the entries of one device.
+
+    Args:
+        members: of `grouped`.
+        states: of all entries, in their order.
+        grads: the addresses of their gradients' values.
+    """
+    entries = [*chain.from_iterable(members.values())]
+    shapes = [rows_and_width(entry.param) for entry in entries]
+    first_keys = [*accumulate((rows + 1 for rows, _ in shapes), initial=0)]
+    addresses, table = [], []
+    for entry, state, (rows, width), key in zip(entries, states, shapes, first_keys, strict=False):
+        own = addresses_of([entry.param, *(state[name] for name in entry.state_names)])
+        row_state = 0 if entry.row_state is None else state[entry.row_state].data_ptr()
+        table += row_launch.tensor_row(entry.group, width, rows, key, own, row_state)
+        addresses.append(own)
+    launches, start = [], 0
+    for variant, mine in members.items():
+        tensors = range(start, start + len(mine))
+        everything = chain.from_iterable((*addresses[i], grads[i]) for i in tensors)
+        launches.append((variant.loading(everything, [shapes[i][1] for i in tensors]), tensors))
+        start = tensors.stop
+    key_dtype = torch.int32 if first_keys[-1] <= MAX_KEYS else torch.int64
+    on_host = as_tensor(column("q", table)).view(-1, row_launch.TENSOR_COLUMNS)
+    return RowCuts(on_host, launches, key_dtype)
+
+
+def _variant(optimizer: FusedStep, entry: Entry) -> RowVariant:
+    state = optimizer.state.get(entry.param, {})
+    held = [state[name] for name in entry.state_names if name in state]
+    by_row = entry.row_state is not None
+    storage = runtime.STORAGE_DTYPES
+    return RowVariant(
+        sparse=entry.grad.layout == torch.sparse_coo,
+        flags=entry.flags,
+        n_states=len(entry.state_names),
+        param_dtype=storage[entry.param.dtype],
+        grad_dtype=storage[entry.grad.dtype],
+        state_dtype=storage[(held or [entry.param])[0].dtype],
+        row_dtype=row_launch.dtype_name(optimizer._row_dtype(entry.param)) if by_row else None,
+        columns=row_launch.columns_for(rows_and_width(entry.param)[1]),
+        reads_step=optimizer._rows_read_step or not entry.flags.isdisjoint(optimizer._step_flags),
+    )
