@@ -25,6 +25,7 @@ from .keys import (
     row_of,
 )
 from .numerics import narrow, widen
+from .rules import CATCH_UP
 
 
 @triton.jit
@@ -48,28 +49,38 @@ def _sum_up(grad, key):
 
 
 @triton.jit
-def _row_pointers(
-    row,
+def _tensor_pointers(
     tensor_ptr,
-    width,
     N_STATES: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
     ROW_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ):
-    """Pointers to the elements of rows: of the parameter, its states, and the state of rows."""
-    offsets = row.to(tl.int64)[:, None] * width + tl.arange(0, COLUMNS)[None, :]
-    param_ptr = pointer(tl.load(tensor_ptr + PARAM), 0, PARAM_DTYPE, ALIGNED) + offsets
+    """To the parameter, its states, and the state of rows."""
+    param_ptr = pointer(tl.load(tensor_ptr + PARAM), 0, PARAM_DTYPE, ALIGNED)
     state_ptrs = ()
     for i in tl.static_range(N_STATES):
         address = tl.load(tensor_ptr + STATES + i)
-        state_ptrs = state_ptrs + (pointer(address, 0, STATE_DTYPE, ALIGNED) + offsets,)
+        state_ptrs = state_ptrs + (pointer(address, 0, STATE_DTYPE, ALIGNED),)
     row_ptrs = ()
     if ROW_DTYPE is not None:
-        row_ptrs = (pointer(tl.load(tensor_ptr + ROW_STATE), 0, ROW_DTYPE, False) + row[:, None],)
+        row_ptrs = (pointer(tl.load(tensor_ptr + ROW_STATE), 0, ROW_DTYPE, False),)
     return param_ptr, state_ptrs, row_ptrs
+
+
+@triton.jit
+def _row_pointers(tensor_pointers, row, width, COLUMNS: tl.constexpr):
+    """To the elements of rows of these tensors."""
+    param_ptr, state_ptrs, row_ptrs = tensor_pointers
+    offsets = row.to(tl.int64)[:, None] * width + tl.arange(0, COLUMNS)[None, :]
+    states = ()
+    for i in tl.static_range(len(state_ptrs)):
+        states = states + (state_ptrs[i] + offsets,)
+    of_rows = ()
+    for i in tl.static_range(len(row_ptrs)):
+        of_rows = of_rows + (row_ptrs[i] + row[:, None],)
+    return param_ptr + offsets, states, of_rows
 
 
 @triton.jit
@@ -81,7 +92,9 @@ def _load_rows(pointers, active, mask, COMPUTE_DTYPE: tl.constexpr):
         state = state + (widen(tl.load(state_ptrs[i], mask=mask, other=0.0), COMPUTE_DTYPE),)
     row_state = ()
     for i in tl.static_range(len(row_ptrs)):
-        row_state = row_state + (tl.load(row_ptrs[i], mask=active[:, None], other=0),)
+        # Elsewhere the largest step there is: then there are none to make good.
+        state_of_rows = tl.load(row_ptrs[i], mask=active[:, None], other=2147483647)
+        row_state = row_state + (state_of_rows,)
     return param, state, row_state
 
 
@@ -106,7 +119,8 @@ def _update_rows(
         row_ptr = row_ptrs[0]
         param, state, new = RULE(param, grad, state, row_state[0], width, hyper, step, FLAGS)
         tl.store(row_ptr, new.to(row_ptr.dtype.element_ty), mask=active[:, None])
-    tl.store(param_ptr, narrow(param, param_ptr.dtype.element_ty), mask=mask)
+    if not (CATCH_UP & FLAGS):
+        tl.store(param_ptr, narrow(param, param_ptr.dtype.element_ty), mask=mask)
     for i in tl.static_range(len(state_ptrs)):
         ptr = state_ptrs[i]
         tl.store(ptr, narrow(state[i], ptr.dtype.element_ty), mask=mask)
@@ -157,7 +171,7 @@ def rows_kernel(
     - keys_ptr: `keys_kernel`'s, sorted, or None: then gradients are dense, and position is row;
     - order_ptr: int64, the position of each key before;
     - partials_ptr: [programs, 2, COLUMNS] of the arithmetic's dtype;
-    - tickets_ptr: int32, 0, one a program; they are 0 again afterwards;
+    - tickets_ptr: int32, 0, one a program;
     - addresses are those of rows that follow one another without gaps; COLUMNS is no less than
       their width, and a power of two;
     - MULTIPLE divides the width; if it is not 1, all addresses but row state's and ids' are
@@ -173,6 +187,9 @@ def rows_kernel(
     first_program = tl.load(grad_ptr + FIRST).to(tl.int32)
     width = tl.multiple_of(tl.load(tensor_ptr + WIDTH), MULTIPLE)
     values_ptr = pointer(tl.load(grad_ptr + VALUES), 0, GRAD_DTYPE, ALIGNED)
+    tensor_pointers = _tensor_pointers(
+        tensor_ptr, N_STATES, PARAM_DTYPE, STATE_DTYPE, ROW_DTYPE, ALIGNED
+    )
     hyper = scalars(hypers_ptr + tl.load(tensor_ptr + GROUP) * N_HYPERS, N_HYPERS)
     step = None
     if steps_ptr is not None:
@@ -216,9 +233,7 @@ def rows_kernel(
         grad_offsets = source[:, None] * width + column[None, :]
         mask = inside[:, None] & within
         grad = tl.load(values_ptr + grad_offsets, mask=mask, other=0.0)
-        pointers = _row_pointers(
-            row, tensor_ptr, width, N_STATES, PARAM_DTYPE, STATE_DTYPE, ROW_DTYPE, ALIGNED, COLUMNS
-        )
+        pointers = _row_pointers(tensor_pointers, row, width, COLUMNS)
         updated = complete[:, None] & within
         values = _load_rows(pointers, complete, updated, COMPUTE_DTYPE)
         grad = widen(grad, COMPUTE_DTYPE)
@@ -268,17 +283,13 @@ def rows_kernel(
                             slot_ptr + column[None, :], mask=mask, other=0.0, cache_modifier=".cg"
                         )
                     grad = tl.broadcast_to(tl.sum(sums, 0)[None, :], (BLOCK_ROWS, COLUMNS))
-                    pointers = _row_pointers(
-                        row + block_row * 0, tensor_ptr, width, N_STATES, PARAM_DTYPE, STATE_DTYPE,
-                        ROW_DTYPE, ALIGNED, COLUMNS,
-                    )  # fmt: skip
+                    pointers = _row_pointers(tensor_pointers, row + block_row * 0, width, COLUMNS)
                     one = block_row == 0
                     updated = one[:, None] & within
                     values = _load_rows(pointers, one, updated, COMPUTE_DTYPE)
                     _update_rows(
                         pointers, one, updated, values, grad, width, hyper, step, RULE, FLAGS
                     )
-                    tl.store(ticket_ptr, 0)
 
     # Last: after a store, AMD's compiler takes addresses that are loaded for a thread's own.
     if happened_ptr is not None:

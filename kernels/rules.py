@@ -28,6 +28,7 @@ CENTERED = tl.constexpr(8)
 LR_DECAY = tl.constexpr(16)
 DAMPENING = tl.constexpr(32)
 DECOUPLED = tl.constexpr(64)
+CATCH_UP = tl.constexpr(128)  # parameters are not stored
 
 
 @triton.jit
@@ -113,28 +114,20 @@ def rowwise_adagrad_rule(param, grad, state, row_state, width, hyper, step, FLAG
 
 
 @triton.jit
-def _decayed(state, alpha, gap):
-    """Averages after `gap` updates by a zero: each is multiplied with alpha**gap."""
-    factor = power(alpha, gap)
-    new_state = ()
-    for i in tl.static_range(len(state)):
-        new_state = new_state + (state[i] * factor.to(state[i].dtype),)
-    return new_state
-
-
-@triton.jit
 def lazy_rmsprop_rule(param, grad, state, row_state, width, hyper, step, FLAGS: tl.constexpr):
     """rmsprop_rule without momentum and decay, after what zeros did since update `row_state`.
 
-    A zero gradient moves no parameter, and v = a v, m = a m.
+    A zero gradient moves no parameter, and v = a v, m = a m. With CATCH_UP nothing else is done.
     """
-    state = _decayed(state, hyper[1], (step - row_state).to(tl.int32))
-    param, state = rmsprop_rule(param, grad, state, hyper, step, FLAGS)
-    return param, state, row_state * 0 + step + 1
-
-
-@triton.jit
-def rmsprop_catch_up_rule(param, grad, state, row_state, width, hyper, step, FLAGS: tl.constexpr):
-    """What zeros did since update `row_state`, up to now."""
-    state = _decayed(state, hyper[1], (step - row_state).to(tl.int32))
-    return param, state, row_state * 0 + step
+    factor = power(hyper[1], tl.maximum(step - row_state, 0).to(tl.int32)).to(grad.dtype)
+    averages = ()
+    for i in tl.static_range(len(state)):
+        # an infinite average stays so, however small the factor
+        kept = tl.where(tl.abs(state[i]) == float("inf"), state[i], state[i] * factor)
+        averages = averages + (kept,)
+    if CATCH_UP & FLAGS:
+        updates = step
+    else:
+        param, averages = rmsprop_rule(param, grad, averages, hyper, step, FLAGS)
+        updates = step + 1
+    return param, averages, row_state * 0 + updates

@@ -14,8 +14,8 @@ from torch import Tensor
 from triton_optim import runtime
 from triton_optim.gate import Gate
 from triton_optim.kernels.chunks import NUMEL, PARAM
+from triton_optim.kernels.keys import COUNT, GRAD_COLUMNS, IDS, ROW_STATE, ROWS, VALUES, WIDTH
 from triton_optim.kernels.keys import PARAM as ROW_PARAM
-from triton_optim.kernels.keys import ROWS, WIDTH
 from triton_optim.launch import Launch, UpdateLaunch
 from triton_optim.row_launch import KeysLaunch, RowLaunch
 from triton_optim.rows import RowTable
@@ -48,7 +48,6 @@ class Sanitizer:
             return
         replaced = dict(copies)
         self._grads = _spans(replaced.get(i, grad) for i, grad in enumerate(found.grads))
-        self._ids = _spans(found.ids)
         if isinstance(table, RowTable):
             self._writable = touched(table, found)
         else:
@@ -74,11 +73,12 @@ class Sanitizer:
         bound = _spans(value for value in arguments.values() if isinstance(value, Tensor))
         if isinstance(launch, KeysLaunch):
             self._scratch = _spans([arguments["keys_ptr"]])
-            self._readable = _merged([*bound, *self._ids])
+            self._readable = _merged([*bound, *_ids(launch)])
         elif isinstance(launch, RowLaunch):
             scratch = ("partials_ptr", "tickets_ptr", "happened_ptr")
             self._scratch = _spans(t for name in scratch if (t := arguments[name]) is not None)
             self._readable = _merged([*bound, *self._grads, *self._writable])
+            _check_row_alignment(launch)
         elif not isinstance(launch, UpdateLaunch):
             grads = _listed(arguments)
             self._scratch = _merged([*bound, *grads])
@@ -148,6 +148,27 @@ def _check_alignment(launch: UpdateLaunch) -> None:
         tensors = launch.owners.unique()
         promised = torch.cat([tables.rows[tensors, PARAM.value :].flatten(), tables.grads[tensors]])
         assert not bool((promised % runtime.ALIGNMENT).any()), "not aligned"
+
+
+def _ids(launch: KeysLaunch) -> list[Span]:
+    """The ids of sparse gradients."""
+    n = launch.grid[1]
+    grads = launch.arguments["grads_ptr"][: GRAD_COLUMNS.value * n].view(n, -1)
+    starts, counts = grads[:, IDS.value].tolist(), grads[:, COUNT.value].tolist()
+    return [(start, start + 8 * n) for start, n in zip(starts, counts, strict=True)]
+
+
+def _check_row_alignment(launch: RowLaunch) -> None:
+    if launch.variant.multiple > 1:
+        first, n = launch.arguments["first_tensor"], launch.arguments["n_tensors"]
+        tensors = launch.arguments["tensors_ptr"][first : first + n]
+        grads = launch.arguments["grads_ptr"][: GRAD_COLUMNS.value * (first + n)].view(
+            first + n, -1
+        )
+        addresses = [*tensors[:, ROW_PARAM.value : ROW_STATE.value].flatten().tolist()]
+        addresses += grads[first:, VALUES.value].tolist()
+        assert not any(address % runtime.ALIGNMENT for address in addresses), "not aligned"
+        assert not bool((tensors[:, WIDTH.value] % launch.variant.multiple).any()), "not aligned"
 
 
 def _listed(arguments: dict[str, Any]) -> list[Span]:

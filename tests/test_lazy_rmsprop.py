@@ -185,6 +185,7 @@ def test_a_skipped_step_counts_for_no_row() -> None:
         ({"fused": False}, "does not go with fused=False"),
         ({"max_grad_norm": 1.0}, "does not go with max_grad_norm"),
         ({"capturable": True}, "does not go with capturable=True"),
+        ({"alpha": torch.tensor(0.9)}, "does not go with a tensor as alpha"),
         ({"sparse": "eager"}, "Invalid sparse value: 'eager'"),
     ],
     ids=str,
@@ -210,6 +211,93 @@ def test_what_is_changed_into_that_later_is_refused_at_the_step() -> None:
         optimizers[0].step()
 
 
+@pytest.mark.parametrize("change", ["foreach", "momentum"])
+def test_averages_that_lag_are_not_left_to_torch(change: str) -> None:
+    runs, optimizers = _pair()
+    _step(runs, optimizers)
+    (param,) = runs[0].params
+    param.grad = torch.ones_like(param)
+    optimizers[0].param_groups[0][change] = 0.5 if change == "momentum" else True
+    before = param.detach().clone()
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0"):
+        optimizers[0].step()
+    assert_same_bits(param.detach(), before)
+    if change == "foreach":
+        saved = optimizers[0].state_dict()
+        optimizers[0].load_state_dict(saved)
+        optimizers[0].step()
+
+
+def test_steps_beyond_what_float32_counts() -> None:
+    runs, optimizers = _pair(alpha=0.9)
+    _step(runs, optimizers)
+    (param,) = runs[0].params
+    state = optimizers[0].state[param]
+    state["step"].fill_(2**24)
+    state["last_step"].fill_(2**24)
+    for _ in range(6):
+        _step(runs, optimizers, count=2)
+    assert state["step"] == 2**24 + 6
+    saved = optimizers[0].state_dict()["state"][0]
+    exact = optimizers[1].state[runs[1].params[0]]
+    torch.testing.assert_close(saved["square_avg"], exact["square_avg"], rtol=1e-12, atol=1e-12)
+    assert saved["step"].dtype == torch.float32
+    optimizers[0].load_state_dict(optimizers[0].state_dict())
+    assert optimizers[0].state[param]["step"].dtype == torch.float64
+
+
+def test_a_state_dict_writes_no_parameter() -> None:
+    """A backward pass may follow."""
+    runs, optimizers = _pair()
+    for _ in range(3):
+        _step(runs, optimizers, count=2)
+    (param,) = runs[0].params
+    loss, before = param.square().sum(), param.detach().clone()
+    optimizers[0].state_dict()
+    loss.backward()
+    assert_same_bits(param.detach(), before)
+
+
+def test_state_with_gaps_and_damaged_state() -> None:
+    runs, optimizers = _pair()
+    for _ in range(3):
+        _step(runs, optimizers, count=2)
+    (param,) = runs[0].params
+    state = optimizers[0].state[param]
+    wide = torch.cat((state["square_avg"], torch.full_like(param, 7.0)), 1)
+    state["square_avg"] = wide[:, :4]
+    _check(runs, optimizers)
+    assert (wide[:, 4:] == 7).all()
+    state["last_step"] = state["last_step"][:-1]
+    with pytest.raises(
+        RuntimeError, match=r"state 'last_step' of parameter 0 of group 0 has shape"
+    ):
+        optimizers[0].state_dict()
+
+
+def test_an_infinite_average_stays_one() -> None:
+    tables = Tables([(4, 2)], torch.float32)
+    (param,) = tables.params
+    optimizer = triton_optim.RMSprop([param], sparse="lazy", alpha=0.5)
+    tables.new_gradients([3])
+    optimizer.step()
+    state = optimizer.state[param]
+    state["square_avg"].fill_(float("inf"))
+    state["step"].fill_(2000)
+    before = param.detach().clone()
+    param.grad = sparse([0, 1], tables.draw(2, 2), param)
+    optimizer.step()
+    assert_same_bits(param.detach(), before)
+    assert optimizer.state_dict()["state"][0]["square_avg"].isinf().all()
+
+
+def test_it_does_not_step_in_backward() -> None:
+    model = torch.nn.Embedding(4, 2, sparse=True)
+    optimizer = triton_optim.RMSprop(model.parameters(), sparse="lazy")
+    with pytest.raises(RuntimeError, match="sparse='lazy' makes good what rows missed"):
+        triton_optim.step_in_backward(model, optimizer)
+
+
 def test_without_kernels_it_says_so() -> None:
     """On the CPU, without the interpreter."""
     program = """
@@ -231,5 +319,5 @@ except RuntimeError as error:
     )  # fmt: skip
     assert done.stdout.startswith(
         "sparse='lazy' cannot take parameter 0 of group 0: it is on cpu, where the kernels do not "
-        "run; use the kernels, which run on a GPU and under TRITON_INTERPRET=1, or make"
+        "run; use the kernels, which run on a GPU and under TRITON_INTERPRET=1, or go on from"
     )

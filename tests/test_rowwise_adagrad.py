@@ -196,6 +196,34 @@ def test_what_the_kernels_do_not_take_goes_without_them(kind: str) -> None:
     torch.testing.assert_close(param.detach(), torch.full_like(param, 0.9))
 
 
+def test_rows_that_do_not_lie_one_after_another() -> None:
+    """As of a convolution in channels_last, and gradients that have no rows."""
+    weights = [torch.randn(4, 3, 2, 2, device=DEVICE) for _ in range(1)]
+    params = [Parameter(weights[0].clone()) for _ in range(2)]
+    params[0].data = params[0].data.to(memory_format=torch.channels_last)
+    for param in params:
+        param.grad = torch.ones_like(param)
+        optimizer = RowwiseAdagrad([param], lr=0.1)
+        optimizer.step()
+        optimizer.step()
+    torch.testing.assert_close(params[0].detach(), params[1].detach())
+    table = Parameter(torch.ones(3, 5, device=DEVICE))
+    optimizer = RowwiseAdagrad([table])
+    table.grad = torch.ones(3, 5, device=DEVICE).to_sparse(2)
+    with refused("RowwiseAdagrad takes dense ones and", optimizer, [table]):
+        optimizer.step()
+
+
+def test_state_that_shares_memory_is_refused() -> None:
+    param = Parameter(torch.ones(8, 2, device=DEVICE))
+    param.grad = torch.ones_like(param)
+    optimizer = RowwiseAdagrad([param])
+    optimizer.step()
+    optimizer.state[param]["sum"] = param.detach().flatten()[:8]
+    with refused("share memory", optimizer, [param]):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("name", ["lr", "weight_decay", "initial_accumulator_value", "eps"])
 def test_negative_arguments_are_refused(name: str) -> None:
     kwargs: dict[str, Any] = {name: -1.0}

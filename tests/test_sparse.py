@@ -140,7 +140,6 @@ def _in_order(monkeypatch: pytest.MonkeyPatch, order: Sequence[int]) -> None:
     """Let the update's programs run in this order."""
     from triton.runtime import interpreter
 
-    call = interpreter.GridExecutor.__call__
     run = Launch.run
 
     def launched(launch: Launch, **changed: Any) -> None:
@@ -157,7 +156,6 @@ def _in_order(monkeypatch: pytest.MonkeyPatch, order: Sequence[int]) -> None:
             )
             run(launch, **changed)
 
-    assert call
     monkeypatch.setattr(Launch, "run", launched)
 
 
@@ -166,17 +164,60 @@ def test_the_order_of_programs_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -
     """Rows of 1 to 70 duplicates, over up to five programs."""
     results = []
     for order in (range(100), range(99, -1, -1), [*range(1, 100, 2), *range(0, 100, 2)]):
-        tables = Tables([(6, 8)], torch.float32)
+        tables = Tables([(6, 8), (5, 8)], torch.float32)
         optimizer = ADAGRAD.ours(tables.params)
         with monkeypatch.context() as patch:
             _in_order(patch, order)
             for _ in range(3):
-                tables.new_gradients([100], hot=70)
+                tables.new_gradients([100, 90], hot=70)
                 (_, update) = _step(optimizer)
-                assert update.grid[0] == 7
-        results.append([tables.params[0].detach(), optimizer.state_dict()])
+                assert update.grid[0] == 13
+        results.append([[p.detach() for p in tables.params], optimizer.state_dict()])
     assert_same_bits(results[1], results[0])
     assert_same_bits(results[2], results[0])
+
+
+@pytest.mark.parametrize("width", [40, 20, 9, 2])
+def test_rows_over_several_programs(width: int) -> None:
+    """In blocks of 1, 2, 4 and 32 rows: every number of chunks that a row can have."""
+    runs = [Tables([(5, width), (9, width)]), Tables([(5, width), (9, width)])]
+    optimizers = [ADAGRAD.ours(runs[0].params, fused=True), ADAGRAD.theirs(runs[1].params)]
+    for counts in ([1, 2], [33, 9], [4, 140], [80, 3]):
+        for run, optimizer in zip(runs, optimizers, strict=True):
+            run.new_gradients(counts, hot=30)
+            optimizer.step()
+        assert worst(runs[0].params, runs[1].params) < 1e-12
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_stays_in_its_row(bad: float) -> None:
+    """Of one gradient among many of its row, over several programs."""
+    tables = Tables([(8, 4)], torch.float32)
+    (param,) = tables.params
+    tables.new_gradients([200], hot=90)
+    assert param.grad is not None
+    ids, values = param.grad._indices()[0], param.grad._values()
+    for row in (4, 1):
+        values[(ids == row).nonzero()[3]] = bad
+    ADAGRAD.ours([param], fused=True).step()
+    finite = torch.isfinite(param.detach()).all(1)
+    assert finite.tolist() == [True, False, True, True, False, True, True, True]
+
+
+def test_the_sort_is_stable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or duplicates would be added in any order. On a CPU all sorts happen to be."""
+    asked = []
+    sort: Any = torch.sort
+
+    def asking(keys: Tensor, **kwargs: bool) -> Any:
+        asked.append(kwargs)
+        return sort(keys, **kwargs)
+
+    monkeypatch.setattr(torch, "sort", asking)
+    tables = Tables([(8, 4)])
+    tables.new_gradients([20])
+    ADAGRAD.ours(tables.params).step()
+    assert asked == [{"stable": True}]
 
 
 def test_one_row_a_hundred_thousand_times(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +311,30 @@ def test_rows_that_are_not_there_are_never_written(
                 param.grad = sparse(ids, values[-4:], param)
             optimizer.step()
     assert worst(runs[0].params, runs[1].params) < 1e-12
+
+
+def test_one_row_that_is_not_there_within_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton_optim.plan.check_ids", lambda *_: None)
+    runs = [Tables([(12, 3)]), Tables([(12, 3)])]
+    for run, ids in zip(runs, ([3, 12, 11], [3, 11]), strict=True):
+        (param,) = run.params
+        param.grad = sparse(ids, torch.ones(len(ids), 3, dtype=torch.float64), param)
+    ADAGRAD.ours(runs[0].params).step()
+    ADAGRAD.theirs(runs[1].params).step()
+    assert worst(runs[0].params, runs[1].params) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "RowwiseAdagrad"])
+def test_rows_that_are_not_there_are_refused_on_torchs_way(name: str) -> None:
+    """At every step, before it writes."""
+    param = Parameter(torch.ones(3, 2))
+    optimizer = getattr(triton_optim, name)([param], fused=False)
+    param.grad = sparse([0], torch.ones(1, 2), param).cpu()
+    optimizer.step()
+    for bad in (-1, 3, 10**9):
+        param.grad = sparse([0, bad], torch.ones(2, 2), param).cpu()
+        with refused(f"has a row {bad}, the parameter 3 rows", optimizer, [param]):
+            optimizer.step()
 
 
 @every_case
@@ -510,6 +575,65 @@ def test_bytes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     # Ids 8 bytes, keys written 4 and read twice, the order 8; and some tables.
     assert 0 < total - floor < 32 * count + 2000
     assert total < 1.05 * floor
+
+
+@pytest.mark.parametrize("change", ["param", "state", "gap in state", "sparse dims"])
+def test_a_plan_notices_what_changes(change: str) -> None:
+    runs = [Tables([(12, 4)]), Tables([(12, 4)])]
+    optimizers = [ADAGRAD.ours(runs[0].params), ADAGRAD.theirs(runs[1].params)]
+    for step in range(4):
+        for run, optimizer in zip(runs, optimizers, strict=True):
+            (param,) = run.params
+            run.new_gradients([9])
+            assert param.grad is not None
+            if step == 2 and change == "param":
+                param.data = param.data.clone()
+            elif step == 2 and change == "state":
+                optimizer.state[param]["sum"] = optimizer.state[param]["sum"].clone()
+            elif step == 2 and change == "gap in state":
+                sum_ = optimizer.state[param]["sum"]
+                optimizer.state[param]["sum"] = torch.cat((sum_, sum_), 1)[:, :4]
+            elif step == 2 and change == "sparse dims":
+                param.grad = param.grad.to_dense().to_sparse(2)
+            optimizer.step()
+        assert worst(runs[0].params, runs[1].params) < 1e-12
+
+
+def test_a_failing_sort_leaves_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As out of memory: the dense parameter of the same step, too."""
+    tables = Tables([(12, 4), (12, 4)])
+    optimizer = ADAGRAD.ours(tables.params)
+    for step in range(2):
+        tables.new_gradients([9, 9])
+        assert tables.params[1].grad is not None
+        tables.params[1].grad = tables.params[1].grad.to_dense()
+        if step == 1:
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "sort", None)
+                before = copy.deepcopy(
+                    [[p.detach() for p in tables.params], optimizer.state_dict()]
+                )
+                with pytest.raises(TypeError):
+                    optimizer.step()
+            assert_same_bits([[p.detach() for p in tables.params], optimizer.state_dict()], before)
+        optimizer.step()
+    assert all(state["step"] == 2 for state in optimizer.state.values())
+
+
+def test_more_rows_than_can_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("row_launch", "ways"):
+        monkeypatch.setattr(f"triton_optim.{module}.MAX_COUNT", 10)
+    param = Parameter(torch.ones(11, device=DEVICE))
+    param.grad = torch.ones_like(param)
+    with pytest.raises(RuntimeError, match="it or its gradient has more than 10 rows"):
+        triton_optim.RowwiseAdagrad([param], fused=True).step()
+    tables = Tables([(9, 4), (9, 4)])
+    tables.new_gradients([11, 1])
+    with pytest.raises(RuntimeError, match="it or its gradient has more than 10 rows"):
+        ADAGRAD.ours(tables.params, fused=True).step()
+    tables.new_gradients([8, 8])
+    with refused("have 16 rows together, more than 10", ADAGRAD.ours(tables.params), tables.params):
+        ADAGRAD.ours(tables.params).step()
 
 
 def test_check_ids_knows_every_sparse_dim() -> None:

@@ -102,7 +102,7 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
     def _state_names(self, group: Group) -> tuple[str, ...]:
         return ("sum",)
 
-    def _sparse_refusal(self, group: Group) -> str | None:
+    def _row_refusal(self, group: Group) -> str | None:
         return "its gradient is sparse, with weight decay" if group["weight_decay"] != 0 else None
 
     def _new_state(self, param: Tensor, group: Group) -> State:

@@ -106,8 +106,12 @@ class Bucket:
         for other in others:
             stream.wait_stream(torch.cuda.ExternalStream(other, device=self._device))
         for param in self.params if others else ():
-            if param.grad is not None and param.grad.layout == torch.strided:
-                local(param.grad).record_stream(stream)  # it is freed before the step has run
+            grad = param.grad  # which is freed before the step has run
+            if grad is not None and grad.layout == torch.sparse_coo:
+                grad._indices().record_stream(stream)
+                grad._values().record_stream(stream)
+            elif grad is not None:
+                local(grad).record_stream(stream)
 
 
 def cut(params: Iterable[Tensor], bucket_bytes: int) -> list[list[Tensor]]:

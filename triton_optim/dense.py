@@ -170,7 +170,7 @@ class DenseTable(Table):
         norm.run(gate.on(self.device))
         return norm
 
-    def _launch(self, found: Found, copies: Copies, gate: Gate) -> bool:
+    def _launch(self, gate: Gate) -> bool:
         changed = gate.on(self.device) if gate.kinds else {}
         launches = self._launches[gate.kinds]
         for launch in launches:

@@ -181,7 +181,7 @@ class FusedStep(StatefulOptimizer):
                 self._group_refusal(group),
                 self._fused(group),
                 self._capturable(group),
-                self._sparse_refusal(group),
+                self._row_refusal(group),
             )
             for group in self.param_groups
         ]

@@ -187,7 +187,9 @@ class GatedOptimizer(torch.optim.Optimizer):
                 "captured; move it there or leave `capturable` out"
             )
 
-    def _check_leaving(self, grad: Tensor, group: Group, where: str, reason: str) -> None:
+    def _check_leaving(
+        self, param: Tensor, grad: Tensor, group: Group, where: str, reason: str
+    ) -> None:
         """Refuse torch's own way for a parameter where it does not do what was asked for.
 
         Raises:

@@ -233,6 +233,11 @@ def _check_optimizer(optimizer: FusedStep) -> None:
             "clipping by max_grad_norm needs all gradients at once; leave it out, or call "
             "optimizer.step() after backward"
         )
+    if optimizer._extras.sparse is not None:
+        raise RuntimeError(
+            "sparse='lazy' makes good what rows missed with the alpha of all steps since, of which "
+            "buckets know their own; call optimizer.step() after backward"
+        )
     if optimizer._optimizer_step_pre_hooks:
         raise RuntimeError(
             "a step pre hook of the optimizer would find no gradients; remove it, and put what it "

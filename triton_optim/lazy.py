@@ -12,8 +12,9 @@ from torch._compile import _disable_dynamo
 from .checks import describe
 from .cuts import Entry
 from .fused import FusedStep
+from .loading import step_dtype
 from .rows import RowTable
-from .ways import Group, State
+from .ways import Group, State, moved, refusal, strays
 
 LAST_STEP = "last_step"  # int32 [rows]: the step up to which a row's averages are
 
@@ -23,7 +24,7 @@ class LazyRows(FusedStep):
 
     _row_state = LAST_STEP
     _rows_read_step = True
-    _alphas: list[float | Tensor] | None = None  # of the steps that rows may have been left out of
+    _alphas: list[float] | None = None  # of the steps that rows may have been left out of
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`.
@@ -42,6 +43,7 @@ class LazyRows(FusedStep):
         excluded = {
             "momentum, which moves every row at every step": group["momentum"] != 0,
             "weight_decay, which moves every row at every step": group["weight_decay"] != 0,
+            "a tensor as alpha, which may change unseen": isinstance(group["alpha"], Tensor),
             "capturable=True: a capture would repeat the rows of its step": group["capturable"],
             f"{self._group_refusal(group)}, which is torch's way": self._group_refusal(group),
             "max_grad_norm: clip the gradients before the step": self.max_grad_norm is not None,
@@ -64,14 +66,17 @@ class LazyRows(FusedStep):
         """
         entries: dict[torch.device, list[Entry]] = defaultdict(list)
         for index, group in enumerate(self.param_groups):
-            names, flags = self._state_names(group), self._flags(group)
+            names, flags = self._state_names(group), self._flags(group) | {"CATCH_UP"}
             for position, param in enumerate(group["params"]):
                 if LAST_STEP not in self.state.get(param, {}):
                     continue
                 where = describe(group, index, position)
-                if reason := self._refusal(param, param, group):
+                if reason := refusal(param, param, by_rows=True):
                     raise RuntimeError(f"sparse='lazy' cannot bring {where} up to date: {reason}")
                 self._check_state(param, group, where, kernels=True)
+                state = self.state[param]
+                for name in strays(param, state, names):
+                    state[name] = moved(param, state[name])
                 # The rule reads no gradient: the parameter takes its place.
                 entry = Entry(param, param, param, (), index, flags, names, False, LAST_STEP, where)
                 entries[param.device].append(entry)
@@ -79,16 +84,18 @@ class LazyRows(FusedStep):
         since = [{**group, "alpha": a} for group, a in zip(self.param_groups, alphas, strict=False)]
         hypers = self._scalars([*since, *self.param_groups[len(since) :]])
         for device, here in entries.items():
-            RowTable(
-                self, device, here, hypers,
-                counts_on_device=self._counts_on_device, rule="rmsprop_catch_up_rule",
-            ).run_once(hypers)  # fmt: skip
+            on_device = self._counts_on_device
+            RowTable(self, device, here, hypers, counts_on_device=on_device).catch_up(hypers)
 
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """The state and the groups, in torch's format; see `torch.optim.Optimizer.state_dict`.
 
         With `sparse="lazy"` every row is brought up to date first, so that `last_step` is left out.
+        What it returns is of this step: save it, or load it, before the next one.
+
+        Raises:
+            RuntimeError: as `_catch_up`.
         """
         if self._extras.sparse is None:
             return super().state_dict()
@@ -97,7 +104,9 @@ class LazyRows(FusedStep):
         try:
             self.state = defaultdict(dict)
             for param, values in state.items():
-                self.state[param] = {k: v for k, v in values.items() if k != LAST_STEP}
+                step = {"step": values["step"].to(step_dtype())} if LAST_STEP in values else {}
+                kept = {k: v for k, v in values.items() if k != LAST_STEP}
+                self.state[param] = {**kept, **step}
             return super().state_dict()
         finally:
             self.state = state
@@ -107,23 +116,32 @@ class LazyRows(FusedStep):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "defaults" not in state:  # loaded, where every row is up to date
-            self._alphas = None
+        if self._extras.sparse is not None:
+            for values in self.state.values():
+                values["step"] = torch.as_tensor(values["step"]).double()
+
+    def _new_step(self, param: Tensor, group: Group) -> Tensor:
+        """In float64: float32 stops counting at 2^24, where rows would lose steps."""
+        step = super()._new_step(param, group)
+        return step.double() if self._extras.sparse is not None else step
 
     def _by_rows(self, grad: Tensor, state: State) -> bool:
         return super()._by_rows(grad, state) or LAST_STEP in state
 
-    def _sparse_refusal(self, group: Group) -> str | None:
+    def _row_refusal(self, group: Group) -> str | None:
         if self._extras.sparse is None:
             return "its gradient is sparse, without sparse='lazy'"
         return self._lazy_refusal(group)
 
-    def _check_leaving(self, grad: Tensor, group: Group, where: str, reason: str) -> None:
-        super()._check_leaving(grad, group, where, reason)
-        if self._extras.sparse is not None and grad.layout != torch.strided:
+    def _check_leaving(
+        self, param: Tensor, grad: Tensor, group: Group, where: str, reason: str
+    ) -> None:
+        super()._check_leaving(param, grad, group, where, reason)
+        behind = LAST_STEP in self.state.get(param, {})
+        if self._extras.sparse is not None and (behind or grad.layout != torch.strided):
             raise RuntimeError(
                 f"sparse='lazy' cannot take {where}: {reason}; use the kernels, which run on a GPU "
-                "and under TRITON_INTERPRET=1, or make its gradient dense"
+                "and under TRITON_INTERPRET=1, or go on from a state_dict() with dense gradients"
             )
 
     def _has_row_state(self, state: State) -> bool:

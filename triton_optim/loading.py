@@ -122,15 +122,14 @@ class StatefulOptimizer(GatedOptimizer):
         """A step counter at 0, where torch keeps it."""
         if self._fused(group) or self._capturable(group):
             return torch.zeros((), dtype=torch.float32, device=param.device)
-        double = torch.get_default_dtype() == torch.float64
-        return torch.zeros((), dtype=torch.float64 if double else torch.float32, device="cpu")
+        return torch.zeros((), dtype=step_dtype(), device="cpu")
 
     def _by_rows(self, grad: Tensor, state: State) -> bool:
         """Whether a parameter with this state is updated by rows."""
         return grad.layout == torch.sparse_coo
 
-    def _sparse_refusal(self, group: Group) -> str | None:
-        """Why the kernels cannot take sparse gradients for a group, or None."""
+    def _row_refusal(self, group: Group) -> str | None:
+        """Why the kernels cannot update a group by rows, or None."""
         raise NotImplementedError
 
     def _row_dtype(self, param: Tensor) -> torch.dtype:
@@ -149,9 +148,9 @@ class StatefulOptimizer(GatedOptimizer):
         """Why a parameter goes torch's way, or None."""
         if reason := self._group_refusal(group):
             return reason
-        if grad.layout == torch.sparse_coo and (reason := self._sparse_refusal(group)):
-            return reason
         by_rows = self._by_rows(grad, self.state.get(param, {}))
+        if by_rows and (reason := self._row_refusal(group)):
+            return reason
         return refusal(param, grad, by_rows=by_rows)
 
     def _has_state(self, state: State) -> bool:
@@ -189,6 +188,12 @@ class StatefulOptimizer(GatedOptimizer):
         if self._counts_steps:
             check_step(state, where)
         return [(local(state[name]), f"state {name!r} of {where}") for name in names]
+
+
+def step_dtype() -> torch.dtype:
+    """That in which torch counts steps on the CPU."""
+    double = torch.get_default_dtype() == torch.float64
+    return torch.float64 if double else torch.float32
 
 
 def _keep_for_setstate(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from .layout import LayoutGuard, same_order
 from .rows import RowTable
 from .shards import bring_grad, is_dtensor, local, spread
 from .table import Copies, Found, Table
-from .ways import PLAIN_TYPES, State, strays
+from .ways import PLAIN_TYPES, State, moved, strays
 
 if TYPE_CHECKING:
     from .fused import FusedStep
@@ -62,8 +62,8 @@ class Plan:
         self._states: list[State] = []
         self._idle: list[Tensor] = []
         self._steady: list[Tensor] = []  # of rest, those that a LayoutGuard can watch
-        # and the others, whose gradient may become dense, with their group
-        self._reconsidered: list[tuple[Tensor, int]] = []
+        # and the others, whose gradient may become dense, with their group and name
+        self._reconsidered: list[tuple[Tensor, int, str]] = []
         # by device, DTensors and those by rows apart
         self._entries: dict[tuple[torch.device, bool, bool], list[Entry]] = defaultdict(list)
         self._strays: list[Stray] = []
@@ -133,7 +133,7 @@ class Plan:
         self, optimizer: FusedStep, param: Tensor, grad: Tensor, index: int, where: str, reason: str
     ) -> None:
         group = optimizer.param_groups[index]
-        optimizer._check_leaving(grad, group, where, reason)
+        optimizer._check_leaving(param, grad, group, where, reason)
         if optimizer._fused(group):
             message = f"`fused=True` cannot be kept for {where}: {reason}"
             if not param.is_cpu or runtime.DEVICE_TYPE == "cpu":
@@ -146,7 +146,7 @@ class Plan:
         if plain:
             self._steady.append(param)
         else:
-            self._reconsidered.append((param, index))
+            self._reconsidered.append((param, index, where))
         self.rest.append(param)
         if optimizer._state_follows_parameter:
             for name in optimizer._state_names(group):
@@ -193,11 +193,14 @@ class Plan:
     def _others_changed(self, optimizer: FusedStep) -> bool:
         """Whether a parameter that the kernels do not take must be looked at again."""
         groups = optimizer.param_groups
+        for param, _, where in self._reconsidered:
+            if param.grad is not None and param.grad.layout == torch.sparse_coo:
+                check_ids(param.grad._indices(), param.shape, where)
         return (
             any(param.grad is not None for param in self._idle)
             or any(
                 optimizer._refusal(param, param.grad, groups[index]) is None
-                for param, index in self._reconsidered
+                for param, index, _ in self._reconsidered
                 if param.grad is not None
             )
             or not self._guard.check([*self._steady, *_grads(self._steady)])
@@ -206,7 +209,7 @@ class Plan:
     def move_strays(self) -> None:
         """Bring state to its parameter's device and memory order."""
         for param, state, name in self._strays:
-            state[name] = torch.empty_like(param, dtype=state[name].dtype).copy_(state[name])
+            state[name] = moved(param, state[name])
         self._strays.clear()
 
     def make_tables(self, optimizer: FusedStep) -> list[Found]:

@@ -23,7 +23,7 @@ if runtime.DEVICE_TYPE:
 else:
     TENSOR_COLUMNS = GRAD_COLUMNS = 0
 
-MAX_COUNT = 2**31 - 1  # of rows, of a parameter or of a gradient
+MAX_COUNT = 2**31 - 2**21  # of rows, of a parameter or a gradient: a chunk more fits an int32
 KEYS_BLOCK = 1024  # ids that a program turns into keys
 
 # Left alone, ptxas spills in many of these kernels for the sake of one more program.
@@ -74,7 +74,7 @@ def rows_and_width(param: Tensor) -> tuple[int, int]:
 
 def few_enough(grad: Tensor) -> bool:
     """Whether the kernels can count the rows of a sparse gradient."""
-    return grad._nnz() < MAX_COUNT
+    return grad._nnz() <= MAX_COUNT
 
 
 def columns_for(width: int) -> int:

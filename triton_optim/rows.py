@@ -37,7 +37,6 @@ class RowTable(Table):
         entries: the parameters.
         hypers: every group's hyperparameters, one after another.
         counts_on_device: whether steps are counted on `device`.
-        rule: its name in kernels/rules.py, if it is not the one of a step.
     """
 
     def __init__(
@@ -48,7 +47,6 @@ class RowTable(Table):
         hypers: Sequence[object],
         *,
         counts_on_device: bool,
-        rule: str | None = None,
     ) -> None:
         members = row_cuts.grouped(optimizer, entries)
         entries = [*chain.from_iterable(members.values())]
@@ -56,7 +54,7 @@ class RowTable(Table):
         super().__init__(
             optimizer, device, entries, reads_step=reads_step, counts_on_device=counts_on_device
         )
-        self._rule = rule or optimizer._row_rule or optimizer._rule
+        self._rule = optimizer._row_rule or optimizer._rule
         complete = self._complete
         self._wheres = [entry.where for entry in entries]
         self._shapes = [row_launch.rows_and_width(entry.param) for entry in entries]
@@ -79,10 +77,10 @@ class RowTable(Table):
             hypers=buffer.hypers.view(len(optimizer.param_groups), -1),
             steps=buffer.steps,
         )
-        self._tickets = torch.zeros(0, dtype=torch.int32, device=device)
         self._keys: KeysLaunch | None = None
         self._launches: dict[frozenset[str], list[RowLaunch]] = {}
-        self._sizes: list[tuple[int, int]] = []  # programs and chunk of each launch of this step
+        # Of each launch of this step: how many programs, and what it is given besides.
+        self._work: list[tuple[int, dict[str, Tensor | int]]] = []
 
     def _found(self, grads: Sequence[Tensor], written: list[Tensor]) -> Found:
         sparse, dense = grads[: self._n_sparse], grads[self._n_sparse :]
@@ -147,18 +145,24 @@ class RowTable(Table):
             values[i] = copy
         counts = self._counts(found)
         first: list[int] = []
-        self._sizes = []
+        sizes = []
         for variant, tensors in self._cuts:
-            config = row_launch.config(variant, self.device)
             mine = counts[tensors.start : tensors.stop]
-            chunk = config.chunk(sum(mine))
-            n_programs = [-(-count // chunk) for count in mine]
-            first += accumulate(n_programs[:-1], initial=0)
-            self._sizes.append((sum(n_programs), chunk))
+            chunk = row_launch.config(variant, self.device).chunk(sum(mine))
+            programs = [-(-count // chunk) for count in mine]
+            first += accumulate(programs[:-1], initial=0)
+            sizes.append((sum(programs), chunk))
         positions = accumulate(counts, initial=0)
         ids = [*addresses_of(found.ids), *[0] * (len(counts) - self._n_sparse)]
         rows = zip(counts, first, positions, ids, addresses_of(values), strict=False)
         self._buffer.send(column("q", [*chain.from_iterable(rows)]), hypers, 0.0)
+        keys = self._sorted_keys(counts[: self._n_sparse])
+        self._work = []
+        for (variant, _), (n_programs, chunk) in zip(self._cuts, sizes, strict=True):
+            scratch = self._scratch(variant, n_programs) if variant.sparse else {}
+            self._work.append(
+                (n_programs, {"chunk": chunk, **(keys if scratch else {}), **scratch})
+            )
         return copies
 
     def _counts(self, found: Found) -> list[int]:
@@ -167,47 +171,53 @@ class RowTable(Table):
         n_rows = [*(ids.shape[1] for ids in found.ids), *(rows for rows, _ in dense)]
         return [n if width else 0 for n, (_, width) in zip(n_rows, self._shapes, strict=True)]
 
-    def _launch(self, found: Found, copies: Copies, gate: Gate) -> bool:
-        told = gate.on(self.device) if gate.kinds else {}
-        counts = self._counts(found)[: self._n_sparse]
-        sorted_keys = self._sorted_keys(counts) if sum(counts) else {}
-        for launch, (n_programs, chunk) in zip(
-            self._launches[gate.kinds], self._sizes, strict=True
-        ):
-            if n_programs:
-                scratch = {}
-                if launch.variant.sparse:
-                    scratch = {**sorted_keys, **self._scratch(launch.variant, n_programs)}
-                launch.grid = (n_programs, 1, 1)
-                launch.run(chunk=chunk, **scratch, **told)
-        return any(n_programs for n_programs, _ in self._sizes)
+    def _sorted_keys(self, counts: Sequence[int]) -> dict[str, Tensor | int]:
+        """Of all rows of sparse gradients, and where each was; nothing of the optimizer's.
 
-    def _sorted_keys(self, counts: Sequence[int]) -> dict[str, Tensor]:
+        Raises:
+            RuntimeError: there are too many of them.
+        """
+        total = sum(counts)
+        if total == 0:
+            return {}
+        if total > row_launch.MAX_COUNT:
+            raise RuntimeError(
+                f"the sparse gradients of one step have {total} rows together, more than "
+                f"{row_launch.MAX_COUNT}; coalesce() them, or step parameters in several optimizers"
+            )
         assert self._keys is not None
-        keys = torch.empty(sum(counts), dtype=self._key_dtype, device=self.device)
+        keys = torch.empty(total, dtype=self._key_dtype, device=self.device)
         self._keys.grid = (-(-max(counts) // row_launch.KEYS_BLOCK), len(counts), 1)
         self._keys.run(keys_ptr=keys)
         keys, order = torch.sort(keys, stable=True)
         return {"keys_ptr": keys, "order_ptr": order}
 
-    def _scratch(self, variant: RowVariant, n_programs: int) -> dict[str, Tensor]:
+    def _scratch(self, variant: RowVariant, n_programs: int) -> dict[str, Tensor | int]:
         """Where programs meet that share a row."""
-        if len(self._tickets) < n_programs:
-            self._tickets = torch.zeros(n_programs, dtype=torch.int32, device=self.device)
         shape = (n_programs, 2, variant.columns)
         partials = torch.empty(shape, dtype=variant.compute_dtype, device=self.device)
-        return {"partials_ptr": partials, "tickets_ptr": self._tickets}
+        tickets = torch.zeros(n_programs, dtype=torch.int32, device=self.device)
+        return {"partials_ptr": partials, "tickets_ptr": tickets}
 
-    def run_once(self, hypers: list[float | Tensor]) -> None:
-        """Launch for the gradients of its making, without counting a step."""
+    def _launch(self, gate: Gate) -> bool:
+        told = gate.on(self.device) if gate.kinds else {}
+        work, self._work = self._work, []
+        for launch, (n_programs, arguments) in zip(self._launches[gate.kinds], work, strict=True):
+            if n_programs:
+                launch.grid = (n_programs, 1, 1)
+                launch.run(**arguments, **told)
+        return any(n_programs for n_programs, _ in work)
+
+    def catch_up(self, hypers: list[float | Tensor]) -> None:
+        """Launch once without counting a step, for flags that leave parameters alone."""
         assert self.first is not None
         self.prepare(frozenset())
-        copies = self.send(self.first, hypers, None)
-        self._launch(self.first, copies, Gate())
-        increment_version(self.first.written)
+        self.send(self.first, hypers, None)
+        self._launch(Gate())
+        increment_version(self.first.written[len(self._params) :])
 
     def _own_tensors(self) -> list[Tensor | None]:
-        return [self._buffer.memory, self._tables.rows, self._tables.steps, self._tickets]
+        return [self._buffer.memory, self._tables.rows, self._tables.steps]
 
 
 def _look(grad: Tensor | None) -> object:

@@ -87,11 +87,18 @@ class RowwiseAdagrad(FusedStep, RowwiseAdagradLoop):
     def _by_rows(self, grad: Tensor, state: State) -> bool:
         return True
 
-    def _sparse_refusal(self, group: Group) -> str | None:
+    def _row_refusal(self, group: Group) -> str | None:
         return None
 
-    def _check_leaving(self, grad: Tensor, group: Group, where: str, reason: str) -> None:
-        super()._check_leaving(grad, group, where, reason)
+    def _check_leaving(
+        self, param: Tensor, grad: Tensor, group: Group, where: str, reason: str
+    ) -> None:
+        super()._check_leaving(param, grad, group, where, reason)
+        if grad.layout != torch.strided and not (grad.is_sparse and grad.sparse_dim() == 1):
+            raise RuntimeError(
+                f"the gradient of {where} is {grad.layout}; RowwiseAdagrad takes dense ones and "
+                "torch.sparse_coo ones with one sparse dim: make it dense with to_dense()"
+            )
         if is_dtensor(grad):
             raise RuntimeError(
                 f"{where} is a DTensor, whose rows lie on several ranks; use Adagrad"

@@ -86,7 +86,7 @@ def _step(param: Tensor, grad: Tensor, sum: Tensor, group: Group) -> None:
     if param.numel() == 0:
         return
     dtype = sum.dtype
-    rows, sums = param.view(n_rows, width), sum.view(n_rows)
+    rows, sums = param.reshape(n_rows, width), sum.view(n_rows)
     if grad.layout == torch.sparse_coo:
         values = grad._values().to(dtype)
         grad = torch.sparse_coo_tensor(grad._indices(), values, grad.shape).coalesce()
@@ -98,6 +98,8 @@ def _step(param: Tensor, grad: Tensor, sum: Tensor, group: Group) -> None:
         p, s = _updated(rows.to(dtype), grad.reshape(n_rows, width).to(dtype), sums, group)
         rows.copy_(p)
         sums.copy_(s)
+    if rows.data_ptr() != param.data_ptr():  # a copy, since rows do not lie one after another
+        param.copy_(rows.view(param.shape))
 
 
 def _updated(p: Tensor, g: Tensor, s: Tensor, group: Group) -> tuple[Tensor, Tensor]:

@@ -105,7 +105,7 @@ class SGD(FusedStep, torch.optim.SGD):
     def _state_names(self, group: Group) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
-    def _sparse_refusal(self, group: Group) -> str | None:
+    def _row_refusal(self, group: Group) -> str | None:
         if group["momentum"] != 0:
             return "its gradient is sparse, with momentum"
         weight_decay = group["weight_decay"]

@@ -95,7 +95,7 @@ class Table:
         """
         raise NotImplementedError
 
-    def _launch(self, found: Found, copies: Copies, gate: Gate) -> bool:
+    def _launch(self, gate: Gate) -> bool:
         """Launch the updates; False if there was nothing to launch."""
         raise NotImplementedError
 
@@ -117,7 +117,7 @@ class Table:
 
     def update(self, found: Found, copies: Copies, gate: Gate) -> None:
         """Launch the updates, and count the steps."""
-        launched = self._launch(found, copies, gate)
+        launched = self._launch(gate)
         if gate.may_skip and not launched:  # a rank without elements counts as the others do
             assert self.happened is not None
             go = self._happens(gate)

@@ -66,12 +66,17 @@ def _row_refusal(param: Tensor, grad: Tensor) -> str | None:
     most = tuning.MAX_ROW_BYTES // (8 if param.dtype == torch.float64 else 4)
     if width > most:
         return f"its rows have {width} elements, more than {most}"
-    if grad.layout == torch.sparse_coo:
-        if grad.sparse_dim() != 1:
-            return f"its gradient has {grad.sparse_dim()} sparse dims"
-        if rows >= MAX_COUNT or not few_enough(grad):
-            return f"it or its gradient has {MAX_COUNT} rows or more"
+    sparse = grad.layout == torch.sparse_coo
+    if sparse and grad.sparse_dim() != 1:
+        return f"its gradient has {grad.sparse_dim()} sparse dims"
+    if rows > MAX_COUNT or (sparse and not few_enough(grad)):
+        return f"it or its gradient has more than {MAX_COUNT} rows"
     return None
+
+
+def moved(param: Tensor, value: Tensor) -> Tensor:
+    """State on its parameter's device and in its memory order."""
+    return torch.empty_like(param, dtype=value.dtype).copy_(value)
 
 
 def strays(param: Tensor, state: State, names: Iterable[str]) -> list[str]:
