@@ -46,9 +46,9 @@ class RMSprop(LazyRows, torch.optim.RMSprop):
             momentum and decay a gradient of zero moves no parameter, so that the :math:`k` steps
             which a row was left out are made good when it is touched again:
             :math:`v \leftarrow \alpha^k v`, :math:`m \leftarrow \alpha^k m`. Parameters and, in
-            `state_dict()`, averages equal those of dense gradients but for rounding, which in 16 bits
-            keeps a dense average from decaying at all. State has `last_step` besides,
-            int32, one a row, which state dicts leave out. None refuses sparse gradients, as torch.
+            `state_dict()`, averages equal those of dense gradients, but for rounding: in 16 bits a
+            dense average may not decay at all. State has `last_step` besides, int32, one a row,
+            which state dicts leave out. None refuses sparse gradients, as torch.
 
     Raises:
         ValueError: a negative argument, or what `sparse="lazy"` excludes.
