@@ -17,24 +17,6 @@ from lab.row_report import Row, findings, step_findings
 from lab.row_traffic import Step, measure
 
 ROOT = Path(__file__).parent.parent
-BASELINE = ROOT / "perf/results/audit-rows.json"
-REWRITE = "python perf/audit_rows.py --json perf/results/audit-rows.json"
-EVERY = "13"
-
-# Capped at 128 registers, which another choice in row_launch.options would mend.
-KNOWN = {
-    "sm_90 lazy_rmsprop - sparse bf16 128/8",
-    "sm_90 lazy_rmsprop - sparse f32 128/4",
-    "sm_90 lazy_rmsprop - sparse f32/bf16/f32 64/8",
-    "sm_90 rowwise_adagrad - sparse f32/bf16/f32 64/8",
-    "sm_100 lazy_rmsprop - sparse bf16 128/8",
-    "sm_100 lazy_rmsprop - sparse bf16 256/8",
-    "sm_100 lazy_rmsprop - sparse bf16 64/8",
-    "sm_100 lazy_rmsprop - sparse bf16/bf16/f32 64/8",
-    "sm_100 lazy_rmsprop - sparse f32 64/4 gated",
-}
-
-Audit = tuple[subprocess.CompletedProcess[str], list[Row], list[Step]]
 
 
 def _compiling() -> dict[str, str]:
