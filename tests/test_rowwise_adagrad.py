@@ -198,8 +198,8 @@ def test_what_the_kernels_do_not_take_goes_without_them(kind: str) -> None:
 
 def test_rows_that_do_not_lie_one_after_another() -> None:
     """As of a convolution in channels_last, and gradients that have no rows."""
-    weights = [torch.randn(4, 3, 2, 2, device=DEVICE) for _ in range(1)]
-    params = [Parameter(weights[0].clone()) for _ in range(2)]
+    weight = torch.randn(4, 3, 2, 2, device=DEVICE)
+    params = [Parameter(weight.clone()) for _ in range(2)]
     params[0].data = params[0].data.to(memory_format=torch.channels_last)
     for param in params:
         param.grad = torch.ones_like(param)

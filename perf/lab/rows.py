@@ -82,17 +82,18 @@ class Table:
         new = not self.path.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", newline="") as file:
-            _write(file, rows, header=new)
+            write(file, COLUMNS, rows, header=new)
 
     def rewrite(self) -> None:
         """Write all rows once more, after they were changed."""
         with self.path.with_suffix(".new").open("w", newline="") as file:
-            _write(file, self.rows, header=True)
+            write(file, COLUMNS, self.rows, header=True)
         self.path.with_suffix(".new").replace(self.path)
 
 
-def _write(file: Any, rows: Iterable[Row], header: bool) -> None:
-    writer = csv.DictWriter(file, COLUMNS)
+def write(file: Any, columns: Sequence[str], rows: Iterable[Any], *, header: bool) -> None:
+    """Write dataclasses as lines of a CSV file."""
+    writer = csv.DictWriter(file, columns)
     if header:
         writer.writeheader()
     writer.writerows(asdict(row) for row in rows)

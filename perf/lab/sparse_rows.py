@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from lab.goals import Goal
 from lab.implementations import COPY, OURS
-from lab.rows import OK
+from lab.rows import OK, write
 from lab.sparse_implementations import ADAGRAD, ROWWISE, TORCH_SPARSE
 
 RIGHT = "right"  # and not to be timed
@@ -79,10 +78,7 @@ def append(path: Path, rows: Iterable[Row]) -> None:
         raise ValueError(f"{path} has other columns than perf/lab/sparse_rows.py")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        write(file, COLUMNS, rows, header=new)
 
 
 def print_rows(title: str, rows: Sequence[Row]) -> None:
