@@ -92,9 +92,9 @@ def multi_tensor_kernel(
     - owners_ptr: int32, one a program: its tensor. The programs of a tensor follow one another, as
       many as it has chunks;
     - rows_ptr: int64 [tensors, ROW_WIDTH], the columns of chunks.py;
-    - grads_ptr: int64 [tensors], addresses of gradients;
+    - grads_ptr: int64 [tensors], addresses of gradients; a tensor at 0 is left alone;
     - hypers_ptr: float64 [groups, N_HYPERS];
-    - steps_ptr: floating [tensors], or None where RULE reads no step;
+    - steps_ptr: float64 [tensors], or None where RULE reads no step;
     - found_inf_ptr, grad_scale_ptr, grad_norm_ptr, max_norm_ptr: see gate.py. A skipped step writes
       nothing; gradients are divided by the scale in memory too, and are not clipped there;
     - happened_ptr: float32 [2], or None; told (1, 0) or, of a skipped step, (0, 1);
@@ -107,6 +107,8 @@ def multi_tensor_kernel(
     """
     CHUNK: tl.constexpr = BLOCKS * BLOCK_SIZE
     tensor, row_ptr, start, remaining = find_chunk(owners_ptr, rows_ptr, FIRST, CHUNK)
+    grad_address = tl.load(grads_ptr + tensor)
+    remaining = tl.where(grad_address == 0, 0, remaining)
     if happened_ptr is not None:
         go = happens(found_inf_ptr, grad_norm_ptr, SKIP_NONFINITE)
         remaining = tl.where(go, remaining, 0)
@@ -124,7 +126,7 @@ def multi_tensor_kernel(
         step = tl.load(steps_ptr + tensor).to(tl.float64)
 
     param_ptr = pointer(tl.load(row_ptr + PARAM), start, PARAM_DTYPE, ALIGNED)
-    grad_ptr = pointer(tl.load(grads_ptr + tensor), start, GRAD_DTYPE, ALIGNED)
+    grad_ptr = pointer(grad_address, start, GRAD_DTYPE, ALIGNED)
     state_ptrs = ()
     for i in tl.static_range(N_STATES):
         address = tl.load(row_ptr + STATES + i)

@@ -67,7 +67,8 @@ def norm_kernel(
     Every program stores a partial sum; whichever is the last to finish adds them, always in the
     order of programs: the same gradients give the same bits.
 
-    Preconditions, beside those of `multi_tensor_kernel` for the first three:
+    Preconditions, beside those of `multi_tensor_kernel` for the first three (a gradient at 0 counts
+    as zeros):
 
     - partials_ptr: float64, one a program;
     - ticket_ptr: int32, 0; it is 0 again afterwards. No other launch uses it at the same time;
@@ -77,7 +78,9 @@ def norm_kernel(
     """
     CHUNK: tl.constexpr = BLOCKS * BLOCK_SIZE
     tensor, _, start, remaining = find_chunk(owners_ptr, rows_ptr, NORM_FIRST, CHUNK)
-    grad_ptr = pointer(tl.load(grads_ptr + tensor), start, DTYPE, ALIGNED)
+    grad_address = tl.load(grads_ptr + tensor)
+    remaining = tl.where(grad_address == 0, 0, remaining)
+    grad_ptr = pointer(grad_address, start, DTYPE, ALIGNED)
     unscale = None
     if grad_scale_ptr is not None:  # before it is squared, or a large scale would overflow
         unscale = unscaling(grad_scale_ptr, tl.float64 if DTYPE == tl.float64 else tl.float32)

@@ -87,6 +87,8 @@ def rmsprop_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     if CENTERED & FLAGS:
         grad_avg = state[1] + beta * (grad - state[1])
         variance = square_avg - grad_avg * grad_avg
+        # Never negative but for rounding, as that of an average which was stored as 0.
+        variance = tl.where(variance < 0, 0.0, variance)
         new_state = new_state + (grad_avg,)
     update = div(grad, sqrt(variance) + eps.to(grad.dtype))
     if MOMENTUM & FLAGS:

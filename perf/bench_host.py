@@ -177,7 +177,7 @@ def _print_launch(rule: str) -> None:
     _backward(params)
     optimizer = _ours(rule, params)
     optimizer.step()
-    launch = optimizer._plan._tables[0]._launches[frozenset()][0]
+    launch = optimizer._internals.plan._tables[0]._launches[frozenset()][0]
     by_triton = partial(multi_tensor_kernel[launch.grid], **launch.arguments, **launch.options)
     works = {"directly": launch.run, "by Triton's launcher": by_triton}
     series: dict[str, list[float]] = {name: [] for name in works}

@@ -72,7 +72,7 @@ def a_launch_is_what_triton_would_launch(gpu: DryGPU) -> None:
     for name, kwargs in OPTIMIZERS:
         optimizer = getattr(triton_optim, name)(_params(5000, 3), **kwargs)
         optimizer.step()
-        launches = optimizer._plan._tables[0]._launches[frozenset()]
+        launches = optimizer._internals.plan._tables[0]._launches[frozenset()]
         assert len(launches) == 1
         ours, launch = gpu.launches[-1], launches[0]
         multi_tensor_kernel[launch.grid](**launch.arguments, **launch.options)
@@ -137,7 +137,7 @@ def everything_is_compiled_before_anything_is_launched(gpu: DryGPU) -> None:
 
 
 def a_gated_step_is_told_this_steps_scalars(gpu: DryGPU) -> None:
-    """A norm and an update: with other scalars at every step, and nothing compiled for them."""
+    """A norm, the counts and an update: with new scalars at every step, and nothing compiled."""
     params = _params(20_000, 3)
     optimizer = triton_optim.RMSprop(params, max_grad_norm=1.0, skip_nonfinite=True)
     kept = []
@@ -149,7 +149,7 @@ def a_gated_step_is_told_this_steps_scalars(gpu: DryGPU) -> None:
         optimizer.max_grad_norm = 1.0 + step
         optimizer.step()
         assert step == 0 or gpu.n_compiled() == before
-        _, update = gpu.launches[launched:]
+        _, _, update = gpu.launches[launched:]
         assert {t.data_ptr() for t in told} <= set(update[9:])
     scalars = [t.data_ptr() for t in kept[:-2]]
     assert not set(scalars) & set(gpu.launches[-1][9:])

@@ -227,8 +227,8 @@ def assert_kernels(optimizer: Any, updated: Sequence[set[int]]) -> None:
         updated: what `train` returned.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    assert optimizer._plan is not None
-    rest = len(optimizer._plan.rest)
+    assert optimizer._internals.plan is not None
+    rest = len(optimizer._internals.plan.rest(optimizer))
     assert not rest, f"{rest} of {len(params)} parameters went torch's way"
     shards = {local(param).data_ptr() for param in params if local(param).numel()}
     assert all(addresses == shards for addresses in updated)

@@ -47,7 +47,8 @@ class Sanitizer:
             update(table, found, copies, gate)
             return
         replaced = dict(copies)
-        self._grads = _spans(replaced.get(i, grad) for i, grad in enumerate(found.grads))
+        grads = ((i, grad) for i, grad in enumerate(found.grads) if grad is not None)
+        self._grads = _spans(replaced.get(i, grad) for i, grad in grads)
         if isinstance(table, RowTable):
             self._writable = touched(table, found)
         else:
@@ -79,6 +80,10 @@ class Sanitizer:
             self._scratch = _spans(t for name in scratch if (t := arguments[name]) is not None)
             self._readable = _merged([*bound, *self._grads, *self._writable])
             _check_row_alignment(launch)
+        elif launch.name == "count_kernel":
+            counts = _counts(arguments)
+            self._scratch = _merged([*counts, *_spans([arguments["column_ptr"]])])
+            self._readable = _merged([*bound, *counts])
         elif not isinstance(launch, UpdateLaunch):
             grads = _listed(arguments)
             self._scratch = _merged([*bound, *grads])
@@ -112,6 +117,8 @@ def touched(table: RowTable, found: Found) -> list[Span]:
         sizes = [runtime.ITEM_SIZES[variant.param_dtype]]
         sizes += variant.n_states * [runtime.ITEM_SIZES[variant.state_dtype]]
         for i in tensors:
+            if not found.present[i]:
+                continue
             row = table._tables.rows[i].tolist()
             width, n_rows = row[WIDTH.value], row[ROWS.value]
             rows: Iterable[int] = range(n_rows)
@@ -125,8 +132,13 @@ def touched(table: RowTable, found: Found) -> list[Span]:
             if variant.row_dtype is not None:
                 size = 8 if variant.row_dtype == "float64" else 4
                 spans += [(row[-1] + r * size, row[-1] + (r + 1) * size) for r in rows if width]
+    return _joined(span for span in spans if span[0] < span[1])
+
+
+def _joined(spans: Iterable[Span]) -> list[Span]:
+    """The same bytes, neighbours in one span."""
     joined: list[Span] = []
-    for start, stop in sorted(span for span in spans if span[0] < span[1]):
+    for start, stop in sorted(spans):
         if joined and joined[-1][1] == start:
             joined[-1] = (joined[-1][0], stop)
         else:
@@ -171,6 +183,12 @@ def _check_row_alignment(launch: RowLaunch) -> None:
         assert not bool((tensors[:, WIDTH.value] % launch.variant.multiple).any()), "not aligned"
 
 
+def _counts(arguments: dict[str, Any]) -> list[Span]:
+    """The step counts of a launch that counts."""
+    size = arguments["DTYPE"].primitive_bitwidth // 8
+    return _joined((start, start + size) for start in arguments["steps_ptr"].tolist())
+
+
 def _listed(arguments: dict[str, Any]) -> list[Span]:
     """The gradients of a launch over gradients alone."""
     size = arguments["DTYPE"].primitive_bitwidth // 8
@@ -185,8 +203,9 @@ def _inside(spans: list[Span], start: int, stop: int) -> bool:
     return place >= 0 and spans[place][0] <= start and stop <= spans[place][1]
 
 
-def _spans(tensors: Iterable[Tensor]) -> list[Span]:
-    return sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.nbytes)
+def _spans(tensors: Iterable[Tensor | None]) -> list[Span]:
+    held = [t for t in tensors if t is not None and t.nbytes]
+    return sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in held)
 
 
 def _merged(spans: Iterable[Span]) -> list[Span]:

@@ -137,7 +137,7 @@ def _clipped(params: list[Parameter], optimizer: Any) -> None:
 
 
 def _rebuilt(params: list[Parameter], optimizer: Any) -> None:
-    optimizer._plan = None
+    optimizer._internals.plan = None
     optimizer.step()
 
 

@@ -54,7 +54,7 @@ def test_the_order_of_programs_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -
         with monkeypatch.context() as patch:
             patch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", shuffled)
             plan = _planned(optimizer)
-            norms.append(plan.norm(optimizer._gate()).clone())
+            norms.append(plan.norm([], optimizer._gate()).clone())
         assert next(turns, None) is None
     assert norms[0] == norms[1] == norms[2]
 

@@ -42,7 +42,7 @@ def test_same_bits(case: Case) -> None:
 def test_a_launch_a_bucket(bucket_bytes: int, n_buckets: int) -> None:
     twins = Twins(MOMENTUM, bucket_bytes=bucket_bytes)
     twins.step()
-    plans = [bucket._part._plan for bucket in twins.handle._buckets]
+    plans = [bucket._part._internals.plan for bucket in twins.handle._buckets]
     first = twins.handle._buckets[0].params
     assert any(param is twins.models[0].head.bias for param in first)
     with recorded() as launches:
@@ -50,7 +50,7 @@ def test_a_launch_a_bucket(bucket_bytes: int, n_buckets: int) -> None:
         twins.optimizers[0].step()
     assert len(launches) == len(plans) == n_buckets
     assert None not in plans
-    assert plans == [bucket._part._plan for bucket in twins.handle._buckets]
+    assert plans == [bucket._part._internals.plan for bucket in twins.handle._buckets]
 
 
 def test_cut() -> None:

@@ -46,7 +46,7 @@ def _hooked(model: nn.Module) -> SGD:
     ("make", "error", "message"),
     [
         (lambda m: torch.optim.SGD(m.parameters()), TypeError, "use an optimizer of triton_optim"),
-        (lambda m: _Overriding(m.parameters()), TypeError, "overrides step"),
+        (lambda m: _Overriding(m.parameters()), TypeError, "has another step"),
         (
             lambda m: SGD([*m.parameters(), nn.Parameter(torch.ones(1))]),
             RuntimeError,
@@ -173,7 +173,7 @@ def test_fully_shard(root: bool) -> None:
         optimizers[1].zero_grad()
         for p, q in zip(*(model.parameters() for model in models), strict=True):
             assert torch.equal(p.full_tensor(), q.full_tensor())
-        plans.append([bucket._part._plan for bucket in buckets])
+        plans.append([bucket._part._internals.plan for bucket in buckets])
     assert plans[1] == plans[2]
 
 

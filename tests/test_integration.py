@@ -13,7 +13,7 @@ from typing import Any
 import frameworks
 import pytest
 import torch
-from cases import Case
+from cases import DEVICE, Case
 from frameworks import STEPS, Make, Outcome
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader
@@ -141,3 +141,27 @@ def test_readme_lightning() -> None:
         frameworks.fit(names["Model"]())
     assert len(launches) == STEPS
     assert issubclass(base, lightning.LightningModule)
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_accelerate_learns_of_skipped_steps(fused: bool | None) -> None:
+    """And its scheduler steps twice in four steps of which two overflow."""
+    optimizers = pytest.importorskip("accelerate.optimizer")
+    schedulers = pytest.importorskip("accelerate.scheduler")
+    frameworks.accelerator()
+    param = torch.nn.Parameter(torch.ones(4, device=DEVICE))
+    optimizer = triton_optim.SGD([param], lr=1.0, fused=fused)
+    plain = ExponentialLR(optimizer, 0.5)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=16.0, growth_interval=100)
+    wrapped = optimizers.AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
+    scheduler = schedulers.AcceleratedScheduler(plain, wrapped)
+    skipped = []
+    for factor in (1.0, float("inf"), 1.0, float("inf")):
+        wrapped.zero_grad()
+        scaler.scale((param * factor).sum()).backward()
+        wrapped.step()
+        scheduler.step()
+        skipped.append(wrapped.step_was_skipped)
+    assert skipped == [False, True, False, True]
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    torch.testing.assert_close(param.detach(), torch.full_like(param, -0.5))

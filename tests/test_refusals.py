@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import (
@@ -203,3 +204,44 @@ def test_state_that_is_shared(case: Case, transposed: bool) -> None:
     )
     with refused(message, optimizer, params):
         optimizer.step()
+
+
+@every_state
+@pytest.mark.parametrize("value", ["0.1", b"1", [0.1], None], ids=repr)
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_rate_that_is_no_number(case: Case, value: Any, stepped: bool) -> None:
+    param = new_param(5)
+    optimizer = case.ours([param])
+    if stepped:
+        optimizer.step()
+    rate = optimizer.param_groups[0]["lr"]
+    optimizer.param_groups[0]["lr"] = value
+    tensors = [param.detach(), *optimizer.state.get(param, {}).values()]
+    before = copy.deepcopy(tensors)
+    with pytest.raises(TypeError, match=r"lr of group 0 is .*; give it a number"):
+        optimizer.step()
+    assert_same_bits(tensors, before)
+    for number in (np.float32(0.1), np.int64(1), True, torch.tensor(0.1), rate):
+        optimizer.param_groups[0]["lr"] = number
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("option", "name"), [({"momentum": 0.9}, "momentum_buffer"), ({"centered": True}, "grad_avg")]
+)
+def test_an_option_of_rmsprop_switched_on_later(option: dict[str, Any], name: str) -> None:
+    """The error says what changed; torch's is a KeyError."""
+    param = new_param(5)
+    optimizer = triton_optim.RMSprop([param])
+    optimizer.step()
+    optimizer.param_groups[0].update(option)
+    (flag,) = option
+    message = rf"state '{name}' of parameter 0 of group 0 is missing, .*\({flag}\)"
+    with refused(message, optimizer, [param]):
+        optimizer.step()
+    optimizer.param_groups[0][flag] = 0
+    optimizer.step()
+    del optimizer.state[param]
+    optimizer.param_groups[0].update(option)
+    optimizer.step()
+    assert name in optimizer.state[param]

@@ -1,9 +1,15 @@
 """Every rule and flag against torch's for-loop, in float64 and in the storage dtype."""
 
+import itertools
+
 import pytest
 import torch
-from cases import CASES, DTYPES, SPECS, Case, Tensors, assert_no_worse, double, largest
+from cases import CASES, DEVICE, DTYPES, SPECS, Case, Tensors, assert_no_worse, double, largest
 from reference import Reference
+from torch.nn import Parameter
+
+import triton_optim
+from triton_optim import runtime
 
 
 def _compare(case: Case, dtype: torch.dtype) -> None:
@@ -125,3 +131,46 @@ def test_16_bit_storage_is_better_than_torchs(case: Case, dtype: torch.dtype) ->
     )
     error, torch_error = (ours - exact).norm(), (theirs - exact).norm()
     assert error < torch_error or not torch_error.isfinite()
+
+
+# Of 16 bits, some of whose squares are stored as 0 and some as infinite.
+EXTREMES = (0.0, 1e-7, 1.7e-3, 1.0, -1.0, 300.0, 6e4)
+FINITE_CASES = (
+    *CASES,
+    Case("rmsprop-centered-eps", "RMSprop", {"lr": 0.01, "centered": True, "eps": 1e-3}),
+    Case("rmsprop-slow", "RMSprop", {"lr": 0.01, "centered": True, "alpha": 0.9999}),
+    Case("rmsprop-forgetful", "RMSprop", {"lr": 0.01, "alpha": 0.0}),
+    Case("adagrad-no-eps", "Adagrad", {"lr": 0.01, "eps": 0.0}),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:4], ids=str)
+@pytest.mark.parametrize("case", FINITE_CASES, ids=lambda case: case.name)
+def test_finite_where_torchs_is(
+    case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After every step of every sequence of extreme gradients: storage rounds what follows."""
+    monkeypatch.setattr(runtime, "INTERPRETED_BLOCK_SIZES", (4096,))
+    grads = torch.tensor([*itertools.product(EXTREMES, repeat=4)], device=DEVICE).T.to(dtype)
+    params = [Parameter(torch.ones_like(grads[0])) for _ in range(2)]
+    optimizers = [case.ours(params[:1]), case.theirs(params[1:])]
+    for grad in grads:
+        for param, optimizer in zip(params, optimizers, strict=True):
+            param.grad = grad.clone()
+            optimizer.step()
+        ours, theirs = (param.isfinite() for param in params)
+        assert not bool((theirs & ~ours).any())
+
+
+def test_a_variance_that_storage_made_negative() -> None:
+    """The mean of squares is stored as 0, that of gradients is not: torch's result is -0.017."""
+    param = Parameter(torch.zeros(1, dtype=torch.float16, device=DEVICE))
+    optimizer = triton_optim.RMSprop([param], lr=0.01, centered=True, eps=1e-3)
+    exact = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    reference = torch.optim.RMSprop([exact], lr=0.01, centered=True, eps=1e-3)
+    for grad in (0.0017, 0.0):
+        param.grad = torch.tensor([grad], dtype=torch.float16, device=DEVICE)
+        exact.grad = param.grad.double().cpu()
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(param.cpu().double(), exact.detach(), rtol=1e-3, atol=0)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .checks import describe
 from .fused import FusedStep
+from .gated import Internals
 from .shards import local
 from .ways import Group
 
@@ -28,22 +29,24 @@ class Bucket:
     """
 
     def __init__(self, optimizer: FusedStep, places: Iterable[Place]) -> None:
-        groups = optimizer.param_groups
         self._optimizer = optimizer
         self._places = sorted(places)  # the order in which a plan keeps state
-        self.params: list[Tensor] = [
-            *dict.fromkeys(groups[i]["params"][position] for i, position in self._places)
-        ]
-        self._device = self.params[0].device
-        self._gpu = self._device.index if self.params[0].is_cuda else None
-        self._own = [
-            (i, _lists(groups[i], [*of_group]))
-            for i, of_group in groupby(self._places, key=itemgetter(0))
-        ]
+        params = self.params
+        self._device = params[0].device
+        self._gpu = self._device.index if params[0].is_cuda else None
+        self._own = [(i, [*of_group]) for i, of_group in groupby(self._places, key=itemgetter(0))]
         # An optimizer of the same class over these parameters alone, so that their plan is kept.
         self._part = object.__new__(type(optimizer))
-        vars(self._part).update(vars(optimizer), _plan=None)
+        internals = optimizer._internals
+        own = Internals(internals.extras, internals.options, internals.steps)
+        vars(self._part).update(vars(optimizer), _internals=own, param_groups=[], state={})
         self.begin()
+
+    @property
+    def params(self) -> list[Tensor]:
+        """Its parameters, each once; the optimizer holds them, and this does not."""
+        groups = self._optimizer.param_groups
+        return [*dict.fromkeys(groups[i]["params"][position] for i, position in self._places)]
 
     def begin(self) -> None:
         """A backward pass begins."""
@@ -77,15 +80,16 @@ class Bucket:
     def _step(self) -> None:
         optimizer, part = self._optimizer, self._part
         self._join_streams()
-        part.param_groups = [{**optimizer.param_groups[i], **own} for i, own in self._own]
-        get = optimizer.state.get
-        part.state = defaultdict(dict, {p: s for p in self.params if (s := get(p)) is not None})
+        groups, params, get = optimizer.param_groups, self.params, optimizer.state.get
+        part.param_groups = [{**groups[i], **_lists(groups[i], own)} for i, own in self._own]
+        part.state = defaultdict(dict, {p: s for p in params if (s := get(p)) is not None})
         try:
             part._closure_step()
         finally:
             optimizer.state.update(part.state)
+            part.param_groups, part.state = [], defaultdict(dict)
         optimizer._opt_called = True  # type: ignore[attr-defined]  # else schedulers warn
-        for param in self.params:
+        for param in params:
             param.grad = None
         self._stepped = True
 

@@ -19,46 +19,38 @@ class Buffer:
     Args:
         device: where.
         n_grads: numbers that say where gradients are.
-        hypers: every group's hyperparameters, one after another.
-        pack: the step counts; None if there are none.
-        reads_steps: whether a kernel reads them.
+        n_hypers: hyperparameters of all groups.
+        n_steps: step counts, if the host knows them and a kernel reads them.
 
     Attributes:
         memory: int64, all of it.
         grads: int64 [n_grads], padded.
         max_norm: float64 [].
-        hypers: float64 [hyperparameters of all groups].
-        steps: what the kernel reads: the pack, unless that is on another device.
+        hypers: float64 [n_hypers].
+        steps: float64 [n_steps], padded.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        n_grads: int,
-        hypers: Sequence[object],
-        pack: Tensor | None,
-        *,
-        reads_steps: bool,
-    ) -> None:
+    def __init__(self, device: torch.device, n_grads: int, n_hypers: int, n_steps: int) -> None:
         self._device = device
-        # A pack that is not on this device is on the CPU: reading it waits for no device.
-        self._host_pack = pack if reads_steps and pack is not None else None
-        if pack is not None and pack.device == device:
-            self._host_pack = None
-        n_steps = 0 if self._host_pack is None else len(self._host_pack)
-        lengths = [n + n % 2 for n in (n_grads, AHEAD + len(hypers), n_steps)]
+        lengths = [n + n % 2 for n in (n_grads, AHEAD + n_hypers, n_steps)]
         self.memory = torch.empty(sum(lengths), dtype=torch.int64, device=device)
         self.grads, floats, steps = torch.split(self.memory, lengths)
         floats = floats.view(torch.float64)
-        self.max_norm, self.hypers = floats[0], floats[AHEAD : AHEAD + len(hypers)]
-        self.steps = pack if self._host_pack is None else steps.view(torch.float64)
+        self.max_norm, self.hypers = floats[0], floats[AHEAD : AHEAD + n_hypers]
+        self.steps = steps.view(torch.float64)
         self._sent: bytes | None = None
         self._captured: list[Tensor] = []
         self._hypers_sent: object = None
         self._max_norm = 0.0
         self._on_gpu: dict[int, Tensor] = {}
 
-    def send(self, grads: bytes, hypers: list[float | Tensor], max_norm: float) -> None:
+    def send(
+        self,
+        grads: bytes,
+        hypers: list[float | Tensor],
+        max_norm: float,
+        steps: Sequence[float] = (),
+    ) -> None:
         """Bring it up to date; a scalar that lives on a GPU is copied on the device."""
         if hypers is not self._hypers_sent or max_norm != self._max_norm:
             on_gpu = {i: h for i, h in enumerate(hypers) if isinstance(h, Tensor)}
@@ -68,9 +60,7 @@ class Buffer:
             floats = [0.0 if isinstance(h, Tensor) else h for h in hypers]
             self._float_column = column("d", [max_norm, 0.0, *floats])
             self._hypers_sent, self._max_norm = hypers, max_norm
-        content = grads + self._float_column
-        if self._host_pack is not None:
-            content += column("d", self._host_pack.tolist())
+        content = grads + self._float_column + column("d", steps)
         if runtime.is_capturing(self._device):
             self._capture(content)
         elif content != self._sent:

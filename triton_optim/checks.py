@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -130,6 +130,22 @@ def check_apart(tensors: Iterable[tuple[Tensor, str]]) -> None:
             raise RuntimeError(
                 f"{name} and {other} share memory: one update would overwrite the other; tie "
                 "weights by using one Parameter in both places, or clone() one of the two"
+            )
+
+
+def check_asked_for(state: State, names: Iterable[str], flags: Collection[str], where: str) -> None:
+    """Refuse state without a tensor that the group's options ask for.
+
+    Raises:
+        RuntimeError: one is missing, as where an option was changed after the first step.
+    """
+    for name in names:
+        if name not in state:
+            options = ", ".join(sorted(flags)).lower()
+            raise RuntimeError(
+                f"state {name!r} of {where} is missing, which the options of its group ask for now "
+                f"({options}) and did not when the state was made; change them back, or delete the "
+                "parameter's entry of optimizer.state to start it afresh"
             )
 
 
@@ -262,14 +278,14 @@ def check_entries(state: Mapping[Any, Any], groups: Sequence[Group], *, counts_s
                 raise _bad_state("step", where, f"is {entry.get('step')!r}")
 
 
-def check_groups(groups: Sequence[Group], defaults: Mapping[str, Any]) -> None:
+def check_groups(groups: Sequence[Group], names: Collection[str]) -> None:
     """Refuse loaded groups of another optimizer.
 
     Raises:
         RuntimeError: a hyperparameter is missing.
     """
     for index, group in enumerate(groups):
-        if missing := sorted(defaults.keys() - group.keys()):
+        if missing := sorted(set(names) - group.keys()):
             raise RuntimeError(
                 f"group {index} of the state dict has no {missing}; load the state_dict of the "
                 "same kind of optimizer"

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from . import runtime
 
+NOWHERE = runtime.ALIGNMENT  # of a gradient without elements: 0 says that there is no gradient
+
 _IS_ALIGNED = bytes(low % runtime.ALIGNMENT == 0 for low in range(256))
 
 
@@ -22,6 +24,11 @@ def owners(tensors: Sequence[int], counts: Sequence[int]) -> Tensor:
 
 def addresses_of(tensors: Iterable[Tensor | None]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+
+
+def grad_addresses_of(grads: Iterable[Tensor | None]) -> list[int]:
+    """0 of a gradient that is missing, and of no other."""
+    return [0 if grad is None else grad.data_ptr() or NOWHERE for grad in grads]
 
 
 def real_numel(tensor: Tensor) -> int:

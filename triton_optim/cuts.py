@@ -11,7 +11,9 @@ from torch import Tensor
 
 from . import norm, runtime
 from .columns import addresses_of, as_tensor, column, is_aligned, owners, real_numel
+from .layout import Layout
 from .norm import GradCut
+from .row_launch import Kind
 from .runtime import GradVariant
 from .shards import Spread, local
 from .tuning import Config
@@ -21,17 +23,29 @@ if TYPE_CHECKING:
     from .fused import FusedStep
 
 
+class Look(NamedTuple):
+    """How a parameter's latest gradient was, for steps in which it is missing."""
+
+    param: Layout | None  # the parameter's then; shards of DTensors, here and below
+    grad: Layout | None  # None of a sparse gradient
+    is_taken: bool = False  # whether a kernel takes the parameter
+    kind: Kind | None = None  # of one that is updated from by rows
+    is_aligned: bool = True
+
+
 class Entry(NamedTuple):
     """One parameter that the kernels take."""
 
+    position: int  # among all of the optimizer's
     param: Tensor
     shard: Tensor  # the parameter, or of a DTensor what this rank holds
-    grad: Tensor  # likewise
+    grad: Tensor | None  # likewise; None where it is missing
+    look: Look  # of the gradient, be it missing or not
     spread: Spread
     group: int
     flags: frozenset[str]
     state_names: tuple[str, ...]
-    reordered: bool  # the gradient must be copied into the parameter's memory order first
+    reordered: bool = False  # gradients must be copied into the parameter's memory order first
     row_state: str | None = None  # name of the state that has one number a row
     where: str = ""  # the parameter in words
 
@@ -104,5 +118,6 @@ def _variant(
 
 
 def _grad_variant(entry: Entry) -> GradVariant:
-    aligned = entry.reordered or is_aligned([entry.grad.data_ptr()])
-    return GradVariant(runtime.STORAGE_DTYPES[entry.grad.dtype], aligned)
+    assert entry.look.grad is not None
+    aligned = entry.reordered or entry.look.is_aligned
+    return GradVariant(runtime.STORAGE_DTYPES[entry.look.grad.dtype], aligned)

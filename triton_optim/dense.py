@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain
-from operator import is_not
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from itertools import chain, repeat
+from operator import attrgetter, is_, is_not
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import columns, cuts, runtime
 from .buffer import Buffer
-from .columns import addresses_of, alignment, column
+from .columns import NOWHERE, addresses_of, alignment, column, grad_addresses_of
 from .cuts import Entry
 from .gate import Gate
 from .launch import UpdateLaunch
-from .layout import LayoutGuard
+from .layout import Layout, LayoutGuard
 from .norm import GradNorm
 from .shards import bring_grad, is_dtensor, local_of, same_sharding, spec_of
-from .states import get_step, holders_of, values_of
-from .table import Copies, Found, Table
+from .states import get_step
+from .table import Copies, Current, Found, Table, present_of
+from .ways import State
 
 if TYPE_CHECKING:
     from .fused import FusedStep
+
+
+_grad_of = attrgetter("grad")
 
 
 class DenseTable(Table):
@@ -51,36 +55,110 @@ class DenseTable(Table):
             optimizer, device, entries, reads_step=reads_step, counts_on_device=counts_on_device
         )
         self._rule, complete = optimizer._rule, self._complete
-        self._specs = [spec_of(param) for param in self._params if is_dtensor(param)]
+        self._specs = [spec_of(entry.param) for entry in entries if is_dtensor(entry.param)]
         self._reordered = [i for i, entry in enumerate(entries) if entry.reordered]
-        grads = [entry.grad for entry in entries]
-        found = self._found(grads, [*self._params, *values_of(holders_of(entries, complete))])
-        steps = [*map(get_step, complete)] if optimizer._counts_steps else []
-        self.first = found
-        self._guard = LayoutGuard([*grads, *found.written])
-        self._addresses = addresses_of([*found.written, *steps])
-        self._grads = addresses_of(grads)
-        self._grad_column = column("q", self._grads)
-        self._alignment = alignment(self._grad_column)
+        params = [entry.param for entry in entries]
+        held = self._pick_stateful(complete)
+        found = self._found([entry.grad for entry in entries], params, held)
+        self.first = self._of_present(found)
+        grads, state = [entry.look.grad for entry in entries], found.written[len(entries) :]
+        layouts = [*grads, *(entry.look.param for entry in entries), *map(Layout.of, state)]
+        self._guard = LayoutGuard([x for x in layouts if x is not None], self._holders.rows)
+        self._addresses = addresses_of([*found.written, *found.steps])
+        self._has_empty = not all(shard.numel() for shard in found.shards)
+        self._alignment = alignment(column("q", [not e.look.is_aligned for e in entries]))
+        self._keep_grads(grad_addresses_of(found.grads))
         cut = cuts.cut(optimizer, entries, complete)
         self._cuts = [c._replace(owners=columns.on_device(c.owners, device)) for c in cut.updates]
         self._grad_cuts = cut.grads
-        buffer = Buffer(device, len(entries), hypers, self._pack, reads_steps=reads_step)
+        buffer = Buffer(device, len(entries), len(hypers), self._n_steps_sent)
         self._buffer = buffer
         self.tables = runtime.Tables(
             rows=columns.on_device(cut.rows, device),
             grads=buffer.grads,
             hypers=buffer.hypers.view(len(optimizer.param_groups), -1),
-            steps=buffer.steps,
+            steps=self._steps_read(buffer),
             max_norm=buffer.max_norm,
         )
         self._launches: dict[frozenset[str], list[UpdateLaunch]] = {}
         self._norms: dict[frozenset[str], GradNorm] = {}
 
-    def _found(self, grads: list[Tensor], written: list[Tensor]) -> Found:
+    def _found(
+        self, grads: Sequence[Tensor | None], params: Sequence[Tensor], states: Sequence[State]
+    ) -> Found:
+        """As if all gradients were there."""
+        written = [*params, *self._holders.values(states)]
+        steps = [*map(get_step, states)] if self._counts_steps else []
         if not self._specs:
-            return Found(grads, written, [])
-        return Found(grads, [*map(local_of, written)], written)
+            return Found(grads, self._all, params, written, (), steps)
+        shards = [*map(local_of, written)]
+        return Found(grads, self._all, shards[: len(params)], shards, written, steps)
+
+    def find(self, current: Current) -> Found | None:
+        """This step's tensors, or None where this table no longer describes them.
+
+        It does while parameters and state are where they were, everything has the layout that it
+        had, and gradients the alignment, but for those that are missing.
+        """
+        try:
+            mine = self._mine(current)
+            if mine is None:
+                return None
+            params, states = mine
+            grads: Sequence[Tensor | None] = [*map(_grad_of, params)]
+            if self._specs:
+                grads = self._shards(params, grads)
+            found = self._found(grads, params, states)
+            tensors = [*grads, *found.written]
+            complete = self._guard.check(tensors)
+            if not complete and not self._guard.check_rows(tensors, present_of(grads)):
+                return None
+            if addresses_of([*found.written, *found.steps]) != self._addresses:
+                return None
+        # State was removed, a step is no tensor any more, or what was a DTensor is none.
+        except (IndexError, KeyError, TypeError, AttributeError):
+            return None
+        found = found if complete else self._of_present(found)
+        some_at_zero = self._has_empty or not complete
+        addresses = (grad_addresses_of if some_at_zero else addresses_of)(grads)
+        if addresses != self._grads and not self._keep_grads(addresses):
+            return None
+        return found
+
+    def _keep_grads(self, addresses: list[int]) -> bool:
+        """False where one has not the alignment for which its kernel was compiled."""
+        grad_column = column("q", addresses)
+        aligned = alignment(grad_column)
+        if aligned != self._alignment and any(
+            address and is_aligned != was_aligned
+            for address, is_aligned, was_aligned in zip(
+                addresses, aligned, self._alignment, strict=False
+            )
+        ):
+            return False
+        self._grads, self._grad_column = addresses, grad_column
+        return True
+
+    def _shards(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Of gradients that lie on their ranks as the parameters do; None of one that is missing.
+
+        Raises:
+            AttributeError: one is of another kind.
+        """
+        complete = not any(map(is_, grads, repeat(None)))
+        if complete and not any(map(is_not, map(spec_of, grads), self._specs)):
+            return [*map(local_of, grads)]
+        shards: list[Tensor | None] = []
+        for param, grad, spec in zip(params, grads, self._specs, strict=True):
+            if grad is not None and spec_of(grad) is not spec:
+                bring_grad(param)
+                grad = param.grad
+                if not same_sharding(spec_of(grad), spec):
+                    raise AttributeError
+            shards.append(None if grad is None else local_of(grad))
+        return shards
 
     def prepare(self, kinds: frozenset[str]) -> None:
         if kinds in self._launches:
@@ -105,63 +183,29 @@ class DenseTable(Table):
         ]
         if norm is not None:
             self._norms[kinds] = norm
+        told = {
+            "found_inf_ptr": tables.happened,
+            "grad_norm_ptr": None if norm is None else norm.norm,
+        }
+        self._prepare_counts(kinds, tables.grads.view(-1, 1), told)
         self._launches[kinds] = launches
 
-    def find(self) -> Found | None:
-        """This step's tensors, or None where this table no longer describes them.
-
-        It does while parameters and state are where they were, everything has the layout that it
-        had, and gradients the alignment.
-        """
-        grads: list[Tensor | None] = [param.grad for param in self._params]
-        try:
-            if self._specs:
-                grads = self._shards(grads)
-            found = self._found(grads, [*self._params, *values_of(self._holders)])  # type: ignore[arg-type]
-            if not self._guard.check([*grads, *found.written]):
-                return None
-            steps = map(get_step, self._counted)
-            if addresses_of([*found.written, *steps]) != self._addresses:
-                return None
-        # State was removed, a step is no tensor any more, or what was a DTensor is none.
-        except (KeyError, TypeError, AttributeError):
-            return None
-        addresses = addresses_of(grads)
-        if addresses != self._grads:
-            grad_column = column("q", addresses)
-            if alignment(grad_column) != self._alignment:
-                return None
-            self._grads, self._grad_column = addresses, grad_column
-        return found
-
-    def _shards(self, grads: list[Any]) -> list[Tensor | None]:
-        """Of gradients that lie on their ranks as the parameters do; None for any other."""
-        specs = [*map(spec_of, grads)]
-        if any(map(is_not, specs, self._specs)):
-            for param in self._params:
-                bring_grad(param)
-            grads = [param.grad for param in self._params]
-            return [
-                local_of(grad) if same_sharding(spec_of(grad), spec) else None
-                for grad, spec in zip(grads, self._specs, strict=True)
-            ]
-        return [*map(local_of, grads)]
-
     def reordered(self, found: Found) -> list[Tensor]:
-        return [found.grads[i] for i in self._reordered]
+        return [grad for i in self._reordered if (grad := found.grads[i]) is not None]
 
     def send(self, found: Found, hypers: list[float | Tensor], max_norm: float | None) -> Copies:
         copies = [
-            (i, torch.empty_like(found.written[i], dtype=grad.dtype).copy_(grad))
-            for i, grad in ((i, found.grads[i]) for i in self._reordered)
+            (i, torch.empty_like(found.shards[i], dtype=grad.dtype).copy_(grad))
+            for i in self._reordered
+            if (grad := found.grads[i]) is not None
         ]
         grad_column = self._grad_column
         if copies:
             addresses = list(self._grads)
             for i, copy in copies:
-                addresses[i] = copy.data_ptr()
+                addresses[i] = copy.data_ptr() or NOWHERE
             grad_column = column("q", addresses)
-        self._buffer.send(grad_column, hypers, max_norm or 0.0)
+        self._buffer.send(grad_column, hypers, max_norm or 0.0, self._steps_to_send(found))
         return copies
 
     def sum_squares(self, gate: Gate) -> GradNorm:
@@ -170,11 +214,10 @@ class DenseTable(Table):
         norm.run(gate.on(self.device))
         return norm
 
-    def _launch(self, gate: Gate) -> bool:
-        changed = gate.on(self.device) if gate.kinds else {}
+    def _launch(self, told: Mapping[str, Tensor], gate: Gate) -> bool:
         launches = self._launches[gate.kinds]
         for launch in launches:
-            launch.run(**changed)
+            launch.run(**told)
         return bool(launches)
 
     def _happens(self, gate: Gate) -> Tensor:
@@ -184,4 +227,4 @@ class DenseTable(Table):
     def _own_tensors(self) -> list[Tensor | None]:
         norms = chain.from_iterable(norm.tensors for norm in self._norms.values())
         owners = (cut.owners for cut in self._cuts)
-        return [self._buffer.memory, self.tables.rows, self.tables.steps, *norms, *owners]
+        return [self._buffer.memory, self.tables.rows, *norms, *owners]

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from torch._compile import _disable_dynamo
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim import lr_scheduler
 
 from . import runtime
 from .gate import Extras, Gate
+from .gated import Internals
 from .loading import StatefulOptimizer
 from .plan import Plan
 from .table import Found
-from .ways import Group
+from .ways import Group, is_traced
 
 
 class FusedStep(StatefulOptimizer):
@@ -28,12 +30,31 @@ class FusedStep(StatefulOptimizer):
     keeps, and says what `StatefulOptimizer` leaves open.
     """
 
-    def __init__(self, *args: Any, extras: Extras, **kwargs: Any) -> None:
-        self._extras = extras
+    def __init__(self, *args: Any, options: Mapping[str, Any], **kwargs: Any) -> None:
+        self._internals = Internals(Extras(**options), frozenset(options))
         super().__init__(*args, **kwargs)
+        # So that type(optimizer)(params, **optimizer.defaults) makes another one like it.
+        self.defaults.update({name: getattr(self._extras, name) for name in options})
         reasons = [*filter(None, map(self._group_refusal, self.param_groups))]
-        if extras.capturable and reasons:
+        if self._extras.capturable and reasons:
             raise RuntimeError(f"`capturable` does not support {reasons[0]}")
+        self._adopt_steps()
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            ValueError: the group has an option that is for the whole optimizer.
+        """
+        if misplaced := sorted(Extras.OF_THE_WHOLE & param_group.keys()):
+            raise ValueError(
+                f"{misplaced[0]} is for the whole optimizer and not for a group; give it to "
+                f"{type(self).__name__}(params, ...)"
+            )
+        from_defaults = self._internals.options - param_group.keys()
+        super().add_param_group(param_group)
+        for name in from_defaults:
+            param_group.pop(name, None)  # groups are torch's, and so are state dicts
 
     def _closure_step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -42,7 +63,7 @@ class FusedStep(StatefulOptimizer):
                 loss = closure()
         enabled = torch.is_grad_enabled()
         try:
-            torch.set_grad_enabled(self.defaults["differentiable"])
+            torch.set_grad_enabled(self.defaults.get("differentiable", False))
             self._planned_step()
         except BaseException:
             for name in ("grad_scale", "found_inf"):  # GradScaler would multiply by the old one
@@ -72,14 +93,7 @@ class FusedStep(StatefulOptimizer):
                 after it has stepped other parameters.
         """
         # torch wraps a step in a profiler's range and a loop over hooks: 9 us where there are none.
-        watched = (
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-            or _profiler_enabled()
-        )
-        if watched and not self._is_wrapped():
+        if (self._hooks or _profiler_enabled()) and not self._is_wrapped():
             return self._watched_step(*args, **kwargs)
         return self._closure_step(*args, **kwargs)
 
@@ -93,44 +107,55 @@ class FusedStep(StatefulOptimizer):
         return False
 
     def _is_overridden(self) -> bool:
-        return inspect.unwrap(type(self).step) is not inspect.unwrap(FusedStep.step)
+        step: Any = vars(self).get("step", type(self).step)
+        # A scheduler's patch only tells it that the step was called.
+        while getattr(step, "__globals__", None) is vars(lr_scheduler):
+            step = step.__wrapped__
+        return type(self).step is not FusedStep.step or (
+            getattr(step, "__func__", step) is not FusedStep.step
+        )
 
     step.__signature__ = inspect.signature(_closure_step)  # type: ignore[attr-defined]
     step.hooked = True  # type: ignore[attr-defined]
 
     def _planned_step(self) -> None:
-        gate = self._gate()
-        self._was_gated |= gate.may_skip
-        plan = self._plan
-        found = plan.find(self) if plan is not None else None
-        if plan is None or found is None:
-            if plan is not None and plan.on_gpu and torch.cuda.is_current_stream_capturing():
-                self._check_capture(plan, gate, ready=False)
+        gate, internals, traced = self._gate(), self._internals, is_traced()
+        internals.may_skip |= gate.may_skip
+        if traced:
+            self._drop_plan()  # the one that is made now is of nothing that lasts
+        before = internals.plan
+        found = before.find(self) if before is not None else None
+        plan = before
+        if before is None or found is None:
+            if before is not None and before.on_gpu and torch.cuda.is_current_stream_capturing():
+                self._check_capture(before, gate, ready=False)
             self._drop_plan()
-            plan = Plan(self)
+            plan = Plan(self, before)
+        assert plan is not None
         if plan.on_gpu and torch.cuda.is_current_stream_capturing():
             self._check_capture(plan, gate, ready=found is not None)
-            self._captured = (*self._captured, plan)
+            internals.captured = (*internals.captured, plan)
         if found is None:
             plan.move_strays()
             found = plan.make_tables(self)
         self._gated_step(plan, found, gate)
-        if self._plan is None:
+        if internals.plan is None and not traced:
             plan.keep(self)
-            self._plan = plan
+            internals.plan = plan
 
     def _gated_step(self, plan: Plan, found: list[Found], gate: Gate) -> None:
         copies = plan.prepare(found, gate)
+        rest = plan.rest(self)
         norm = None
         if gate.max_norm is not None:
-            norm = plan.norm(gate)
+            norm = plan.norm(rest, gate)
             self._keep_norm(norm, gate)
         rest_happens = True
-        if plan.rest:
+        if rest:
             rest_happens = gate.does_happen(norm)
             if rest_happens:
-                gate.apply([param.grad for param in plan.rest if param.grad is not None], norm)
-                self._torch_step({id(param) for param in plan.rest})
+                gate.apply([param.grad for param in rest if param.grad is not None], norm)
+                self._torch_step({id(param) for param in rest})
         plan.run(found, copies, gate)
         if gate.skip_nonfinite:
             skipped = plan.skipped()
@@ -148,6 +173,25 @@ class FusedStep(StatefulOptimizer):
         groups = self.param_groups if groups is None else groups
         values = chain.from_iterable(map(self._hyperparameters, groups))
         return [value if type(value) is float else _scalar(value) for value in values]
+
+    def _check_hyperparameters(self) -> None:
+        """Refuse values in groups that only look like numbers.
+
+        Raises:
+            TypeError: there is one, such as a learning rate that is a string.
+        """
+        numbers = [
+            name
+            for name, value in self.defaults.items()
+            if isinstance(value, Real | Tensor) and not isinstance(value, bool)
+        ]
+        for index, group in enumerate(self.param_groups):
+            for name in numbers:
+                if not isinstance(group.get(name, 0), Real | Tensor):
+                    raise TypeError(
+                        f"{name} of group {index} is {group[name]!r}; give it a number, or a "
+                        "tensor of one element"
+                    )
 
     def _torch_step(self, rest: set[int]) -> None:
         """torch's own `step()` over the parameters with these ids.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ class Extras:
 
     They belong to the optimizer and not to its groups, so that state dicts stay torch's.
     """
+
+    OF_THE_WHOLE: ClassVar = frozenset(
+        {"max_grad_norm", "error_if_nonfinite", "skip_nonfinite", "sparse"}
+    )
 
     fused: bool | None = None  # for a class whose groups have no `fused`
     capturable: bool = False  # for a class whose groups have no `capturable`

@@ -2,47 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import sys
+from dataclasses import dataclass, field, replace
+from types import FrameType
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import runtime
+from .counts import StepPool
 from .gate import Extras, Gate, told
 from .plan import Plan, all_params
 from .shards import local
 from .ways import Group, group_refusal
 
 
+@dataclass
+class Internals:
+    """What an optimizer has beside torch's attributes.
+
+    All of it is one object, which a wrapper shares that copies an optimizer's `__dict__`, or that
+    passes on what it does not have itself.
+    """
+
+    extras: Extras
+    options: frozenset[str]  # names of those extras that the class takes
+    steps: StepPool = field(default_factory=StepPool)
+    plan: Plan | None = None
+    captured: tuple[Plan, ...] = ()  # CUDA graphs read their tables
+    norm: Tensor | None = None  # float64 [], of the last step's gradients
+    skipped: Tensor | None = None  # float32 [], how many steps were
+    may_skip: bool = False  # whether a step may have been skipped by the device
+    amp_scaling: bool = True  # what was assigned to `_step_supports_amp_scaling`
+    alphas: list[float] | None = None  # of the steps that rows may have been left out of
+
+
 class GatedOptimizer(torch.optim.Optimizer):
     """The options of `Extras`, and what becomes of them at a step."""
 
-    _extras = Extras()
-    _amp_scaling = True
-    _plan: Plan | None = None
-    _captured: tuple[Plan, ...] = ()  # CUDA graphs read their tables
-    _norm: Tensor | None = None  # float64 [], of the last step's gradients
-    _skipped: Tensor | None = None  # float32 [], how many steps were
-    _was_gated = False  # whether a step may have been skipped by the device
+    _internals: Internals
+
+    @property
+    def _extras(self) -> Extras:
+        return self._internals.extras
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether GradScaler leaves unscaling and skipping to the step.
 
-        Not where a hook or a step of a subclass would see gradients before they are unscaled, and
-        not where all groups go torch's own way.
+        As with torch, `fused=True` asks for it. Not where no kernel runs, nor where something
+        stands between the scaler and the step, which would see scaled gradients, or take the step's
+        call for a step: a hook, another `step`, a wrapper to which the scaler was given.
         """
         return (
-            self._amp_scaling
-            and not (self._optimizer_step_pre_hooks or _global_optimizer_pre_hooks)
+            self._internals.amp_scaling
+            and all(self._fused(g) and not self._group_refusal(g) for g in self.param_groups)
+            and any(local(p).device.type == runtime.DEVICE_TYPE for p in all_params(self))
+            and not self._hooks
             and not self._is_overridden()
-            and not all(map(self._group_refusal, self.param_groups))
+            and not _is_scaled_through_wrapper(self)
         )
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, supports: bool) -> None:
-        self._amp_scaling = supports
+        self._internals.amp_scaling = supports
+
+    @property
+    def _hooks(self) -> bool:
+        """Whether there are hooks of steps."""
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+        )
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -57,15 +91,19 @@ class GatedOptimizer(torch.optim.Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, max_norm: float | None) -> None:
-        before, self._extras = self._extras, replace(self._extras, max_grad_norm=max_norm)
-        if (before.max_grad_norm is None) != (max_norm is None):
+        internals = self._internals
+        before = internals.extras.max_grad_norm
+        internals.extras = replace(internals.extras, max_grad_norm=max_norm)
+        self.defaults["max_grad_norm"] = internals.extras.max_grad_norm
+        if (before is None) != (max_norm is None):
             self._drop_plan()
 
     def _drop_plan(self) -> None:
         """Let the next step look at everything again."""
-        if self._plan is not None:
-            self._plan.forget_skipped(self)
-        self._plan = None
+        internals = self._internals
+        if internals.plan is not None:
+            internals.plan.forget_skipped(self)
+        internals.plan = None
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -75,11 +113,12 @@ class GatedOptimizer(torch.optim.Optimizer):
         over all ranks where parameters are DTensors. None without `max_grad_norm` and before the
         first step.
         """
-        if self._norm is None or self.max_grad_norm is None:
+        norm = self._internals.norm
+        if norm is None or self.max_grad_norm is None:
             return None
         dtypes = (param.dtype for param in all_params(self))
         double = any(dtype in (torch.float64, torch.complex128) for dtype in dtypes)
-        return self._norm.to(torch.float64 if double else torch.float32, copy=True)
+        return norm.to(torch.float64 if double else torch.float32, copy=True)
 
     @property
     def skipped_steps(self) -> Tensor | None:
@@ -89,10 +128,11 @@ class GatedOptimizer(torch.optim.Optimizer):
         """
         if not self._extras.skip_nonfinite:
             return None
-        return torch.zeros(()).long() if self._skipped is None else self._skipped.long()
+        skipped = self._internals.skipped
+        return torch.zeros(()).long() if skipped is None else skipped.long()
 
     def _is_overridden(self) -> bool:
-        """Whether a subclass has a step of its own."""
+        """Whether calling `step` runs another one: a subclass's, or one put on the instance."""
         raise NotImplementedError
 
     def _group_refusal(self, group: Group) -> str | None:
@@ -109,7 +149,7 @@ class GatedOptimizer(torch.optim.Optimizer):
     @property
     def _counts_on_device(self) -> bool:
         """Whether steps must be counted on the device, because the host does not know them."""
-        return self._was_gated or any(map(self._capturable, self.param_groups))
+        return self._internals.may_skip or any(map(self._capturable, self.param_groups))
 
     def _gate(self) -> Gate:
         """What decides about this step: a GradScaler's attributes, and the options.
@@ -131,7 +171,7 @@ class GatedOptimizer(torch.optim.Optimizer):
             RuntimeError: it is not finite, and that is to be an error; but not of a step that a
                 GradScaler skips.
         """
-        self._norm = norm
+        self._internals.norm = norm
         if self._extras.error_if_nonfinite and gate.does_happen(None) and not norm.isfinite():
             raise RuntimeError(
                 f"the norm of the gradients is {norm.item()}: nothing was stepped; leave "
@@ -139,8 +179,9 @@ class GatedOptimizer(torch.optim.Optimizer):
             )
 
     def _count_skipped(self, skipped: Tensor) -> None:
-        before = torch.zeros_like(skipped) if self._skipped is None else self._skipped
-        self._skipped = before.to(skipped.device, non_blocking=True) + skipped
+        before = self._internals.skipped
+        before = torch.zeros_like(skipped) if before is None else before
+        self._internals.skipped = before.to(skipped.device, non_blocking=True) + skipped
 
     def _check_capture(self, plan: Plan, gate: Gate, *, ready: bool) -> None:
         """Refuse a capture whose replays would not be steps.
@@ -156,7 +197,7 @@ class GatedOptimizer(torch.optim.Optimizer):
             )
         if self._extras.error_if_nonfinite:
             raise RuntimeError(f"{name}, but error_if_nonfinite waits for the device; leave it out")
-        if plan.rest and (gate.may_skip or gate.grad_scale is not None):
+        if plan.has_rest and (gate.may_skip or gate.grad_scale is not None):
             raise RuntimeError(
                 f"{name}, but what goes torch's own way waits for the device to learn whether to "
                 "step; leave GradScaler and skip_nonfinite out"
@@ -219,6 +260,14 @@ class GatedOptimizer(torch.optim.Optimizer):
                 f"max_grad_norm takes no {grad.layout} gradient, as that of {where}; make the "
                 "gradient dense, or give the parameter an optimizer of its own"
             )
+
+
+def _is_scaled_through_wrapper(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a GradScaler asks on behalf of another object, where it will leave its numbers."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not torch.amp.GradScaler.step.__code__:
+        frame = frame.f_back
+    return frame is not None and frame.f_locals.get("optimizer") is not optimizer
 
 
 _NO_GATE = Gate()

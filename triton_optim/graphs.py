@@ -6,7 +6,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from .fused import FusedStep
-from .plan import differ
+from .plan import all_params, differ
 from .shards import local
 
 
@@ -41,8 +41,8 @@ class GraphedStep:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             optimizer.step()
-        assert optimizer._plan is not None
-        self._plan, self._extras = optimizer._plan, optimizer._extras
+        assert optimizer._internals.plan is not None
+        self._plan, self._extras = optimizer._internals.plan, optimizer._extras
         self._addresses = self._gradients()
         self._values = self._plan.group_values(optimizer)
 
@@ -62,7 +62,7 @@ class GraphedStep:
                 "would not see; fill a rate in place, as torch's schedulers do, or make a new "
                 "GraphedStep"
             )
-        found = plan.find(optimizer) if optimizer._plan is plan else None
+        found = plan.find(optimizer) if optimizer._internals.plan is plan else None
         if found is None or self._gradients() != self._addresses:
             raise RuntimeError(
                 "a parameter, its gradient or its state is not where the graph was captured, so "
@@ -71,9 +71,9 @@ class GraphedStep:
             )
         self._graph.replay()
         for tensors in found:
-            increment_version([*tensors.written, *tensors.wrappers])
+            increment_version([*tensors.written, *tensors.wrappers, *tensors.counted])
 
     def _gradients(self) -> list[int]:
         """Their addresses; 0 of one that is missing."""
-        grads = (param.grad for param in self._plan.params)
+        grads = (param.grad for param in all_params(self._optimizer))
         return [0 if grad is None else local(grad).data_ptr() for grad in grads]

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from .buckets import Bucket, Place, cut
 from .checks import describe
 from .fused import FusedStep
-from .plan import all_params, differ
+from .plan import all_params
 
 # Little beside a large model, in few launches: 209 for 7 billion bfloat16 parameters.
 BUCKET_BYTES = 64 * 2**20
@@ -96,7 +96,7 @@ class StepInBackward:
     ) -> None:
         optimizer._drop_plan()  # its tables would only take memory
         self._optimizer = optimizer
-        self._params = list(all_params(optimizer))
+        self._ids = [*map(id, all_params(optimizer))]
         # What the autograd engine will call at the end of the pass that is under way.
         self._end: weakref.ref[partial[None]] | None = None
         expected = [param for param in reversed([*model.parameters()]) if id(param) in places]
@@ -133,7 +133,8 @@ class StepInBackward:
         queue = Variable._execution_engine.queue_callback
         queue(partial(queue, end))
         _check_optimizer(self._optimizer)
-        if differ(all_params(self._optimizer), self._params):
+        params = [*all_params(self._optimizer)]
+        if [*map(id, params)] != self._ids or not all(map(_is_hooked, params)):
             raise RuntimeError(
                 "the optimizer's parameters are not those of the call of step_in_backward(); call "
                 "remove() on what it returned, and step_in_backward() again"
@@ -150,7 +151,7 @@ class StepInBackward:
         """The engine dropped a pass before its end: there was an exception."""
         if end is self._end:
             self._end = None
-            for param in self._params:
+            for param in all_params(self._optimizer):
                 param.grad = None
 
 
@@ -197,6 +198,10 @@ def _came(
     bucket.came(index)
 
 
+def _is_hooked(param: Tensor) -> bool:
+    return any(isinstance(h, _Hook) for h in (param._post_accumulate_grad_hooks or {}).values())
+
+
 def _register(param: Tensor, hook: _Hook) -> RemovableHandle:
     """Also on a frozen parameter, which torch refuses: it may be trained later."""
     frozen = not param.requires_grad
@@ -223,10 +228,10 @@ def _check_optimizer(optimizer: FusedStep) -> None:
             f"{type(optimizer).__module__}.{type(optimizer).__name__} cannot step in backward; "
             "use an optimizer of triton_optim"
         )
-    if type(optimizer).step is not FusedStep.step:
+    if optimizer._is_overridden():
         raise TypeError(
-            f"{type(optimizer).__name__} overrides step(), which would not be called; derive it "
-            "without one, or call optimizer.step() after backward"
+            f"{type(optimizer).__name__} has another step(), of its class or put on the instance, "
+            "which would not be called; leave it out, or call optimizer.step() after backward"
         )
     if optimizer.max_grad_norm is not None:
         raise RuntimeError(
@@ -255,7 +260,7 @@ def _check_params(model: nn.Module, optimizer: FusedStep, places: dict[int, list
                 f"{where} is not in the model; give step_in_backward() the model that holds all of "
                 "the optimizer's parameters, or give this one an optimizer of its own"
             )
-        if any(isinstance(h, _Hook) for h in (param._post_accumulate_grad_hooks or {}).values()):
+        if _is_hooked(param):
             raise RuntimeError(
                 f"{where} is stepped in backward already; call remove() on what "
                 "step_in_backward() returned for it"

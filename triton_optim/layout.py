@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import compress
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 try:
     from torch._C._dynamo.guards import TensorGuards
@@ -28,9 +32,12 @@ def is_dense(tensor: Tensor) -> bool:
 
 def same_order(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape lay their elements out in the same order."""
-    return a.stride() == b.stride() or all(
-        size < 2 or s == t for size, s, t in zip(a.shape, a.stride(), b.stride(), strict=True)
-    )
+    return strides_agree(a.shape, a.stride(), b.stride())
+
+
+def strides_agree(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether elements lie in the same order under these strides."""
+    return a == b or all(n < 2 or s == t for n, s, t in zip(shape, a, b, strict=True))
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -38,36 +45,94 @@ def is_plain(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
 
 
-class LayoutGuard:
-    """Remembers type, dtype, device, shape and strides of tensors.
+class Layout(NamedTuple):
+    """How a strided tensor lies in memory, and what it is besides."""
 
-    `check` tells whether other tensors have the same, about 0.1 us each.
+    type: type[Tensor]
+    dtype: torch.dtype
+    device: torch.device
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    requires_grad: bool
+    is_inference: bool
+    is_lazy: bool  # its conjugate or negative is meant
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Layout:
+        return cls(
+            type(tensor),
+            tensor.dtype,
+            tensor.device,
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.requires_grad,
+            tensor.is_inference(),
+            tensor.is_conj() or tensor.is_neg(),
+        )
+
+
+class LayoutGuard:
+    """Tells whether tensors have remembered layouts, about 0.1 us each; keeps none of them.
 
     Args:
-        tensors: any number of strided tensors; not kept.
+        layouts: any number of them.
+        rows: which of the tensors belong together.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        if TensorGuards is not None:
-            shapes = [list(t.shape) for t in tensors]
-            strides = [list(t.stride()) for t in tensors]
-            self._guards = TensorGuards(
-                *tensors,
-                dynamic_dims_sizes=shapes,  # type: ignore[arg-type]
-                dynamic_dims_strides=strides,  # type: ignore[arg-type]
-            )
-        else:
-            self._layouts = [_layout(t) for t in tensors]
+    def __init__(self, layouts: Sequence[Layout], rows: Sequence[Sequence[int]] = ()) -> None:
+        self._layouts, self._rows = layouts, rows
+        self._check = _checking(layouts)
+        self._row_checks: list[tuple[Callable[[Sequence[Any]], Any], Callable[..., bool]]] = []
 
     def check(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether `tensors`, None among them or not, look as the remembered ones did."""
-        if TensorGuards is not None:
-            return bool(self._guards.check(*tensors))
-        return [_layout(t) for t in tensors] == self._layouts
+        """Whether all `tensors` are there and have the remembered layouts."""
+        return self._check(*tensors)
+
+    def check_rows(self, tensors: Sequence[Tensor | None], present: Sequence[int]) -> bool:
+        """Whether those have them whose row is present."""
+        if not self._row_checks:
+            self._row_checks = [
+                (picker(row), _checking([self._layouts[i] for i in row])) for row in self._rows
+            ]
+        return all(check(*pick(tensors)) for pick, check in compress(self._row_checks, present))
 
 
-def _layout(tensor: Tensor | None) -> tuple[object, ...] | None:
-    if tensor is None or tensor.layout != torch.strided:
-        return None
-    conj_or_neg = (tensor.is_conj(), tensor.is_neg())
-    return type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride(), conj_or_neg
+def picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """What picks the items with these indices, as a sequence, at C's speed."""
+    start = indices[0] if indices else 0
+    stop = start + len(indices)
+    if [*indices] == [*range(start, stop)]:
+        return itemgetter(slice(start, stop))
+    return itemgetter(*indices)
+
+
+def _checking(layouts: Sequence[Layout]) -> Callable[..., bool]:
+    if TensorGuards is None or any(layout.is_lazy for layout in layouts):
+        return lambda *tensors: [*map(_layout, tensors)] == [*layouts]
+    kinds = [(layout.type, layout.dtype, layout.device, *layout[5:7]) for layout in layouts]
+    exemplars = {kind: _exemplar(*kind) for kind in {*kinds}}
+    check: Callable[..., bool] = TensorGuards(
+        *map(exemplars.__getitem__, kinds),
+        dynamic_dims_sizes=[[*layout.shape] for layout in layouts],  # type: ignore[misc]
+        dynamic_dims_strides=[[*layout.stride] for layout in layouts],  # type: ignore[misc]
+    ).check
+    return check
+
+
+def _exemplar(
+    type: type[Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    requires_grad: bool,
+    is_inference: bool,
+) -> Tensor:
+    """A tensor without elements, of which a guard takes all but shape and strides."""
+    with _disable_current_modes(), torch.inference_mode(is_inference):
+        tensor = torch.empty(0, dtype=dtype, device=device)
+        if type is not Tensor:
+            return torch.nn.Parameter(tensor, requires_grad)
+        return tensor if is_inference else tensor.requires_grad_(requires_grad)
+
+
+def _layout(tensor: Tensor | None) -> Layout | None:
+    return Layout.of(tensor) if tensor is not None and tensor.layout == torch.strided else None

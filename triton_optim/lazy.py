@@ -13,6 +13,7 @@ from .checks import describe
 from .cuts import Entry
 from .fused import FusedStep
 from .loading import step_dtype
+from .plan import look_at
 from .rows import RowTable
 from .ways import Group, State, moved, refusal, strays
 
@@ -24,7 +25,6 @@ class LazyRows(FusedStep):
 
     _row_state = LAST_STEP
     _rows_read_step = True
-    _alphas: list[float] | None = None  # of the steps that rows may have been left out of
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`.
@@ -53,9 +53,10 @@ class LazyRows(FusedStep):
     def _planned_step(self) -> None:
         if self._extras.sparse is not None:
             alphas = [group["alpha"] for group in self.param_groups]
-            if self._alphas is not None and self._alphas != alphas[: len(self._alphas)]:
+            before = self._internals.alphas
+            if before is not None and before != alphas[: len(before)]:
                 self._catch_up()
-            self._alphas = alphas
+            self._internals.alphas = alphas
         super()._planned_step()
 
     def _catch_up(self) -> None:
@@ -78,9 +79,13 @@ class LazyRows(FusedStep):
                 for name in strays(param, state, names):
                     state[name] = moved(param, state[name])
                 # The rule reads no gradient: the parameter takes its place.
-                entry = Entry(param, param, param, (), index, flags, names, False, LAST_STEP, where)
+                look = look_at(param, param, by_rows=True)
+                entry = Entry(
+                    len(entries), param, param, param, look, (), index, flags, names,
+                    row_state=LAST_STEP, where=where,
+                )  # fmt: skip
                 entries[param.device].append(entry)
-        alphas = self._alphas or []
+        alphas = self._internals.alphas or []
         since = [{**group, "alpha": a} for group, a in zip(self.param_groups, alphas, strict=False)]
         hypers = self._scalars([*since, *self.param_groups[len(since) :]])
         for device, here in entries.items():
@@ -111,19 +116,10 @@ class LazyRows(FusedStep):
         finally:
             self.state = state
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_alphas": self._alphas}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if self._extras.sparse is not None:
-            for values in self.state.values():
-                values["step"] = torch.as_tensor(values["step"]).double()
-
-    def _new_step(self, param: Tensor, group: Group) -> Tensor:
+    def _new_step(self, param: Tensor, group: Group, dtype: torch.dtype | None = None) -> Tensor:
         """In float64: float32 stops counting at 2^24, where rows would lose steps."""
-        step = super()._new_step(param, group)
-        return step.double() if self._extras.sparse is not None else step
+        dtype = dtype if self._extras.sparse is None else torch.float64
+        return super()._new_step(param, group, dtype)
 
     def _by_rows(self, grad: Tensor, state: State) -> bool:
         return super()._by_rows(grad, state) or LAST_STEP in state

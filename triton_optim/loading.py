@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from .checks import (
     check_values,
     describe,
 )
-from .gated import GatedOptimizer
+from .gated import GatedOptimizer, Internals
 from .shards import local
 from .ways import PLAIN_TYPES, Group, State, refusal
 
@@ -39,13 +39,17 @@ class StatefulOptimizer(GatedOptimizer):
     _rows_read_step = False  # whether that rule reads the step whatever the flags
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._plan is not None:
-            self._plan.forget_skipped(self)
-        return {**super().__getstate__(), "_extras": self._extras, "_skipped": self._skipped}
+        internals = self._internals
+        if internals.plan is not None:
+            internals.plan.forget_skipped(self)
+        kept = Internals(internals.extras, internals.options)
+        kept.skipped, kept.alphas = internals.skipped, internals.alphas
+        return {**super().__getstate__(), "_internals": kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         loaded = "defaults" not in state  # by load_state_dict; a copy brings everything
-        if "fused" in (self.defaults if loaded else state["defaults"]):
+        options = (self._internals if loaded else state["_internals"]).options
+        if "fused" in (self.defaults if loaded else state["defaults"]) and "fused" not in options:
             for group in state["param_groups"]:
                 group.setdefault("fused", None)  # torch sets False, which would refuse the kernels
         if loaded:
@@ -53,10 +57,25 @@ class StatefulOptimizer(GatedOptimizer):
             check_entries(state["state"], groups, counts_steps=counts)
             self._restore_row_states(groups, state["state"])
         super().__setstate__(state)
-        self._plan = None
+        self._internals.plan = None
         if loaded:
-            check_groups(self.param_groups, self.defaults)
+            check_groups(self.param_groups, self.defaults.keys() - options)
             self._check_states()
+        self._adopt_steps()
+
+    def _adopt_steps(self) -> None:
+        """Put the step counts of new state where one operation counts them all.
+
+        Not those in shared memory, in which other processes count too.
+        """
+        if not self._counts_steps:
+            return
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state.get(param, {})
+                step = state.get("step")
+                if _is_private(step):
+                    state["step"] = self._new_step(param, group, step.dtype).copy_(step.view(()))
 
     def _restore_row_states(self, groups: Sequence[Group], states: Mapping[Tensor, State]) -> None:
         """Load the state of rows once more: torch cast it to its parameter's dtype."""
@@ -98,8 +117,8 @@ class StatefulOptimizer(GatedOptimizer):
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """The state and the groups, in torch's format; see `torch.optim.Optimizer.state_dict`."""
-        if self._plan is not None:
-            self._plan.forget_skipped(self)
+        if (plan := self._internals.plan) is not None:
+            plan.forget_skipped(self)
         return super().state_dict()
 
     def _flags(self, group: Group) -> frozenset[str]:
@@ -118,11 +137,20 @@ class StatefulOptimizer(GatedOptimizer):
         """The state of a parameter before its first update, keys in torch's order."""
         raise NotImplementedError
 
-    def _new_step(self, param: Tensor, group: Group) -> Tensor:
-        """A step counter at 0, where torch keeps it."""
-        if self._fused(group) or self._capturable(group):
-            return torch.zeros((), dtype=torch.float32, device=param.device)
-        return torch.zeros((), dtype=step_dtype(), device="cpu")
+    def _new_step(self, param: Tensor, group: Group, dtype: torch.dtype | None = None) -> Tensor:
+        """A step counter at 0, where torch keeps it.
+
+        Args:
+            dtype: another than torch's.
+        """
+        device = torch.device("cpu")
+        if self._fused(group) or self._capturable(group) or self._extras.skip_nonfinite:
+            device, dtype = param.device, dtype or torch.float32
+        dtype = dtype or step_dtype()
+        if device.type != "cpu":
+            return torch.zeros((), dtype=dtype, device=device)
+        n_params = sum(len(group["params"]) for group in self.param_groups)
+        return self._internals.steps.take(dtype, n_params - 1)
 
     def _by_rows(self, grad: Tensor, state: State) -> bool:
         """Whether a parameter with this state is updated by rows."""
@@ -194,6 +222,17 @@ def step_dtype() -> torch.dtype:
     """That in which torch counts steps on the CPU."""
     double = torch.get_default_dtype() == torch.float64
     return torch.float64 if double else torch.float32
+
+
+def _is_private(step: object) -> TypeGuard[Tensor]:
+    """Whether it is a counter on the CPU that is in no other process."""
+    return (
+        type(step) is Tensor
+        and step.dtype in (torch.float32, torch.float64)
+        and step.numel() == 1
+        and step.is_cpu
+        and not step.is_shared()
+    )
 
 
 def _keep_for_setstate(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

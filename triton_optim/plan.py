@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from operator import is_not, itemgetter
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,15 +14,25 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import norm, runtime
-from .checks import check_apart, check_ids, check_meshes, check_tensors, check_writable, describe
-from .cuts import Entry
+from .checks import (
+    check_apart,
+    check_asked_for,
+    check_ids,
+    check_meshes,
+    check_tensors,
+    check_writable,
+    describe,
+)
+from .columns import is_aligned
+from .cuts import Entry, Look
 from .dense import DenseTable
 from .gate import Gate
-from .layout import LayoutGuard, same_order
+from .layout import Layout, LayoutGuard, strides_agree
+from .row_launch import address_of, kind_of
 from .rows import RowTable
 from .shards import bring_grad, is_dtensor, local, spread
-from .table import Copies, Found, Table
-from .ways import PLAIN_TYPES, State, moved, strays
+from .table import Copies, Current, Found, Table, present_of
+from .ways import PLAIN_TYPES, Group, State, moved, strays
 
 if TYPE_CHECKING:
     from .fused import FusedStep
@@ -42,56 +52,68 @@ class Plan:
     """How an optimizer steps, for as long as its tensors stay where they are.
 
     Making one checks everything and writes nothing. Its first step is `move_strays`, `make_tables`,
-    `prepare`, `run`, `keep`; every later one `find`, `prepare` and `run`.
+    `prepare`, `run`, `keep`; every later one `find`, `prepare` and `run`. A parameter belongs to it
+    from its first gradient on, also in steps in which it has none. It holds none of the optimizer's
+    tensors.
 
     Args:
         optimizer: its parameters have their gradients.
+        previous: the plan before, which knows parameters that have no gradient now.
 
     Raises:
         RuntimeError: a gradient or a state tensor does not fit its parameter, tensors share memory,
             or `fused=True` asks for kernels where there are none.
     """
 
-    def __init__(self, optimizer: FusedStep) -> None:
-        self.rest: list[Tensor] = []
+    def __init__(self, optimizer: FusedStep, previous: Plan | None = None) -> None:
         self.uses_kernels = self.on_gpu = False
-        self._was_gated = optimizer._was_gated
+        self._may_skip = optimizer._internals.may_skip
+        optimizer._check_hyperparameters()
         self._key = optimizer._groups_key()
-        self.params = list(all_params(optimizer))
         self._lengths = _lengths(optimizer)
-        self._states: list[State] = []
-        self._idle: list[Tensor] = []
-        self._steady: list[Tensor] = []  # of rest, those that a LayoutGuard can watch
+        params = [*all_params(optimizer)]
+        self._looks: list[Look | None] = [None] * len(params)
+        if previous is not None and previous._lengths == self._lengths:
+            self._looks = [*previous._looks]
+        self._idle: list[int] = []  # positions of those without a gradient until now
+        self._rest: list[int] = []  # of those that go torch's own way
+        self._steady: list[int] = []  # of rest, those that a LayoutGuard can watch
         # and the others, whose gradient may become dense, with their group and name
-        self._reconsidered: list[tuple[Tensor, int, str]] = []
+        self._reconsidered: list[tuple[int, int, str]] = []
         # by device, DTensors and those by rows apart
         self._entries: dict[tuple[torch.device, bool, bool], list[Entry]] = defaultdict(list)
         self._strays: list[Stray] = []
         self._tables: list[Table] = []
         written: list[tuple[Tensor, str]] = []
-        listed = Counter(map(id, self.params))
-        for index, group in enumerate(optimizer.param_groups):
-            for position, param in enumerate(group["params"]):
-                where = describe(group, index, position)
-                bring_grad(param)
-                if param.grad is None:
-                    self._idle.append(param)
-                    continue
-                check_tensors(param, param.grad, where)
-                if param.grad.layout == torch.sparse_coo:
-                    check_ids(param.grad._indices(), param.shape, where)
-                optimizer._check_capturable(param, group, where)
-                if listed[id(param)] > 1:
-                    self._leave(optimizer, param, param.grad, index, where, "it is listed twice")
-                elif reason := optimizer._refusal(param, param.grad, group):
-                    self._leave(optimizer, param, param.grad, index, where, reason)
-                else:
-                    written += self._take(optimizer, param, param.grad, index, where)
+        listed = Counter(map(id, params))
+        for position, (param, index, where) in enumerate(_named(optimizer)):
+            bring_grad(param)
+            grad, group, look = param.grad, optimizer.param_groups[index], self._looks[position]
+            if grad is None and not self._goes_on(optimizer, param, group, look):
+                self._idle.append(position)
+                continue
+            if grad is not None:
+                check_tensors(param, grad, where)
+                if grad.layout == torch.sparse_coo:
+                    check_ids(grad._indices(), param.shape, where)
+            optimizer._check_capturable(param, group, where)
+            if grad is None:
+                reason = None if look is not None and look.is_taken else "it went so before"
+            elif listed[id(param)] > 1:
+                reason = "it is listed twice"
+            else:
+                reason = optimizer._refusal(param, grad, group)
+            if reason is None:
+                written += self._take(optimizer, position, param, index, where)
+            else:
+                self._leave(optimizer, position, param, index, where, reason)
         check_apart(written)
         if optimizer.max_grad_norm is not None:
-            check_meshes(param for param in self.params if param.grad is not None)
-        grads = [grad for grad in _grads(self._steady) if grad is not None]
-        self._guard = LayoutGuard([*self._steady, *grads])
+            check_meshes(param for param in params if param.grad is not None)
+        looks = [look for i in self._steady if (look := self._looks[i]) is not None]
+        n, layouts = len(looks), [*(look.grad for look in looks), *(look.param for look in looks)]
+        pairs = [(i, n + i) for i in range(n)]
+        self._guard = LayoutGuard([x for x in layouts if x is not None], pairs)
         groups = optimizer.param_groups
         self._get_values = itemgetter(
             *(name for name in optimizer.defaults if all(name in group for group in groups))
@@ -100,29 +122,62 @@ class Plan:
         self._values_mutate = False
         self._keep_values(optimizer, self.group_values(optimizer))
 
+    @staticmethod
+    def _goes_on(optimizer: FusedStep, param: Tensor, group: Group, look: Look | None) -> bool:
+        """Whether a parameter without a gradient goes the way that it went with its latest one."""
+        if look is None:
+            return False
+        shard = local(param)
+        if look.param is not None and (
+            # it may be frozen meanwhile
+            look.param._replace(requires_grad=shard.requires_grad) != Layout.of(shard)
+        ):
+            return False
+        if not look.is_taken:
+            return True
+        names, state = optimizer._state_names(group), optimizer.state.get(param, {})
+        has_state = optimizer._has_state(state) or not (names or optimizer._counts_steps)
+        return has_state and optimizer._refusal(param, param, group) is None
+
     def _take(
-        self, optimizer: FusedStep, param: Tensor, grad: Tensor, index: int, where: str
+        self, optimizer: FusedStep, position: int, param: Tensor, index: int, where: str
     ) -> list[tuple[Tensor, str]]:
         """Returns what is there of the tensors that the update will write, with their names."""
         group = optimizer.param_groups[index]
         names = optimizer._state_names(group)
         state = optimizer.state.get(param, {})
-        shard, part = local(param), local(grad)
+        shard, grad = local(param), None if param.grad is None else local(param.grad)
         written = [(shard, where)]
         if optimizer._has_state(state):
+            check_asked_for(state, names, optimizer._flags(group), where)
             written += optimizer._check_state(param, group, where, kernels=True)
             self._strays += (Stray(param, state, name) for name in strays(param, state, names))
-        by_rows = optimizer._by_rows(part, state)
-        row_state = None
-        reordered = False
+        look = self._looks[position]
+        if grad is not None:
+            look = look_at(shard, grad, by_rows=optimizer._by_rows(grad, state))
+            self._looks[position] = look
+        assert look is not None
+        by_rows, row_state, reordered = look.kind is not None, None, False
         if by_rows:
-            optimizer._check_rows(grad, group, where)
+            if grad is not None:
+                optimizer._check_rows(grad, group, where)
             row_state = optimizer._row_state
-        else:
-            reordered = not same_order(shard, part) or part.is_conj() or part.is_neg()
-        flags = optimizer._flags(group)
+        elif look.grad is not None:
+            order = look.grad.stride
+            reordered = look.grad.is_lazy or not strides_agree(shard.shape, shard.stride(), order)
         entry = Entry(
-            param, shard, part, spread(param), index, flags, names, reordered, row_state, where
+            position,
+            param,
+            shard,
+            grad,
+            look,
+            spread(param),
+            index,
+            optimizer._flags(group),
+            names,
+            reordered,
+            row_state,
+            where,
         )
         self._entries[shard.device, is_dtensor(param), by_rows].append(entry)
         self.uses_kernels = True
@@ -130,43 +185,64 @@ class Plan:
         return written
 
     def _leave(
-        self, optimizer: FusedStep, param: Tensor, grad: Tensor, index: int, where: str, reason: str
+        self,
+        optimizer: FusedStep,
+        position: int,
+        param: Tensor,
+        index: int,
+        where: str,
+        reason: str,
     ) -> None:
-        group = optimizer.param_groups[index]
-        optimizer._check_leaving(param, grad, group, where, reason)
-        if optimizer._fused(group):
-            message = f"`fused=True` cannot be kept for {where}: {reason}"
-            if not param.is_cpu or runtime.DEVICE_TYPE == "cpu":
-                raise RuntimeError(f"{message}; leave `fused` out and torch's own way takes it")
-            warnings.warn(f"{message}; torch's for-loop steps it", stacklevel=2)
+        group, grad = optimizer.param_groups[index], param.grad
+        if grad is not None:
+            optimizer._check_leaving(param, grad, group, where, reason)
+            if optimizer._fused(group):
+                _check_insisting(param, where, reason)
         state = optimizer.state.get(param, {})
         if type(param) in PLAIN_TYPES and optimizer._has_state(state):
+            names, flags = optimizer._state_names(group), optimizer._flags(group)
+            check_asked_for(state, names, flags, where)
             optimizer._check_state(param, group, where, kernels=False)
-        plain = all(type(t) in PLAIN_TYPES and t.layout == torch.strided for t in (param, grad))
-        if plain:
-            self._steady.append(param)
+        if grad is not None:
+            plain = all(type(t) in PLAIN_TYPES and t.layout == torch.strided for t in (param, grad))
+            layouts = (Layout.of(param), Layout.of(grad)) if plain else (None, None)
+            self._looks[position] = Look(*layouts)
+        look = self._looks[position]
+        if look is not None and look.param is not None:
+            self._steady.append(position)
         else:
-            self._reconsidered.append((param, index, where))
-        self.rest.append(param)
+            self._reconsidered.append((position, index, where))
+        self._rest.append(position)
         if optimizer._state_follows_parameter:
             for name in optimizer._state_names(group):
                 if name in state and state[name].device != param.device:
                     self._strays.append(Stray(param, state, name))
 
+    @property
+    def has_rest(self) -> bool:
+        """Whether some parameters go torch's own way."""
+        return bool(self._rest)
+
+    def rest(self, optimizer: Optimizer) -> list[Tensor]:
+        """The parameters that go torch's own way."""
+        params = [*all_params(optimizer)] if self._rest else []
+        return [params[i] for i in self._rest]
+
     def find(self, optimizer: FusedStep) -> list[Found] | None:
         """What to step with, table by table; None if the plan no longer describes the optimizer."""
         if (
-            not self._same_groups(optimizer)
-            or differ(all_params(optimizer), self.params)
-            or _lengths(optimizer) != self._lengths
-            or differ(optimizer.state.values(), self._states)
-            or self._was_gated != optimizer._was_gated
-            or ((self._idle or self.rest) and self._others_changed(optimizer))
+            _lengths(optimizer) != self._lengths
+            or not self._same_groups(optimizer)
+            or self._may_skip != optimizer._internals.may_skip
         ):
             return None
+        params = [*all_params(optimizer)]
+        if (self._idle or self._rest) and self._others_changed(optimizer, params):
+            return None
         found = []
+        current = Current.of(optimizer, params)
         for table in self._tables:
-            tensors = table.find()
+            tensors = table.find(current)
             if tensors is None:
                 return None
             found.append(tensors)
@@ -176,6 +252,7 @@ class Plan:
         """Whether parameters go the same ways; brings the hyperparameters up to date."""
         values = self.group_values(optimizer)
         if self._values_mutate or differ(values, self._values):
+            optimizer._check_hyperparameters()
             if optimizer._groups_key() != self._key:
                 return False
             self._keep_values(optimizer, values)
@@ -190,21 +267,24 @@ class Plan:
         self._values_mutate = not all(v is None or isinstance(v, (float, int)) for v in values)
         self._values = values
 
-    def _others_changed(self, optimizer: FusedStep) -> bool:
+    def _others_changed(self, optimizer: FusedStep, params: Sequence[Tensor]) -> bool:
         """Whether a parameter that the kernels do not take must be looked at again."""
         groups = optimizer.param_groups
-        for param, _, where in self._reconsidered:
-            if param.grad is not None and param.grad.layout == torch.sparse_coo:
-                check_ids(param.grad._indices(), param.shape, where)
-        return (
-            any(param.grad is not None for param in self._idle)
-            or any(
-                optimizer._refusal(param, param.grad, groups[index]) is None
-                for param, index, _ in self._reconsidered
-                if param.grad is not None
-            )
-            or not self._guard.check([*self._steady, *_grads(self._steady)])
-        )
+        for i, _, where in self._reconsidered:
+            grad = params[i].grad
+            if grad is not None and grad.layout == torch.sparse_coo:
+                check_ids(grad._indices(), params[i].shape, where)
+        if any(params[i].grad is not None for i in self._idle) or any(
+            optimizer._refusal(params[i], grad, groups[index]) is None
+            for i, index, _ in self._reconsidered
+            if (grad := params[i].grad) is not None
+        ):
+            return True
+        steady = [params[i] for i in self._steady]
+        grads = [param.grad for param in steady]
+        tensors = [*grads, *steady]
+        guard = self._guard
+        return not (guard.check(tensors) or guard.check_rows(tensors, present_of(grads)))
 
     def move_strays(self) -> None:
         """Bring state to its parameter's device and memory order."""
@@ -238,13 +318,16 @@ class Plan:
             for table, tensors in zip(self._tables, found, strict=True)
         ]
 
-    def norm(self, gate: Gate) -> Tensor:
-        """The norm of all gradients, over all ranks: float64 [], valid until the next step."""
+    def norm(self, rest: Iterable[Tensor], gate: Gate) -> Tensor:
+        """The norm of all gradients, over all ranks: float64 [], valid until the next step.
+
+        Args:
+            rest: the parameters that go torch's own way.
+        """
         dense = (table for table in self._tables if isinstance(table, DenseTable))
         norms = [table.sum_squares(gate) for table in dense]
-        grads = (param.grad for param in self.rest if param.grad is not None)
-        rest = norm.square_sums(grads, gate.grad_scale)
-        return norm.total(norms, rest)
+        grads = (param.grad for param in rest if param.grad is not None)
+        return norm.total(norms, norm.square_sums(grads, gate.grad_scale))
 
     def run(self, found: list[Found], copies: list[Copies], gate: Gate) -> None:
         """Launch the updates and count the steps."""
@@ -263,9 +346,12 @@ class Plan:
 
     def keep(self, optimizer: FusedStep) -> None:
         """After the first step: its new state is the optimizer's now."""
+        params = [*all_params(optimizer)]
         for table in self._tables:
-            table.hand_over_state(optimizer)
-        self._states = list(optimizer.state.values())
+            table.hand_over_state(optimizer, params)
+        places = {id(param): i for i, param in enumerate(optimizer.state)}
+        for table in self._tables:
+            table.remember_places(places, params)
 
 
 def all_params(optimizer: Optimizer) -> Iterable[Tensor]:
@@ -276,8 +362,27 @@ def _lengths(optimizer: FusedStep) -> list[int]:
     return [*map(len, map(_PARAMS, optimizer.param_groups))]
 
 
-def _grads(params: Sequence[Tensor]) -> list[Tensor | None]:
-    return [param.grad for param in params]
+def _named(optimizer: Optimizer) -> Iterator[tuple[Tensor, int, str]]:
+    """Every parameter, the index of its group, and what it is in words."""
+    for index, group in enumerate(optimizer.param_groups):
+        for position, param in enumerate(group["params"]):
+            yield param, index, describe(group, index, position)
+
+
+def look_at(shard: Tensor, grad: Tensor, *, by_rows: bool) -> Look:
+    """Of a parameter that the kernels take."""
+    if not by_rows:
+        return Look(Layout.of(shard), Layout.of(grad), True, None, is_aligned([grad.data_ptr()]))
+    values = grad._values() if grad.layout == torch.sparse_coo else grad
+    aligned = is_aligned([address_of(values)])
+    return Look(Layout.of(shard), None, True, kind_of(grad), aligned)
+
+
+def _check_insisting(param: Tensor, where: str, reason: str) -> None:
+    message = f"`fused=True` cannot be kept for {where}: {reason}"
+    if not param.is_cpu or runtime.DEVICE_TYPE == "cpu":
+        raise RuntimeError(f"{message}; leave `fused` out and torch's own way takes it")
+    warnings.warn(f"{message}; torch's for-loop steps it", stacklevel=2)
 
 
 def differ(objects: Iterable[object], others: Sequence[object]) -> bool:

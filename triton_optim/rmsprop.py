@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .gate import Extras
 from .lazy import LazyRows
 from .ways import Group, State
 
@@ -34,8 +33,9 @@ class RMSprop(LazyRows, torch.optim.RMSprop):
         foreach: True takes torch's implementation.
         maximize: ascend.
         differentiable: True takes torch's implementation.
-        fused: True insists on the kernels, False takes torch's implementation, None decides
-            parameter by parameter.
+        fused: True insists on the kernels, and lets a `GradScaler` leave unscaling and skipping to
+            them, without waiting for the device. None decides parameter by parameter, and the
+            scaler unscales and skips by itself. False takes torch's implementation.
         capturable: let a CUDA graph capture the step; see the README. Parameters must be on a GPU.
         max_grad_norm: clip the gradients of a step to this norm, all together, as
             `torch.nn.utils.clip_grad_norm_` would, without writing them. None clips nothing.
@@ -86,7 +86,13 @@ class RMSprop(LazyRows, torch.optim.RMSprop):
         skip_nonfinite: bool = False,
         sparse: str | None = None,
     ) -> None:
-        extras = Extras(fused, False, max_grad_norm, error_if_nonfinite, skip_nonfinite, sparse)
+        options = {
+            "fused": fused,
+            "max_grad_norm": max_grad_norm,
+            "error_if_nonfinite": error_if_nonfinite,
+            "skip_nonfinite": skip_nonfinite,
+            "sparse": sparse,
+        }
         super().__init__(
             params,
             lr,
@@ -99,7 +105,7 @@ class RMSprop(LazyRows, torch.optim.RMSprop):
             foreach,
             maximize,
             differentiable,
-            extras=extras,
+            options=options,
         )
         if fused:
             if differentiable:

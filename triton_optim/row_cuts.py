@@ -38,15 +38,12 @@ def grouped(optimizer: FusedStep, entries: Iterable[Entry]) -> dict[RowVariant, 
     return dict(sorted(members.items(), key=lambda item: not item[0].sparse))
 
 
-def cut(
-    members: dict[RowVariant, list[Entry]], states: Sequence[State], grads: Sequence[int]
-) -> RowCuts:
+def cut(members: dict[RowVariant, list[Entry]], states: Sequence[State]) -> RowCuts:
     """Cut the entries of one device.
 
     Args:
         members: of `grouped`.
         states: of all entries, in their order.
-        grads: the addresses of their gradients' values.
     """
     entries = [*chain.from_iterable(members.values())]
     shapes = [rows_and_width(entry.param) for entry in entries]
@@ -60,7 +57,8 @@ def cut(
     launches, start = [], 0
     for variant, mine in members.items():
         tensors = range(start, start + len(mine))
-        everything = chain.from_iterable((*addresses[i], grads[i]) for i in tensors)
+        misaligned = [not entry.look.is_aligned for entry in mine]
+        everything = chain(chain.from_iterable(addresses[i] for i in tensors), misaligned)
         launches.append((variant.loading(everything, [shapes[i][1] for i in tensors]), tensors))
         start = tensors.stop
     key_dtype = torch.int32 if first_keys[-1] <= MAX_KEYS else torch.int64
@@ -69,16 +67,17 @@ def cut(
 
 
 def _variant(optimizer: FusedStep, entry: Entry) -> RowVariant:
-    state = optimizer.state.get(entry.param, {})
+    state, kind = optimizer.state.get(entry.param, {}), entry.look.kind
+    assert kind is not None
     held = [state[name] for name in entry.state_names if name in state]
     by_row = entry.row_state is not None
     storage = runtime.STORAGE_DTYPES
     return RowVariant(
-        sparse=entry.grad.layout == torch.sparse_coo,
+        sparse=kind.layout == torch.sparse_coo,
         flags=entry.flags,
         n_states=len(entry.state_names),
         param_dtype=storage[entry.param.dtype],
-        grad_dtype=storage[entry.grad.dtype],
+        grad_dtype=storage[kind.dtype],
         state_dtype=storage[(held or [entry.param])[0].dtype],
         row_dtype=row_launch.dtype_name(optimizer._row_dtype(entry.param)) if by_row else None,
         columns=row_launch.columns_for(rows_and_width(entry.param)[1]),

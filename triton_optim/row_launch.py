@@ -12,6 +12,7 @@ from torch import Tensor
 from . import runtime, tuning
 from .columns import is_aligned
 from .launch import Launch
+from .layout import is_plain
 from .runtime import ALIGNMENT, COMPILED, ITEM_SIZES, Tables
 from .tuning import RowConfig
 
@@ -75,6 +76,28 @@ def rows_and_width(param: Tensor) -> tuple[int, int]:
 def few_enough(grad: Tensor) -> bool:
     """Whether the kernels can count the rows of a sparse gradient."""
     return grad._nnz() <= MAX_COUNT
+
+
+class Kind(NamedTuple):
+    """What must stay as it is of a gradient while a table is kept."""
+
+    type: type[Tensor]
+    layout: torch.layout
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    sparse: object
+
+
+def kind_of(grad: Tensor) -> Kind:
+    is_sparse = grad.layout == torch.sparse_coo
+    sparse = (grad.sparse_dim(), few_enough(grad)) if is_sparse else None
+    return Kind(type(grad), grad.layout, grad.shape, grad.dtype, grad.device, sparse)
+
+
+def address_of(values: Tensor | None) -> int:
+    """0 of what will be copied, or is missing."""
+    return values.data_ptr() if values is not None and is_plain(values) else 0
 
 
 def columns_for(width: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING
 
@@ -13,13 +13,14 @@ from torch.autograd.graph import increment_version
 from . import columns, row_cuts, row_launch, runtime
 from .buffer import Buffer
 from .checks import check_ids
-from .columns import addresses_of, column, is_aligned
+from .columns import addresses_of, column, grad_addresses_of, is_aligned
 from .cuts import Entry
 from .gate import Gate
-from .layout import LayoutGuard, is_plain
-from .row_launch import GRAD_COLUMNS, KeysLaunch, RowLaunch, RowVariant
-from .states import get_step, holders_of, values_of
-from .table import Copies, Found, Table
+from .layout import Layout, LayoutGuard, is_plain
+from .row_launch import GRAD_COLUMNS, KeysLaunch, RowLaunch, RowVariant, address_of, kind_of
+from .states import get_step
+from .table import Copies, Current, Found, Table, present_of
+from .ways import State
 
 if TYPE_CHECKING:
     from .fused import FusedStep
@@ -58,64 +59,79 @@ class RowTable(Table):
         complete = self._complete
         self._wheres = [entry.where for entry in entries]
         self._shapes = [row_launch.rows_and_width(entry.param) for entry in entries]
-        self._looks = [_look(entry.grad) for entry in entries]
-        self._n_sparse = sum(entry.grad.layout == torch.sparse_coo for entry in entries)
-        written = [*self._params, *values_of(holders_of(entries, complete))]
-        steps = [*map(get_step, complete)] if optimizer._counts_steps else []
-        self._guard = LayoutGuard(written)
-        self._addresses = addresses_of([*written, *steps])
-        self.first = found = self._found([entry.grad for entry in entries], written)
-
-        cut = row_cuts.cut(members, complete, [*map(_address, found.grads)])
+        self._kinds = [entry.look.kind for entry in entries]
+        self._n_sparse = sum(variant.sparse for variant in members for _ in members[variant])
+        params = [entry.param for entry in entries]
+        held = self._pick_stateful(complete)
+        found = self._found([entry.grad for entry in entries], params, held)
+        self.first = self._of_present(found)
+        looks = [entry.look.param for entry in entries if entry.look.param is not None]
+        layouts = [*looks, *map(Layout.of, found.written[len(params) :])]
+        n = len(entries)  # the first places are those of gradients, of which the kind is compared
+        self._guard = LayoutGuard(layouts, [[i - n for i in row[1:]] for row in self._holders.rows])
+        self._addresses = addresses_of([*found.written, *found.steps])
+        cut = row_cuts.cut(members, complete)
         self._cuts, self._key_dtype = cut.launches, cut.key_dtype
-        n_columns = GRAD_COLUMNS * len(entries)
-        buffer = Buffer(device, n_columns, hypers, self._pack, reads_steps=reads_step)
+        buffer = Buffer(device, GRAD_COLUMNS * n, len(hypers), self._n_steps_sent)
         self._buffer = buffer
         self._tables = runtime.Tables(
             rows=columns.on_device(cut.tensors, device),
             grads=buffer.grads,
             hypers=buffer.hypers.view(len(optimizer.param_groups), -1),
-            steps=buffer.steps,
+            steps=self._steps_read(buffer),
         )
         self._keys: KeysLaunch | None = None
         self._launches: dict[frozenset[str], list[RowLaunch]] = {}
         # Of each launch of this step: how many programs, and what it is given besides.
         self._work: list[tuple[int, dict[str, Tensor | int]]] = []
 
-    def _found(self, grads: Sequence[Tensor], written: list[Tensor]) -> Found:
+    def _found(
+        self, grads: Sequence[Tensor | None], params: Sequence[Tensor], states: Sequence[State]
+    ) -> Found:
+        """As if all gradients were there."""
         sparse, dense = grads[: self._n_sparse], grads[self._n_sparse :]
-        values = [*(grad._values() for grad in sparse), *dense]
-        ids = [grad._indices().contiguous() for grad in sparse]
-        return Found(values, written, [], ids)
+        none = torch.empty((1, 0), dtype=torch.int64, device=self.device)
+        ids = [none if grad is None else grad._indices().contiguous() for grad in sparse]
+        values = [*(grad if grad is None else grad._values() for grad in sparse), *dense]
+        written = [*params, *self._holders.values(states)]
+        steps = [*map(get_step, states)] if self._counts_steps else []
+        return Found(values, self._all, params, written, (), steps, ids)
 
-    def find(self) -> Found | None:
+    def find(self, current: Current) -> Found | None:
         """This step's tensors, or None where this table no longer describes them.
 
-        It does while parameters and state are where they were, and gradients of the same kind.
+        It does while parameters and state are where they were, and gradients of the same kind, but
+        for those that are missing.
 
         Raises:
             RuntimeError: on the CPU, a gradient has rows that its parameter has not.
         """
-        grads = [param.grad for param in self._params]
-        if [*map(_look, grads)] != self._looks:
-            return None
         try:
-            written = [*self._params, *values_of(self._holders)]
-            if not self._guard.check(written):
+            mine = self._mine(current)
+            if mine is None:
                 return None
-            steps = map(get_step, self._counted)
-            if addresses_of([*written, *steps]) != self._addresses:
+            params, states = mine
+            grads = [param.grad for param in params]
+            if any(
+                g is not None and kind_of(g) != k for g, k in zip(grads, self._kinds, strict=True)
+            ):
                 return None
-        except (KeyError, TypeError):  # state was removed, or a step is no tensor any more
+            found = self._found(grads, params, states)
+            written, present = found.written, present_of(grads)
+            if not (self._guard.check(written) or self._guard.check_rows(written, present)):
+                return None
+            if addresses_of([*written, *found.steps]) != self._addresses:
+                return None
+        # State was removed, or a step is no tensor any more.
+        except (IndexError, KeyError, TypeError):
             return None
-        found = self._found(grads, written)  # type: ignore[arg-type]
         for variant, tensors in self._cuts:
             values = found.grads[tensors.start : tensors.stop]
-            if variant.multiple > 1 and not is_aligned(map(_address, values)):
+            if variant.multiple > 1 and not is_aligned(map(address_of, values)):
                 return None
-        for ids, param, where in zip(found.ids, self._params, self._wheres, strict=False):
+        for ids, param, where in zip(found.ids, params, self._wheres, strict=False):
             check_ids(ids, param.shape, where)
-        return found
+        return self._of_present(found)
 
     def prepare(self, kinds: frozenset[str]) -> None:
         if kinds in self._launches:
@@ -130,20 +146,23 @@ class RowTable(Table):
             )
             for variant, tensors in self._cuts
         ]
+        grads = self._tables.grads[: GRAD_COLUMNS * len(self._all)].view(-1, GRAD_COLUMNS)
+        told = {"found_inf_ptr": self._tables.happened, "grad_norm_ptr": None}
+        self._prepare_counts(kinds, grads, told)
 
     def reordered(self, found: Found) -> list[Tensor]:
-        return [values for values in found.grads if not is_plain(values)]
+        return [values for values in found.grads if values is not None and not is_plain(values)]
 
     def send(self, found: Found, hypers: list[float | Tensor], max_norm: float | None) -> Copies:
         copies = [
             (i, torch.empty(values.shape, dtype=values.dtype, device=self.device).copy_(values))
             for i, values in enumerate(found.grads)
-            if not is_plain(values)
+            if values is not None and not is_plain(values)
         ]
         values = [*found.grads]
         for i, copy in copies:
             values[i] = copy
-        counts = self._counts(found)
+        counts = self._row_counts(found)
         first: list[int] = []
         sizes = []
         for variant, tensors in self._cuts:
@@ -154,8 +173,9 @@ class RowTable(Table):
             sizes.append((sum(programs), chunk))
         positions = accumulate(counts, initial=0)
         ids = [*addresses_of(found.ids), *[0] * (len(counts) - self._n_sparse)]
-        rows = zip(counts, first, positions, ids, addresses_of(values), strict=False)
-        self._buffer.send(column("q", [*chain.from_iterable(rows)]), hypers, 0.0)
+        rows = zip(counts, first, positions, ids, grad_addresses_of(values), strict=False)
+        grads = column("q", [*chain.from_iterable(rows)])
+        self._buffer.send(grads, hypers, 0.0, self._steps_to_send(found))
         keys = self._sorted_keys(counts[: self._n_sparse])
         self._work = []
         for (variant, _), (n_programs, chunk) in zip(self._cuts, sizes, strict=True):
@@ -165,10 +185,11 @@ class RowTable(Table):
             )
         return copies
 
-    def _counts(self, found: Found) -> list[int]:
+    def _row_counts(self, found: Found) -> list[int]:
         """How many rows of each gradient there are to update from."""
-        dense = self._shapes[self._n_sparse :]
-        n_rows = [*(ids.shape[1] for ids in found.ids), *(rows for rows, _ in dense)]
+        dense = zip(self._shapes, found.present, strict=True)
+        of_dense = [rows * here for (rows, _), here in dense][self._n_sparse :]
+        n_rows = [*(ids.shape[1] for ids in found.ids), *of_dense]
         return [n if width else 0 for n, (_, width) in zip(n_rows, self._shapes, strict=True)]
 
     def _sorted_keys(self, counts: Sequence[int]) -> dict[str, Tensor | int]:
@@ -199,8 +220,7 @@ class RowTable(Table):
         tickets = torch.zeros(n_programs, dtype=torch.int32, device=self.device)
         return {"partials_ptr": partials, "tickets_ptr": tickets}
 
-    def _launch(self, gate: Gate) -> bool:
-        told = gate.on(self.device) if gate.kinds else {}
+    def _launch(self, told: Mapping[str, Tensor], gate: Gate) -> bool:
         work, self._work = self._work, []
         for launch, (n_programs, arguments) in zip(self._launches[gate.kinds], work, strict=True):
             if n_programs:
@@ -213,23 +233,10 @@ class RowTable(Table):
         assert self.first is not None
         self.prepare(frozenset())
         self.send(self.first, hypers, None)
-        self._launch(Gate())
-        increment_version(self.first.written[len(self._params) :])
+        if self._device_counts is not None:
+            self._device_counts.read(self.first.steps)
+        self._launch({}, Gate())
+        increment_version(self.first.written[len(self.first.shards) :])
 
     def _own_tensors(self) -> list[Tensor | None]:
-        return [self._buffer.memory, self._tables.rows, self._tables.steps]
-
-
-def _look(grad: Tensor | None) -> object:
-    """What must stay as it is while a table is kept."""
-    if grad is None:
-        return None
-    if grad.layout != torch.sparse_coo:
-        return type(grad), grad.layout, grad.shape, grad.dtype, grad.device
-    kind = (grad.sparse_dim(), row_launch.few_enough(grad))
-    return type(grad), grad.layout, grad.shape, grad.dtype, grad.device, kind
-
-
-def _address(values: Tensor) -> int:
-    """0 of what will be copied."""
-    return values.data_ptr() if is_plain(values) else 0
+        return [self._buffer.memory, self._tables.rows]

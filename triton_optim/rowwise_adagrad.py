@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .fused import FusedStep
-from .gate import Extras
 from .rowwise_loop import RowwiseAdagradLoop
 from .shards import is_dtensor
 from .ways import Group, State
@@ -40,8 +39,8 @@ class RowwiseAdagrad(FusedStep, RowwiseAdagradLoop):
         decoupled_weight_decay: shrink :math:`\theta_i` by :math:`\gamma\lambda\theta_i` instead of
             adding to the gradient.
         maximize: ascend.
-        fused: True insists on the kernels, False takes torch's operations, None decides parameter
-            by parameter.
+        fused: True insists on the kernels, and lets a `GradScaler` leave unscaling and skipping to
+            them. None decides parameter by parameter, False takes torch's operations.
 
     Raises:
         ValueError: a negative argument, or a complex parameter.
@@ -81,7 +80,7 @@ class RowwiseAdagrad(FusedStep, RowwiseAdagradLoop):
             decoupled_weight_decay,
             maximize,
             fused,
-            extras=Extras(),
+            options={},
         )
 
     def _by_rows(self, grad: Tensor, state: State) -> bool:

@@ -42,7 +42,6 @@ class RowwiseAdagradLoop(torch.optim.Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
             "fused": fused,
-            "differentiable": False,  # torch expects it of every optimizer
         }
         super().__init__(params, {**numbers, **options})
 
@@ -60,6 +59,10 @@ class RowwiseAdagradLoop(torch.optim.Optimizer):
                     f"parameter {position} of the group is {param.dtype}; row-wise Adagrad takes "
                     "real ones: give it torch.view_as_real() of it"
                 )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it to any defaults
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

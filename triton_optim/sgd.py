@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .fused import FusedStep
-from .gate import Extras
 from .ways import Group, State
 
 
@@ -31,8 +30,9 @@ class SGD(FusedStep, torch.optim.SGD):
         maximize: ascend.
         foreach: True takes torch's implementation.
         differentiable: True takes torch's implementation.
-        fused: True insists on the kernels, False takes torch's implementation, None decides
-            parameter by parameter.
+        fused: True insists on the kernels, and lets a `GradScaler` leave unscaling and skipping to
+            them, without waiting for the device. None decides parameter by parameter, and the
+            scaler unscales and skips by itself. False takes torch's implementation.
         capturable: let a CUDA graph capture the step; see the README. Parameters must be on a GPU.
         max_grad_norm: clip the gradients of a step to this norm, all together, as
             `torch.nn.utils.clip_grad_norm_` would, without writing them. None clips nothing.
@@ -75,7 +75,12 @@ class SGD(FusedStep, torch.optim.SGD):
         error_if_nonfinite: bool = False,
         skip_nonfinite: bool = False,
     ) -> None:
-        extras = Extras(None, capturable, max_grad_norm, error_if_nonfinite, skip_nonfinite)
+        options = {
+            "capturable": capturable,
+            "max_grad_norm": max_grad_norm,
+            "error_if_nonfinite": error_if_nonfinite,
+            "skip_nonfinite": skip_nonfinite,
+        }
         super().__init__(
             params,
             lr,
@@ -87,7 +92,7 @@ class SGD(FusedStep, torch.optim.SGD):
             foreach=foreach,
             differentiable=differentiable,
             fused=fused,
-            extras=extras,
+            options=options,
         )
 
     def _flags(self, group: Group) -> frozenset[str]:

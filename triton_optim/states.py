@@ -1,18 +1,17 @@
-"""The state of the parameters of one table: what is there, what is new, and the step counts."""
+"""The state of the parameters of one table: what is there, and what is new."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from operator import itemgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .columns import on_device
 from .cuts import Entry
+from .layout import picker
 from .ways import State
 
 if TYPE_CHECKING:
@@ -35,32 +34,42 @@ def states_of(optimizer: FusedStep, entries: Sequence[Entry]) -> tuple[list[Stat
     return states, new
 
 
-def holders_of(entries: Sequence[Entry], states: Sequence[State]) -> dict[str, list[State]]:
-    """By name of the tensors that the rule updates, those of `states` that hold one."""
-    holders = defaultdict(list)
-    for entry, state in zip(entries, states, strict=True):
-        for name in entry.names:
-            holders[name].append(state)
-    return holders
+class Holders:
+    """Which parameters have which state: reads it from entries of `optimizer.state`.
 
+    Args:
+        entries: the parameters.
+        counts_steps: whether the state of each has a step count too.
 
-def values_of(holders: Mapping[str, Sequence[State]]) -> list[Tensor]:
-    return [*chain.from_iterable(map(itemgetter(n), states) for n, states in holders.items())]
-
-
-def pack_steps(steps: Sequence[Tensor], device: torch.device, *, on_device: bool) -> Tensor:
-    """One tensor of all step counts: one operation counts them all.
-
-    On the CPU, unless they are to be on `device`, or one of them lies there already: reading that
-    one here would wait for the GPU.
+    Attributes:
+        stateful: indices of the parameters that have an entry.
+        rows: of each parameter, the indices of its gradient, itself and its state among all
+            gradients, all parameters and what `values` returns, one after another.
     """
-    home = device if on_device or not all(step.is_cpu for step in steps) else torch.device("cpu")
+
+    def __init__(self, entries: Sequence[Entry], *, counts_steps: bool) -> None:
+        self.stateful = [i for i, entry in enumerate(entries) if entry.names or counts_steps]
+        places = {i: place for place, i in enumerate(self.stateful)}
+        self.rows = [[i, len(entries) + i] for i in range(len(entries))]
+        self._names: list[tuple[Callable[[State], Any], Callable[[Sequence[State]], Any]]] = []
+        n = 2 * len(entries)
+        for name in dict.fromkeys(chain.from_iterable(entry.names for entry in entries)):
+            holders = [i for i, entry in enumerate(entries) if name in entry.names]
+            for place, i in enumerate(holders, start=n):
+                self.rows[i].append(place)
+            n += len(holders)
+            self._names.append((itemgetter(name), picker([places[i] for i in holders])))
+
+    def values(self, states: Sequence[State]) -> list[Tensor]:
+        """All state tensors that rules update, by name, from the entries of `stateful`."""
+        return [*chain.from_iterable(map(get, pick(states)) for get, pick in self._names)]
+
+
+def bring_together(steps: Iterable[Tensor], device: torch.device) -> None:
+    """Move counters to one device and dtype; each stays the tensor object that it is."""
+    steps = [*steps]
     double = any(step.dtype == torch.float64 for step in steps)
     dtype = torch.float64 if double else torch.float32
-    return torch.stack([step.to(home, dtype, non_blocking=True).view(()) for step in steps])
-
-
-def count_updates(new: Sequence[State], device: torch.device) -> Tensor:
-    """How often each tensor was updated, for a rule that must know but keeps no `step`: 0 or 1."""
-    seen = torch.tensor([0.0 if state else 1.0 for state in new], device="cpu")
-    return on_device(seen, device)
+    for step in steps:
+        if step.device != device or step.dtype != dtype:
+            step.data = step.to(device, dtype, non_blocking=True)

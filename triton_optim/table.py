@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import compress, repeat
+from operator import is_not
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
+from .buffer import Buffer
+from .counts import DeviceCounts, HostCounts, SeenCounts
 from .cuts import Entry
 from .gate import Gate
-from .states import count_updates, get_step, holders_of, pack_steps, states_of
+from .launch import Launch
+from .layout import picker
+from .states import Holders, bring_together, get_step, states_of
+from .ways import State
 
 if TYPE_CHECKING:
     from .fused import FusedStep
@@ -21,20 +28,40 @@ if TYPE_CHECKING:
 Copies = list[tuple[int, Tensor]]  # what stands in for a gradient, by its index
 
 
+class Current(NamedTuple):
+    """The optimizer's tensors as they are now: nothing of it is kept."""
+
+    params: Sequence[Tensor]  # of all groups
+    keys: Sequence[Tensor]  # of optimizer.state
+    states: Sequence[State]
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, params: Sequence[Tensor]) -> Current:
+        return cls(params, [*optimizer.state], [*optimizer.state.values()])
+
+
 class Found(NamedTuple):
     """What one step reads and writes, looked up and checked for this step: shards of DTensors."""
 
-    grads: list[Tensor]  # of sparse ones, the values
-    written: list[Tensor]  # parameters and state
-    wrappers: list[Tensor]  # the DTensors of `written`
+    grads: Sequence[Tensor | None]  # of sparse ones, the values; None of one that is missing
+    present: bytes  # 1 of a gradient that is there
+    shards: Sequence[Tensor]  # all parameters
+    written: Sequence[Tensor]  # parameters that have a gradient, and their state
+    wrappers: Sequence[Tensor]  # the DTensors of `written`
+    steps: Sequence[Tensor]  # all step counts
     ids: Sequence[Tensor] = ()  # int64 [1, rows], of sparse gradients
+
+    @property
+    def counted(self) -> Iterable[Tensor]:
+        """The step counts of parameters that have a gradient."""
+        return self.steps if 0 not in self.present else compress(self.steps, self.present)
 
 
 class Table:
     """Everything one device's launches need, made once and kept while the tensors stay.
 
-    It remembers addresses and layouts and holds no state tensor, so that state which is moved away
-    frees its memory.
+    It remembers addresses, layouts and places, and holds no tensor of the optimizer's, so that what
+    is taken from the optimizer frees its memory.
 
     Args:
         optimizer: whose rule and state these are.
@@ -44,6 +71,7 @@ class Table:
         counts_on_device: whether steps are counted on `device`.
     """
 
+    _addresses: list[int]  # of parameters, state and step counts
     first: Found | None  # what `find` would return at the first step; None afterwards
     happened: Tensor | None = None  # float32 [2]: whether the last step happened, and whether not
 
@@ -57,24 +85,75 @@ class Table:
         counts_on_device: bool,
     ) -> None:
         self.device = device
-        self._params = [entry.param for entry in entries]
+        self._pick = picker([entry.position for entry in entries])
+        self._pick_states: Callable[[Sequence[Any]], Sequence[Any]] | None = None
         self._states, self._new = states_of(optimizer, entries)
         complete = [{**s, **new} for s, new in zip(self._states, self._new, strict=True)]
-        self._pack = self._private_pack = None
-        if optimizer._counts_steps:
-            steps = [*map(get_step, complete)]
-            self._pack = pack_steps(steps, device, on_device=counts_on_device)
-            for state, new, step in zip(complete, self._new, self._pack.unbind(), strict=True):
-                state["step"] = new["step"] = step
-        elif reads_step:
-            self._pack = self._private_pack = count_updates(self._new, device)
+        self._complete: Sequence[State] = complete
+        self._all = bytes(repeat(1, len(entries)))
+        self._counts_steps = optimizer._counts_steps
+        self._holders = Holders(entries, counts_steps=self._counts_steps)
+        self._pick_stateful = picker(self._holders.stateful)
+        self._reads_step = reads_step
+        self._private: Tensor | None = None  # float64, counts that no state has
         self._may_have_skipped = False
-        self._holders = holders_of(entries, self._states)
-        self._counted = self._states if optimizer._counts_steps else []
-        self._complete = complete  # until the first step
+        # No weak references either: with one, torch.utils.swap_tensors refuses a parameter.
+        self._ids = {id(entry.param): i for i, entry in enumerate(entries)}
+        counts = self._counts_of(optimizer, on_device=counts_on_device)
+        self._device_counts = counts if isinstance(counts, DeviceCounts) else None
+        self._host_counts = None if isinstance(counts, DeviceCounts) else counts
+        sends = reads_step and self._host_counts is not None
+        self._n_steps_sent = len(entries) if sends else 0
+        self._count_launches: dict[frozenset[str], Launch] = {}
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
-    def find(self) -> Found | None:
+    def _counts_of(
+        self, optimizer: FusedStep, *, on_device: bool
+    ) -> HostCounts | SeenCounts | DeviceCounts | None:
+        if self._counts_steps:
+            steps = [*map(get_step, self._complete)]
+            if not on_device and all(step.is_cpu for step in steps):
+                return HostCounts(steps, optimizer._internals.steps)
+            bring_together(steps, self.device)
+            return DeviceCounts(steps, self.device, reads=self._reads_step)
+        if not self._reads_step:
+            return None
+        seen = [not new for new in self._new]
+        if not on_device:
+            return SeenCounts(seen)
+        self._private = torch.tensor(seen, dtype=torch.float64, device="cpu").to(self.device)
+        return DeviceCounts(self._private.unbind(), self.device, reads=True)
+
+    def _of_present(self, found: Found) -> Found:
+        """Of a step without some gradients, what it writes."""
+        present = present_of(found.grads)
+        n = len(present)
+        rows = compress(self._holders.rows, present)
+        places = [place - n for row in rows for place in row[1:]]
+        return found._replace(
+            present=present,
+            written=[found.written[i] for i in places],
+            wrappers=[found.wrappers[i] for i in places if found.wrappers],
+        )
+
+    def _steps_read(self, buffer: Buffer) -> Tensor | None:
+        """Where the kernel reads the steps: float64 [tensors]."""
+        if self._device_counts is not None:
+            return self._device_counts.column
+        return buffer.steps if self._n_steps_sent else None
+
+    def _mine(self, current: Current) -> tuple[Sequence[Tensor], Sequence[State]] | None:
+        """Parameters, and the state of those that have any; None if that lies in another order."""
+        params = self._pick(current.params)
+        if self._pick_states is None:
+            return params, ()
+        keys, states = self._pick_states(current.keys), self._pick_states(current.states)
+        stateful = self._pick_stateful(params)
+        if len(keys) != len(stateful) or any(map(is_not, keys, stateful)):
+            return None
+        return params, states
+
+    def find(self, current: Current) -> Found | None:
         """This step's tensors, or None where this table no longer describes them."""
         raise NotImplementedError
 
@@ -86,6 +165,12 @@ class Table:
         """Compile what a step under a gate of these kinds launches. Writes nothing."""
         raise NotImplementedError
 
+    def _prepare_counts(
+        self, kinds: frozenset[str], grads: Tensor, told: Mapping[str, Tensor | None]
+    ) -> None:
+        if self._device_counts is not None:
+            self._count_launches[kinds] = self._device_counts.launch(grads, kinds, told)
+
     def send(self, found: Found, hypers: list[float | Tensor], max_norm: float | None) -> Copies:
         """Bring the tables up to date.
 
@@ -95,7 +180,11 @@ class Table:
         """
         raise NotImplementedError
 
-    def _launch(self, gate: Gate) -> bool:
+    def _steps_to_send(self, found: Found) -> Sequence[float]:
+        counts = self._host_counts
+        return counts.values(found.steps) if counts is not None and self._n_steps_sent else ()
+
+    def _launch(self, told: Mapping[str, Tensor], gate: Gate) -> bool:
         """Launch the updates; False if there was nothing to launch."""
         raise NotImplementedError
 
@@ -109,7 +198,8 @@ class Table:
         Raises:
             RuntimeError: there is one.
         """
-        addresses = [grad.data_ptr() for grad in found.grads if grad.numel()]
+        grads = (grad for grad in found.grads if grad is not None and grad.numel())
+        addresses = [grad.data_ptr() for grad in grads]
         if len(set(addresses)) != len(addresses):
             raise RuntimeError(
                 "two parameters have one gradient tensor, which would be unscaled twice; clone() it"
@@ -117,19 +207,27 @@ class Table:
 
     def update(self, found: Found, copies: Copies, gate: Gate) -> None:
         """Launch the updates, and count the steps."""
-        launched = self._launch(gate)
+        if not (gate.kinds or 1 in found.present):
+            return
+        told = gate.on(self.device) if gate.kinds else {}
+        if self._device_counts is not None:
+            launch = self._count_launches[gate.kinds]
+            launch.run(**{k: v for k, v in told.items() if k in launch.arguments})
+        launched = self._launch(told, gate)
         if gate.may_skip and not launched:  # a rank without elements counts as the others do
             assert self.happened is not None
             go = self._happens(gate)
             self.happened.copy_(torch.stack([go, ~go]))
-        if self._pack is not None:
-            happened = self.happened
-            self._pack.add_(happened[0] if gate.may_skip and happened is not None else 1)
+        if self._host_counts is not None:
+            everyone = found.present is self._all
+            self._host_counts.add(found.steps, None if everyone else found.present)
         if gate.grad_scale is not None:
             for i, copy in copies:
-                found.grads[i].copy_(copy)
-            increment_version(found.grads)
-        increment_version([*found.written, *found.wrappers])
+                grad = found.grads[i]
+                assert grad is not None
+                grad.copy_(copy)
+            increment_version([grad for grad in found.grads if grad is not None])
+        increment_version([*found.written, *found.wrappers, *found.counted])
         self._may_have_skipped |= gate.may_skip
         self._outlive_the_stream()
 
@@ -151,28 +249,52 @@ class Table:
             return
         stream = torch.cuda.current_stream(self.device)
         if stream != self._stream:
-            for tensor in (*self._own_tensors(), self.happened):
+            counts = self._device_counts.tensors if self._device_counts is not None else ()
+            for tensor in (*self._own_tensors(), self.happened, self._private, *counts):
                 if tensor is not None and tensor.is_cuda:
                     tensor.record_stream(stream)
 
-    def hand_over_state(self, optimizer: FusedStep) -> None:
-        """After the first step: give the optimizer the state that it made."""
+    def hand_over_state(self, optimizer: Optimizer, params: Sequence[Tensor]) -> None:
+        """After the first step: give the optimizer the state that it made.
+
+        Args:
+            params: all of the optimizer's.
+        """
         self.first = None
-        self._complete = []
-        for param, state, new in zip(self._params, self._states, self._new, strict=True):
+        for param, state, new in zip(self._pick(params), self._states, self._new, strict=True):
             if new:
                 state.update(new)
                 optimizer.state[param] = state
-        self._new = []
+        self._states, self._new, self._complete = [], [], []
+
+    def remember_places(self, places: Mapping[int, int], params: Sequence[Tensor]) -> None:
+        """Where the state of its parameters lies in optimizer.state.
+
+        Args:
+            places: by a parameter's id.
+            params: all of the optimizer's.
+        """
+        if self._holders.stateful:
+            stateful = self._pick_stateful(self._pick(params))
+            self._pick_states = picker([places[id(param)] for param in stateful])
 
     def forget_skipped(self, optimizer: Optimizer) -> None:
         """Take back state of which no step has happened yet, if that can be; waits for the device.
 
         Where the rule must know its first update and state does not tell.
         """
-        if self._private_pack is None or not self._may_have_skipped:
+        if self._private is None or not self._may_have_skipped:
             return
-        for param, updates in zip(self._params, self._private_pack.tolist(), strict=True):
-            if updates == 0:
-                optimizer.state.pop(param, None)
+        updates, addresses = self._private.tolist(), {*self._addresses}
+        for param, state in [*optimizer.state.items()]:
+            place = self._ids.get(id(param))
+            if place is not None and updates[place] == 0:
+                held = (value for value in state.values() if isinstance(value, Tensor))
+                if all(value.data_ptr() in addresses for value in held):
+                    del optimizer.state[param]
         self._may_have_skipped = False
+
+
+def present_of(grads: Iterable[Tensor | None]) -> bytes:
+    """1 of each that is there."""
+    return bytes(map(is_not, grads, repeat(None)))

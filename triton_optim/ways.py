@@ -18,6 +18,9 @@ State = dict[str, Any]
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
+_MODE = torch._C._TorchDispatchModeKey
+_TRACING = (_MODE.FAKE, _MODE.PROXY, _MODE.FUNCTIONAL)
+
 
 def group_refusal(group: Group, fused: bool | None) -> str | None:
     """Why a whole parameter group goes torch's way, or None."""
@@ -27,12 +30,21 @@ def group_refusal(group: Group, fused: bool | None) -> str | None:
     return "fused=False" if fused is False else None
 
 
+def is_traced() -> bool:
+    """Whether torch traces or fakes what runs now, which it cannot do to a kernel."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING)
+
+
 def refusal(param: Tensor, grad: Tensor, *, by_rows: bool = False) -> str | None:
     """Why the kernels cannot update `param` from `grad`, or None if they can.
 
     Args:
         by_rows: whether the kernel is that of rows.
     """
+    if is_traced():
+        return "torch traces this step"
     if reason := sharding_refusal(param, grad):
         return reason
     if by_rows and is_dtensor(param):

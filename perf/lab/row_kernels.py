@@ -21,6 +21,7 @@ from triton_optim import row_cuts, row_launch, runtime
 from triton_optim.cuts import Entry
 from triton_optim.kernels.keys import keys_kernel
 from triton_optim.kernels.rows import rows_kernel
+from triton_optim.plan import look_at
 from triton_optim.row_launch import RowVariant
 from triton_optim.tuning import RowConfig
 
@@ -160,7 +161,10 @@ def kernel_of(
         ids = torch.zeros(1, 2, dtype=torch.int64)
         grad = torch.sparse_coo_tensor(ids, grad, param.shape, check_invariants=False)
     flags = optimizer._flags(group)
-    entry = Entry(param, param, grad, (), 0, flags, names, False, optimizer._row_state)
+    look = look_at(param, grad, by_rows=True)
+    entry = Entry(
+        0, param, param, grad, look, (), 0, flags, names, row_state=optimizer._row_state
+    )  # fmt: skip
     (variant,) = row_cuts.grouped(optimizer, [entry])
     rule: str = optimizer._row_rule or optimizer._rule
     return Kernel(rule, variant.loading([0], [width]), len(optimizer._hyperparameters(group)))

@@ -1,0 +1,178 @@
+"""How often each parameter was updated: counted in the `step` tensors that its state holds."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import runtime
+from .columns import as_tensor, column, on_device
+from .launch import Launch
+from .layout import picker
+
+if runtime.DEVICE_TYPE:
+    from .kernels.counts import count_kernel
+
+COUNT_BLOCK = 256  # steps that a program of the kernel counts
+
+
+class _Memory(bytearray):
+    """Bytes that can be referred to weakly."""
+
+
+class StepPool:
+    """Makes step counters on the CPU that lie side by side, so that one operation counts many.
+
+    Each is a tensor with a storage of its own size: saved or copied, it takes what torch's takes.
+    Their memory is free when the last of them is.
+    """
+
+    def __init__(self) -> None:
+        self._next: dict[torch.dtype, tuple[_Memory, int]] = {}  # where the next one will lie
+        self._memories: list[tuple[weakref.ref[_Memory], torch.dtype]] = []
+
+    def take(self, dtype: torch.dtype, n_more: int) -> Tensor:
+        """A counter at 0: [].
+
+        Args:
+            dtype: float32 or float64.
+            n_more: how many more may be asked for, which will lie beside it.
+        """
+        memory, place = self._next.get(dtype, (_Memory(), 0))
+        if place == len(memory):
+            memory, place = _Memory(dtype.itemsize * (n_more + 1)), 0
+            self._memories = [item for item in self._memories if item[0]() is not None]
+            self._memories.append((weakref.ref(memory), dtype))
+        self._next[dtype] = memory, place + dtype.itemsize
+        # in place, so that it is no view
+        return torch.frombuffer(memory, dtype=dtype, count=1, offset=place).squeeze_(0)
+
+    def packs(self) -> list[Tensor]:
+        """All counters that lie side by side, as tensors of one dim."""
+        live = [(memory(), dtype) for memory, dtype in self._memories]
+        return [torch.frombuffer(m, dtype=dtype) for m, dtype in live if m is not None]
+
+
+class HostCounts:
+    """Counts on the CPU: one operation for all counters of a pool, and slowly any other.
+
+    Args:
+        steps: a counter a tensor, [] or of one element. They are not kept.
+        pool: where some of them may be from.
+    """
+
+    def __init__(self, steps: Sequence[Tensor], pool: StepPool) -> None:
+        places = {step.data_ptr(): i for i, step in enumerate(steps)}
+        # all counters, indices of ours, as many ones, and what picks ours of those here
+        self._packs: list[tuple[Tensor, Tensor, Tensor, Callable[[Sequence[Any]], Any]]] = []
+        order: list[int] = []
+        for pack in pool.packs():
+            start, stop = pack.data_ptr(), pack.data_ptr() + pack.nbytes
+            found = [(a, i) for a, i in places.items() if start <= a < stop]
+            if found:
+                at = [(address - start) // pack.element_size() for address, _ in found]
+                indices, rows = torch.tensor(at, device="cpu"), [i for _, i in found]
+                ones = torch.ones_like(indices, dtype=pack.dtype)
+                self._packs.append((pack, indices, ones, picker(rows)))
+                order += rows
+        self._others = sorted(set(range(len(steps))) - set(order))
+        order += self._others
+        self._in_order = picker(sorted(range(len(order)), key=order.__getitem__))
+
+    def values(self, steps: Sequence[Tensor]) -> Sequence[float]:
+        """What the counters hold, one after another."""
+        ours = (pack.index_select(0, indices).tolist() for pack, indices, *_ in self._packs)
+        others = (float(steps[i]) for i in self._others)
+        values: Sequence[float] = self._in_order([*chain.from_iterable(ours), *others])
+        return values
+
+    def add(self, steps: Sequence[Tensor], present: bytes | None) -> None:
+        """Count an update of each tensor, or of those whose byte in `present` is 1."""
+        for pack, indices, ones, pick in self._packs:
+            if present is not None:
+                some = torch.frombuffer(bytearray(pick(present)), dtype=torch.uint8)
+                ones = some.to(pack.dtype)
+            pack.index_add_(0, indices, ones)
+        if others := [steps[i] for i in self._others if present is None or present[i]]:
+            torch._foreach_add_(others, 1)
+
+
+class SeenCounts:
+    """For a rule that must know a tensor's first update and whose state has no counter.
+
+    Args:
+        seen: which tensors were updated before.
+    """
+
+    def __init__(self, seen: Sequence[bool]) -> None:
+        self._seen, self._all = bytes(seen), bytes(repeat(1, len(seen)))
+
+    def values(self, steps: Sequence[Tensor]) -> Sequence[float]:
+        """0 of a tensor that was never updated, or 1."""
+        return [*map(float, self._seen)]
+
+    def add(self, steps: Sequence[Tensor], present: bytes | None) -> None:
+        if present is None:
+            self._seen = self._all
+        elif 0 in self._seen:
+            self._seen = bytes(a | b for a, b in zip(self._seen, present, strict=True))
+
+
+class DeviceCounts:
+    """Counts where the parameters are, in one launch that reads there whether the step is taken.
+
+    It runs before the update, and tells it what the counters held.
+
+    Args:
+        steps: a counter a tensor, on one device and of one dtype. They are not kept.
+        device: theirs.
+        reads: whether the update reads them.
+    """
+
+    def __init__(self, steps: Sequence[Tensor], device: torch.device, *, reads: bool) -> None:
+        self._n = len(steps)
+        self._dtype = steps[0].dtype
+        addresses = column("q", [step.data_ptr() for step in steps])
+        self._addresses = on_device(as_tensor(addresses), device)
+        self.column = torch.empty(self._n, dtype=torch.float64, device=device) if reads else None
+
+    def read(self, steps: Sequence[Tensor]) -> None:
+        """Tell the update what the counters hold, and count nothing."""
+        if self.column is not None:
+            self.column.copy_(torch.stack([step.view(()) for step in steps]))
+
+    def launch(
+        self, grads: Tensor, kinds: frozenset[str], told: Mapping[str, Tensor | None]
+    ) -> Launch:
+        """Compile the launch for a table whose gradients' addresses are in `grads`.
+
+        Args:
+            grads: int64 [tensors, columns], of which the last is the address, or 0.
+            kinds: of the step's gate.
+            told: the kernel's pointers to what decides about the step.
+        """
+        arguments = {
+            "steps_ptr": self._addresses,
+            "grads_ptr": grads,
+            "column_ptr": self.column,
+            "found_inf_ptr": told["found_inf_ptr"] if "FOUND_INF" in kinds else None,
+            "grad_norm_ptr": told["grad_norm_ptr"] if "SKIP_NONFINITE" in kinds else None,
+            "n_tensors": self._n,
+            "DTYPE": runtime.triton_dtype(str(self._dtype).removeprefix("torch.")),
+            "GRAD_COLUMNS": grads.shape[1],
+            "SKIP_NONFINITE": "SKIP_NONFINITE" in kinds,
+            "BLOCK_SIZE": COUNT_BLOCK,
+        }
+        options = {"num_warps": 4} if runtime.COMPILED else {}
+        n_programs = -(-self._n // COUNT_BLOCK)
+        return Launch(count_kernel, None, n_programs, arguments, options, grads.device)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What launches use and nobody else holds."""
+        return [self._addresses, *([] if self.column is None else [self.column])]
