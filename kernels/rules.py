@@ -88,7 +88,7 @@ def rmsprop_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
         grad_avg = state[1] + beta * (grad - state[1])
         variance = square_avg - grad_avg * grad_avg
         # Never negative but for rounding, as that of an average which was stored as 0.
-        variance = tl.where(variance < 0, 0.0, variance)
+        variance = tl.maximum(variance, 0.0, propagate_nan=tl.PropagateNan.ALL)
         new_state = new_state + (grad_avg,)
     update = div(grad, sqrt(variance) + eps.to(grad.dtype))
     if MOMENTUM & FLAGS:

@@ -10,7 +10,7 @@ import importlib
 import json
 import sys
 import tempfile
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,8 @@ def main() -> None:
     patch_once_a_launch()
     backend, *sizes = sys.argv[1:]
     for name in PRELOAD:
-        importlib.import_module(name)
+        with suppress(ModuleNotFoundError):  # Triton before 3.4 has no Gluon
+            importlib.import_module(name)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         found = outcomes(SCENARIOS, backend, tuple(map(int, sizes)), Path(folder))
     print(json.dumps(found))

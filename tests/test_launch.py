@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,3 +54,13 @@ def test_the_cut_of_a_launch_changes_no_bit(
     cut.train(case.ours(cut.params), 2)
     for p, q in zip(cut.params, expected.params, strict=True):
         assert_same_bits(p, q)
+
+
+@pytest.mark.parametrize(
+    ("of_triton", "of_numpy", "warns"),
+    [("3.6.0", "2.4.1", True), ("3.6.0", "2.3.5", False), ("3.7.1", "2.10.0", False)],
+)
+def test_an_interpreter_that_would_fail(of_triton: str, of_numpy: str, warns: bool) -> None:
+    context: Any = pytest.warns(UserWarning, match="numpy<2") if warns else nullcontext()
+    with context:
+        runtime.check_interpreter(of_triton, of_numpy)

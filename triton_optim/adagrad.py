@@ -97,6 +97,13 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
             options=options,
         )
 
+    def _torch_step(self, rest: set[int]) -> None:
+        for group in self.param_groups:  # torch before 2.12 makes state in its constructor alone
+            for param in group["params"]:
+                if id(param) in rest and param.grad is not None and not self.state.get(param):
+                    self.state[param] = self._new_state(param, group)
+        super()._torch_step(rest)
+
     def _flags(self, group: Group) -> frozenset[str]:
         flags = {"MAXIMIZE": group["maximize"], "LR_DECAY": group["lr_decay"] != 0}
         return frozenset(flag for flag, on in flags.items() if on)

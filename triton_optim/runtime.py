@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -219,3 +220,23 @@ def row(
     """
     values = [numel, group, first, norm_first, *addresses]
     return values + [0] * (ROW_WIDTH - len(values))
+
+
+def check_interpreter(triton_version: str, numpy_version: str) -> None:
+    """Warn of a pair whose interpreter fails in kernels with loops."""
+    of_triton, of_numpy = (
+        tuple(map(int, version.split(".")[:2])) for version in (triton_version, numpy_version)
+    )
+    if of_triton < (3, 7) and of_numpy >= (2, 4):
+        warnings.warn(
+            f"the interpreter of Triton {triton_version} fails with numpy {numpy_version}: only "
+            "0-dimensional arrays can be converted to Python scalars; install numpy<2.4, or Triton "
+            "3.7 or newer",
+            stacklevel=2,
+        )
+
+
+if DEVICE_TYPE == "cpu":
+    import numpy as np
+
+    check_interpreter(triton.__version__, np.__version__)

@@ -13,6 +13,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from .buffer import Buffer
+from .columns import on_device
 from .counts import DeviceCounts, HostCounts, SeenCounts
 from .cuts import Entry
 from .gate import Gate
@@ -99,7 +100,7 @@ class Table:
         self._may_have_skipped = False
         # No weak references either: with one, torch.utils.swap_tensors refuses a parameter.
         self._ids = {id(entry.param): i for i, entry in enumerate(entries)}
-        counts = self._counts_of(optimizer, on_device=counts_on_device)
+        counts = self._counts_of(optimizer, counts_on_device=counts_on_device)
         self._device_counts = counts if isinstance(counts, DeviceCounts) else None
         self._host_counts = None if isinstance(counts, DeviceCounts) else counts
         sends = reads_step and self._host_counts is not None
@@ -108,20 +109,21 @@ class Table:
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def _counts_of(
-        self, optimizer: FusedStep, *, on_device: bool
+        self, optimizer: FusedStep, *, counts_on_device: bool
     ) -> HostCounts | SeenCounts | DeviceCounts | None:
         if self._counts_steps:
             steps = [*map(get_step, self._complete)]
-            if not on_device and all(step.is_cpu for step in steps):
+            if not counts_on_device and all(step.is_cpu for step in steps):
                 return HostCounts(steps, optimizer._internals.steps)
             bring_together(steps, self.device)
             return DeviceCounts(steps, self.device, reads=self._reads_step)
         if not self._reads_step:
             return None
         seen = [not new for new in self._new]
-        if not on_device:
+        if not counts_on_device:
             return SeenCounts(seen)
-        self._private = torch.tensor(seen, dtype=torch.float64, device="cpu").to(self.device)
+        on_host = torch.tensor(seen, dtype=torch.float64, device="cpu")
+        self._private = on_device(on_host, self.device)
         return DeviceCounts(self._private.unbind(), self.device, reads=True)
 
     def _of_present(self, found: Found) -> Found:
