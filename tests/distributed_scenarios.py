@@ -10,11 +10,13 @@ import importlib
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from cases import STATEFUL_CASES, Case
 from checkpoint_scenarios import checkpoint_scenarios
@@ -27,9 +29,11 @@ from parallel import (
     assert_kernels,
     ddp,
     ddp_bucket_view,
+    fsdp,
     full_values,
     in_one_process,
     one_process,
+    tp,
     train,
 )
 from torch.nn import Module
@@ -48,6 +52,32 @@ def the_same_as_in_one_process(way: Way, case: Case, world: World) -> None:
     updated = train(spread, optimizer)
     assert_equal(full_values(spread.model, optimizer), full_values(*in_one_process(case, world)))
     assert_kernels(optimizer, updated)
+
+
+def missing_gradients(way: Way, case: Case, world: World) -> None:
+    """On every rank alike; norms are over those that are there, and no plan is made anew."""
+    subsets = [(), (0, 3), (1,), (2, 4, 5), (0, 1, 2, 3, 4, 5, 6), ()]
+    spread, whole = way(world), one_process(world)
+    optimizer = case.ours(spread.model.parameters(), max_grad_norm=0.1)
+    reference = case.theirs(whole.model.parameters())
+    plans = []
+
+    def leave_out(model: Module, without: Sequence[int]) -> None:
+        for i, param in enumerate(model.parameters()):
+            if i in without:
+                param.grad = None
+
+    def clip(model: Module, without: Sequence[int]) -> None:
+        leave_out(model, without)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+    for step, without in enumerate(subsets):
+        train(spread, optimizer, [step], partial(leave_out, spread.model, without))
+        train(whole, reference, [step], partial(clip, whole.model, without))
+        plans.append(optimizer._internals.plan)
+    values = full_values(whole.model, reference)
+    assert_equal(full_values(spread.model, optimizer), values)
+    assert all(plan is plans[0] for plan in plans)
 
 
 def zero(case: Case, world: World, **kwargs: Any) -> None:
@@ -104,6 +134,9 @@ def _scenarios() -> list[Scenario]:
         for way, sizes in WAYS.items():
             run = partial(the_same_as_in_one_process, way, case)
             found.append(Scenario(f"{way.__name__}-{case.name}", run, sizes))
+        for way in (fsdp, tp):
+            name = f"missing_gradients-{way.__name__}-{case.name}"
+            found.append(Scenario(name, partial(missing_gradients, way, case), (2,)))
         for make in (zero, zero_with_nothing_to_do, zero_from_a_checkpoint):
             found.append(Scenario(f"{make.__name__}-{case.name}", partial(make, case), both))
     return found + clipping_scenarios(CASES) + checkpoint_scenarios(CASES)
