@@ -92,6 +92,7 @@ def fake_cuda(patch: pytest.MonkeyPatch) -> Iterator[None]:
     patch.setattr(layout, "TensorGuards", None)
     patch.setattr(runtime, "CAPTURABLE_DEVICE_TYPES", frozenset({"cpu"}))
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    patch.setattr(runtime, "captures_pinned_memory", lambda: True)
     patch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     patch.setattr(torch.cuda, "graph", graph)
     patch.setattr(Launch, "run", record)

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.optim.lr_scheduler import ExponentialLR
 
 import triton_optim
-from triton_optim import GraphedStep
+from triton_optim import GraphedStep, runtime
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="pretends a GPU where there is none")
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
@@ -96,6 +96,112 @@ def test_eager_steps_between_replays(case: Case) -> None:
             else:
                 optimizer.step()
     assert_same_bits(params, twins)
+
+
+@pytest.mark.usefixtures("cuda")
+@every_state
+def test_an_eager_step_with_gradients_where_they_were(case: Case) -> None:
+    """As the caching allocator places them: what was sent last is not what a replay left."""
+    params, _, more = _problem()
+    twins, optimizers = copy.deepcopy(params), []
+    for ps in (params, twins):
+        for param, grad in zip(ps, more[0], strict=True):
+            param.grad = grad.clone()
+        optimizers.append(_make(case, ps))
+    captured = [param.grad for param in params]
+    eager = [[grad.clone() for grad in more[1]] for _ in (params, twins)]
+
+    def step(own: int) -> None:
+        for param, grad in zip((params, twins)[own], eager[own], strict=True):
+            param.grad = grad
+        optimizers[own].step()
+
+    graph = FakeGraph()
+    with torch.cuda.graph(graph):  # type: ignore[arg-type]
+        optimizers[0].step()
+    for _ in range(2):
+        step(0)
+        graph.replay()
+        step(0)
+        step(1)
+        for param, grad in zip(twins, captured, strict=True):
+            assert grad is not None
+            param.grad = grad.clone()
+        optimizers[1].step()
+        step(1)
+    assert_same_bits(params, twins)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_skipped_replays_are_counted() -> None:
+    param = new_param(5)
+    optimizer = triton_optim.RMSprop(
+        [param], lr=torch.tensor(0.1), capturable=True, max_grad_norm=1.0, skip_nonfinite=True
+    )
+    optimizer.step()
+    step = GraphedStep(optimizer)
+    for n, value in enumerate((float("inf"), float("nan"), float("inf"), 1.0)):
+        assert param.grad is not None
+        param.grad.fill_(value)
+        step()
+        assert optimizer.skipped_steps == min(n + 1, 3)
+    optimizer.step()
+    param.grad = torch.full_like(param, float("inf"))
+    optimizer.step()
+    assert optimizer.skipped_steps == 4
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("name", ["found_inf", "grad_scale"])
+def test_a_scaler_that_no_step_had_before(name: str) -> None:
+    """Its kernel would be compiled under capture."""
+    param = new_param(5)
+    optimizer = triton_optim.RMSprop([param], lr=torch.tensor(0.1), capturable=True)
+    optimizer.step()
+    value = torch.zeros(()) if name == "found_inf" else torch.ones(())
+    vars(optimizer)[name] = value
+    message = "run a few steps first"
+    with refused(message, optimizer, [param]), torch.cuda.graph(FakeGraph()):  # type: ignore[arg-type]
+        optimizer.step()
+    vars(optimizer)[name] = value
+    optimizer.step()
+    vars(optimizer)[name] = value
+    with torch.cuda.graph(FakeGraph()):  # type: ignore[arg-type]
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_torch_that_pins_no_memory_under_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for version, captures in (("2.10.0+cu128", False), ("2.11.0", True), ("2.13.1+cpu", True)):
+        monkeypatch.setattr(torch, "__version__", version)
+        assert runtime.captures_pinned_memory() == captures
+    monkeypatch.undo()
+    with fake_cuda(monkeypatch):
+        monkeypatch.setattr(runtime, "captures_pinned_memory", lambda: False)
+        optimizer = triton_optim.SGD([new_param(5)], lr=torch.tensor(0.1), capturable=True)
+        optimizer.step()
+        with pytest.raises(RuntimeError, match=r"use 2\.11 or newer"):
+            GraphedStep(optimizer)
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize(
+    ("gpus", "message"),
+    [(("cuda:0", "cuda:1"), "on cuda:0 and cuda:1; give"), (("cuda:1",), "which are on cuda:1")],
+)
+def test_captures_of_other_gpus(
+    gpus: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph would be empty, and the step real."""
+    param = new_param(5)
+    optimizer = triton_optim.SGD([param], lr=torch.tensor(0.1), capturable=True)
+    optimizer.step()
+    assert optimizer._internals.plan is not None
+    optimizer._internals.plan.gpus = {*map(torch.device, gpus)}
+    monkeypatch.setattr(runtime, "is_capturing", lambda _: False)
+    with refused(message, optimizer, [param]), torch.cuda.graph(FakeGraph()):  # type: ignore[arg-type]
+        optimizer.step()
 
 
 @pytest.mark.usefixtures("cuda")

@@ -17,6 +17,7 @@ from cases import CASES, DEVICE, Case, Tensors, assert_same_bits
 from dry_scenarios import SCENARIOS
 
 from triton_optim import runtime
+from triton_optim.launch import checked_grid
 from triton_optim.tuning import Config
 
 
@@ -64,3 +65,11 @@ def test_an_interpreter_that_would_fail(of_triton: str, of_numpy: str, warns: bo
     context: Any = pytest.warns(UserWarning, match="numpy<2") if warns else nullcontext()
     with context:
         runtime.check_interpreter(of_triton, of_numpy)
+
+
+def test_more_programs_than_a_launch_has() -> None:
+    """Triton's launcher drops them in silence."""
+    assert checked_grid(2**31 - 1, 1) == (2**31 - 1, 1, 1)
+    for x, y in ((2**31, 1), (2**16, 2**15), (1, 2**16)):
+        with pytest.raises(RuntimeError, match=f"a launch of {x} times {y} programs"):
+            checked_grid(x, y)

@@ -63,7 +63,7 @@ class Buffer:
         content = grads + self._float_column + column("d", steps)
         if runtime.is_capturing(self._device):
             self._capture(content)
-        elif content != self._sent:
+        elif content != self._sent or self._captured:  # a replay sends what was captured
             host = columns.sendable(columns.as_tensor(content), self._device)
             self.memory.copy_(host, non_blocking=True)
             self._sent = content
@@ -75,4 +75,3 @@ class Buffer:
         host = columns.sendable(columns.as_tensor(content), self._device)
         self._captured.append(host)
         self.memory.copy_(host, non_blocking=True)
-        self._sent = None

@@ -160,8 +160,11 @@ class DenseTable(Table):
             shards.append(None if grad is None else local_of(grad))
         return shards
 
+    def is_prepared(self, kinds: frozenset[str]) -> bool:
+        return kinds in self._launches
+
     def prepare(self, kinds: frozenset[str]) -> None:
-        if kinds in self._launches:
+        if self.is_prepared(kinds):
             return
         tables, norm = self.tables, None
         if kinds:

@@ -127,13 +127,13 @@ class FusedStep(StatefulOptimizer):
         found = before.find(self) if before is not None else None
         plan = before
         if before is None or found is None:
-            if before is not None and before.on_gpu and torch.cuda.is_current_stream_capturing():
+            if before is not None and before.is_captured():
                 self._check_capture(before, gate, ready=False)
             self._drop_plan()
             plan = Plan(self, before)
         assert plan is not None
-        if plan.on_gpu and torch.cuda.is_current_stream_capturing():
-            self._check_capture(plan, gate, ready=found is not None)
+        if plan.is_captured():
+            self._check_capture(plan, gate, ready=found is not None and plan.is_prepared(gate))
             internals.captured = (*internals.captured, plan)
         if found is None:
             plan.move_strays()

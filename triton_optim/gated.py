@@ -179,9 +179,11 @@ class GatedOptimizer(torch.optim.Optimizer):
             )
 
     def _count_skipped(self, skipped: Tensor) -> None:
-        before = self._internals.skipped
-        before = torch.zeros_like(skipped) if before is None else before
-        self._internals.skipped = before.to(skipped.device, non_blocking=True) + skipped
+        count = self._internals.skipped
+        if count is None or count.device != skipped.device:
+            count = torch.zeros_like(skipped) if count is None else count.to(skipped.device)
+            self._internals.skipped = count
+        count.add_(skipped)  # in place, so that replays of a graph count too
 
     def _check_capture(self, plan: Plan, gate: Gate, *, ready: bool) -> None:
         """Refuse a capture whose replays would not be steps.
@@ -211,8 +213,13 @@ class GatedOptimizer(torch.optim.Optimizer):
                 )
         if not ready:
             raise RuntimeError(
-                f"{name} before there was a step to repeat; run a few steps first, with gradients "
-                "for the same parameters, on a side stream"
+                f"{name} before there was a step like it to repeat; run a few steps first, with "
+                "gradients for the same parameters and under the same GradScaler, on a side stream"
+            )
+        if not runtime.captures_pinned_memory():
+            raise RuntimeError(
+                f"{name}: torch {torch.__version__} cannot allocate pinned memory then; use 2.11 "
+                "or newer"
             )
 
     def _check_capturable(self, param: Tensor, group: Group, where: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.graph import increment_version
 
+from . import runtime
 from .fused import FusedStep
 from .plan import all_params, differ
 from .shards import local
@@ -39,7 +40,8 @@ class GraphedStep:
     def __init__(self, optimizer: FusedStep) -> None:
         self._optimizer = optimizer
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        param = next(iter(all_params(optimizer)))
+        with runtime.current(local(param).device), torch.cuda.graph(self._graph):
             optimizer.step()
         assert optimizer._internals.plan is not None
         self._plan, self._extras = optimizer._internals.plan, optimizer._extras

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,11 @@ from .tuning import Config
 
 if runtime.DEVICE_TYPE:
     from .kernels import multi_tensor
+
+
+Grid = tuple[int, int, int]
+MAX_PROGRAMS = 2**31 - 1
+MAX_PROGRAMS_OF_DIM_1 = 65535  # CUDA's
 
 
 class Launch:
@@ -42,7 +47,7 @@ class Launch:
         device: torch.device,
     ) -> None:
         self.kernel, self.variant = kernel, variant
-        self.grid = (n_programs, 1, 1)
+        self._grid = checked_grid(n_programs, 1)
         self.arguments, self.options, self.device = arguments, options, device
         self._start = self._bound()
 
@@ -50,7 +55,7 @@ class Launch:
         kernel = self.kernel
         if not COMPILED:
             return lambda changed: kernel[self.grid](**{**self.arguments, **changed})
-        with _current(self.device):
+        with runtime.current(self.device):
             compiled = kernel.warmup(**self.arguments, **self.options, grid=self.grid)
             start = compiled[self.grid]
         # Addresses: Triton would ask the driver whose memory a tensor's is, at every launch.
@@ -70,6 +75,19 @@ class Launch:
         return run
 
     @property
+    def grid(self) -> Grid:
+        """How many programs, by dimension.
+
+        Raises:
+            RuntimeError: set to more than a launch may have, which Triton would drop in silence.
+        """
+        return self._grid
+
+    @grid.setter
+    def grid(self, grid: Grid) -> None:
+        self._grid = checked_grid(*grid[:2])
+
+    @property
     def name(self) -> str:
         """The kernel's."""
         name: str = self.kernel.fn.__name__
@@ -77,7 +95,7 @@ class Launch:
 
     def run(self, **changed: Tensor | int) -> None:
         """Launch on the device's current stream, with these arguments in place of those bound."""
-        with _current(self.device):
+        with runtime.current(self.device):
             self._start(changed)
 
 
@@ -127,6 +145,20 @@ class UpdateLaunch(Launch):
         super().__init__(kernel, variant, len(owners), arguments, options, device)
 
 
+def checked_grid(x: int, y: int) -> Grid:
+    """A grid of x times y programs.
+
+    Raises:
+        RuntimeError: a launch cannot have as many.
+    """
+    if x * y > MAX_PROGRAMS or y > MAX_PROGRAMS_OF_DIM_1:
+        raise RuntimeError(
+            f"a launch of {x} times {y} programs, where {MAX_PROGRAMS} and {MAX_PROGRAMS_OF_DIM_1} "
+            "are the most; step the parameters in several optimizers"
+        )
+    return x, y, 1
+
+
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """The launches that are run meanwhile, for tools and tests."""
@@ -146,10 +178,3 @@ def recorded() -> Iterator[list[Launch]]:
 
 def _address(value: Any) -> Any:
     return value.data_ptr() if isinstance(value, Tensor) else value
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a GPU the current one, which Triton launches on."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)

@@ -66,7 +66,8 @@ class Plan:
     """
 
     def __init__(self, optimizer: FusedStep, previous: Plan | None = None) -> None:
-        self.uses_kernels = self.on_gpu = False
+        self.uses_kernels = False
+        self.gpus: set[torch.device] = set()
         self._may_skip = optimizer._internals.may_skip
         optimizer._check_hyperparameters()
         self._key = optimizer._groups_key()
@@ -181,7 +182,8 @@ class Plan:
         )
         self._entries[shard.device, is_dtensor(param), by_rows].append(entry)
         self.uses_kernels = True
-        self.on_gpu |= shard.device.type in runtime.CAPTURABLE_DEVICE_TYPES
+        if shard.device.type in runtime.CAPTURABLE_DEVICE_TYPES:
+            self.gpus.add(shard.device)
         return written
 
     def _leave(
@@ -227,6 +229,34 @@ class Plan:
         """The parameters that go torch's own way."""
         params = [*all_params(optimizer)] if self._rest else []
         return [params[i] for i in self._rest]
+
+    def is_captured(self) -> bool:
+        """Whether a step goes into a CUDA graph now.
+
+        Raises:
+            RuntimeError: not all of it would.
+        """
+        if not self.gpus:
+            return False
+        captured = any(map(runtime.is_capturing, self.gpus))
+        if not (captured or torch.cuda.is_current_stream_capturing()):
+            return False
+        places = " and ".join(sorted(map(str, self.gpus)))
+        if len(self.gpus) > 1:
+            raise RuntimeError(
+                f"a CUDA graph is captured, but parameters are on {places}; give the parameters of "
+                "each GPU an optimizer and a graph of their own"
+            )
+        if not captured:
+            raise RuntimeError(
+                f"a CUDA graph is captured on another GPU than the parameters', which are on "
+                f"{places}; capture within `with torch.cuda.device(...)` of that GPU"
+            )
+        return True
+
+    def is_prepared(self, gate: Gate) -> bool:
+        """Whether all kernels of such a step are compiled."""
+        return all(table.is_prepared(gate.kinds) for table in self._tables)
 
     def find(self, optimizer: FusedStep) -> list[Found] | None:
         """What to step with, table by table; None if the plan no longer describes the optimizer."""

@@ -16,6 +16,7 @@ from .checks import check_ids
 from .columns import addresses_of, column, grad_addresses_of, is_aligned
 from .cuts import Entry
 from .gate import Gate
+from .launch import checked_grid
 from .layout import Layout, LayoutGuard, is_plain
 from .row_launch import GRAD_COLUMNS, KeysLaunch, RowLaunch, RowVariant, address_of, kind_of
 from .states import get_step
@@ -133,8 +134,11 @@ class RowTable(Table):
             check_ids(ids, param.shape, where)
         return self._of_present(found)
 
+    def is_prepared(self, kinds: frozenset[str]) -> bool:
+        return kinds in self._launches
+
     def prepare(self, kinds: frozenset[str]) -> None:
-        if kinds in self._launches:
+        if self.is_prepared(kinds):
             return
         if kinds:
             self._tables = self._tables._replace(happened=self._tell_here())
@@ -170,7 +174,8 @@ class RowTable(Table):
             chunk = row_launch.config(variant, self.device).chunk(sum(mine))
             programs = [-(-count // chunk) for count in mine]
             first += accumulate(programs[:-1], initial=0)
-            sizes.append((sum(programs), chunk))
+            n_programs, *_ = checked_grid(sum(programs), 1)
+            sizes.append((n_programs, chunk))
         positions = accumulate(counts, initial=0)
         ids = [*addresses_of(found.ids), *[0] * (len(counts) - self._n_sparse)]
         rows = zip(counts, first, positions, ids, grad_addresses_of(values), strict=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -125,8 +126,23 @@ def config(variant: Variant, numels: Iterable[int], device: torch.device) -> Con
 
 def is_capturing(device: torch.device) -> bool:
     """Whether what is launched on a device's current stream goes into a CUDA graph."""
-    on_gpu = device.type in CAPTURABLE_DEVICE_TYPES
-    return on_gpu and torch.cuda.is_current_stream_capturing()
+    if device.type not in CAPTURABLE_DEVICE_TYPES:
+        return False
+    with current(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one, on which Triton launches and torch captures."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def captures_pinned_memory() -> bool:
+    """Whether torch allocates pinned memory while a CUDA graph is captured."""
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (2, 11)
 
 
 def grad_config(dtype: str, device: torch.device) -> Config:

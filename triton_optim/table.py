@@ -167,6 +167,10 @@ class Table:
         """Compile what a step under a gate of these kinds launches. Writes nothing."""
         raise NotImplementedError
 
+    def is_prepared(self, kinds: frozenset[str]) -> bool:
+        """Whether that was compiled."""
+        raise NotImplementedError
+
     def _prepare_counts(
         self, kinds: frozenset[str], grads: Tensor, told: Mapping[str, Tensor | None]
     ) -> None:
