@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
+
+pytest.importorskip("expecttest", reason="torch's own tests need it")
 from torch.testing._internal import common_optimizers
 from torch.testing._internal.common_optimizers import ErrorOptimizerInput, OptimizerInfo, optim_db
 

@@ -166,6 +166,22 @@ def test_every_sample_finds_renewed_tensors() -> None:
     assert order == [*"abc", *"bca", *"cab"]
 
 
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_what_runs_out_of_memory_while_it_is_timed(steps: int) -> None:
+    """The others go on; where nothing is left, nothing is measured."""
+    left = [steps]
+
+    def growing() -> None:
+        if not left[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        left[0] -= 1
+
+    times = measure(Clockwork(), {"growing": growing, "a": lambda: None}, False, 3, math.inf)
+    assert {name: len(series.gpu) for name, series in times.items()} == {"a": 3}
+    assert not measure(Clockwork(), {"growing": growing}, False, 3, math.inf)
+    assert not measure(Clockwork(), {}, False, 3, math.inf)
+
+
 class _NoRoom(torch.optim.SGD):
     """Runs out of memory in its first step, or in one after the check."""
 
@@ -202,6 +218,7 @@ def whole_run(
         _added("wrong", _too_fast),
         _added("too large", lambda rule, params: _NoRoom(params, rule.kwargs, 0)),
         _added("too large now", lambda rule, params: _NoRoom(params, rule.kwargs, 3)),
+        _added("too large later", lambda rule, params: _NoRoom(params, rule.kwargs, 6)),
         _added("broken", lambda rule, params: _Broken(params)),
     )
     known = [item for item in IMPLEMENTATIONS if not item.compiled]
@@ -249,7 +266,8 @@ def test_what_has_no_time_says_why(whole_run: Run) -> None:
     tiny = {row.implementation: row for row in measured if row.layout == "tiny"}
     assert tiny["wrong"].status == rows.WRONG
     assert (tiny["wrong"].error or 0) > (tiny["wrong"].tolerance or 1)
-    assert tiny["too large"].status == tiny["too large now"].status == rows.NO_ROOM
+    for late in ("", " now", " later"):
+        assert tiny[f"too large{late}"].status == rows.NO_ROOM
     assert (tiny["broken"].status, tiny["broken"].detail) == (rows.FAILED, "RuntimeError: broken")
     assert tiny["bitsandbytes"].detail == "bitsandbytes is not installed"
     huge = {row.status for row in measured if row.layout == "huge"}

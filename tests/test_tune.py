@@ -76,6 +76,16 @@ def test_a_config_that_is_wrong_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -
     assert tuner.ranked() == [(DEFAULT, 1.0)]
 
 
+def test_where_every_config_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner = _tuner(monkeypatch)
+
+    def failing(*_: object) -> None:
+        raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(UpdateLaunch, "__init__", failing)
+    assert tuner.run(32) == []
+
+
 def test_the_mean_is_over_everything() -> None:
     tuner = Tuner(Clockwork(), STORAGES[0], DEFAULT, 2, 0.0)
     other = Config(128, 1)

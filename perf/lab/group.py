@@ -133,10 +133,13 @@ def _measure_memory(device: Device, rows: Sequence[Row], steps: dict[str, Step])
 
 def _fill(rows: Sequence[Row], times: dict[str, Times], emptied: bool) -> None:
     """Put what was measured into the rows."""
-    copy_us = Summary.of(times[COPY].gpu).median
+    for row in rows:
+        if row.status == OK and not {COPY, row.implementation} <= times.keys():
+            row.status = NO_ROOM
     for row in rows:
         if row.status != OK:
             continue
+        copy_us = Summary.of(times[COPY].gpu).median
         series = times[row.implementation]
         row.repeats = len(series.gpu)
         row.gpu_us, row.gpu_us_p20, row.gpu_us_p80 = Summary.of(series.gpu)

@@ -132,7 +132,10 @@ class Group(NamedTuple):
         emptied = self.device.may_cache(min(row.step_bytes or 0 for row in rows.values()))
         times = measure(self.device, steps, emptied, repeats, stop, renew)
         for key, row in rows.items():
-            _fill(row, times[key], times.get(COPY), emptied)
+            if key in times and (COPY in times or COPY not in rows):
+                _fill(row, times[key], times.get(COPY), emptied)
+            else:
+                row.status = NO_ROOM
 
 
 def _fill(row: Row, series: Times, copy: Times | None, emptied: bool) -> None:

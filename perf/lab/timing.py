@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
+
+import torch
 
 from lab.device import Device
 from lab.implementations import COPY, Step
@@ -63,25 +66,41 @@ def measure(
         repeats: how often, at the most.
         stop: the `time.monotonic()` after which no further repeat begins.
         renew: called before each sample, untimed.
+
+    Returns:
+        By name; without those for which memory ran out.
     """
     renew = renew or _nothing
-    courses = {name: _course(device, step, renew) for name, step in steps.items()}
     times = {name: Times([], [], [], []) for name in steps}
-    names = list(steps)
+    courses: dict[str, _Course] = {}
+    for name, step in steps.items():
+        with _dropped_without_memory(times, name):
+            courses[name] = _course(device, step, renew)
     for repeat in range(repeats):
-        if repeat >= FEWEST_REPEATS and time.monotonic() > stop:
+        if not times or (repeat >= FEWEST_REPEATS and time.monotonic() > stop):
             break
+        names = list(times)
         first = repeat % len(names)
         for name in names[first:] + names[:first]:
             empty = empty_l2 and name != COPY
-            renew()
-            gpu, gaps = _gpu_sample(device, courses[name], empty)
-            wall, host = _wall_sample(device, courses[name], empty)
-            times[name].gpu.append(gpu)
-            times[name].wall.append(wall)
-            times[name].host.append(host)
-            times[name].gaps.append(gaps)
+            with _dropped_without_memory(times, name):
+                renew()
+                gpu, gaps = _gpu_sample(device, courses[name], empty)
+                wall, host = _wall_sample(device, courses[name], empty)
+                times[name].gpu.append(gpu)
+                times[name].wall.append(wall)
+                times[name].host.append(host)
+                times[name].gaps.append(gaps)
     return times
+
+
+@contextmanager
+def _dropped_without_memory(times: dict[str, Times], name: str) -> Iterator[None]:
+    """Goes on without an implementation for which memory runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        del times[name]
 
 
 def _nothing() -> None:
