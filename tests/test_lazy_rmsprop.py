@@ -321,3 +321,30 @@ except RuntimeError as error:
         "sparse='lazy' cannot take parameter 0 of group 0: it is on cpu, where the kernels do not "
         "run; use the kernels, which run on a GPU and under TRITON_INTERPRET=1, or go on from"
     )
+
+
+def test_catching_up_bumps_the_versions_of_what_it_writes() -> None:
+    """The averages of all tables, and no parameter: a graph through those goes on."""
+    tables = Tables([(9, 4), (7, 4)])
+    optimizer = triton_optim.RMSprop(tables.params, sparse="lazy")
+    tables.new_gradients([2, 2])
+    optimizer.step()
+    averages = [optimizer.state[param]["square_avg"] for param in tables.params]
+    versions = [average._version for average in averages]
+    loss = torch.stack([(param * param).sum() for param in tables.params]).sum()
+    optimizer.state_dict()
+    assert all(a._version > v for a, v in zip(averages, versions, strict=True))
+    loss.backward()
+
+
+def test_a_bad_alpha_is_mended() -> None:
+    tables = Tables([(9, 4)])
+    optimizer = triton_optim.RMSprop(tables.params, sparse="lazy")
+    tables.new_gradients([2])
+    optimizer.step()
+    optimizer.param_groups[0]["alpha"] = "0.9"
+    with pytest.raises(TypeError, match="alpha of group 0"):
+        optimizer.step()
+    optimizer.param_groups[0]["alpha"] = 0.9
+    optimizer.step()
+    optimizer.state_dict()

@@ -195,3 +195,42 @@ def test_counts_on_the_device_take_one_launch(name: str) -> None:
         params[3].grad = None
     counts = [float(step) for step in _steps(optimizer)]
     assert counts == [2.0, 2.0, 2.0, 1.0, *[2.0] * 296]
+
+
+@counting
+def test_a_shallow_copy_leaves_a_reference_counting(name: str) -> None:
+    """It shares the state with its original."""
+    optimizer, params = _make(name)
+    optimizer.step()
+    taken = _steps(optimizer)
+    twin = copy.copy(optimizer)
+    optimizer.step()
+    twin.step()
+    assert [float(step) for step in taken] == [3.0] * len(params)
+
+
+@counting
+def test_a_copy_made_together_with_a_step(name: str) -> None:
+    optimizer, params = _make(name)
+    optimizer.step()
+    clone, step = copy.deepcopy((optimizer, optimizer.state[params[0]]["step"]))
+    for group in clone.param_groups:
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+    clone.step()
+    assert float(step) == 2
+    assert [float(step) for step in _steps(optimizer)] == [1.0] * len(params)
+
+
+def test_a_lazy_step_beyond_what_float32_counts_is_loaded() -> None:
+    """From shared memory, too, where it is not replaced."""
+    param = new_param(4, 3, dtype=torch.float64)
+    param.grad = param.detach().to_sparse(1)
+    optimizer = triton_optim.RMSprop([param], sparse="lazy")
+    optimizer.step()
+    checkpoint = optimizer.state_dict()
+    checkpoint["state"][0]["step"] = torch.tensor(2.0**24).share_memory_()
+    optimizer.load_state_dict(checkpoint)
+    for _ in range(3):
+        optimizer.step()
+    assert float(optimizer.state[param]["step"]) == 2**24 + 3

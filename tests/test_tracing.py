@@ -109,3 +109,12 @@ def test_other_modes_do_not_matter() -> None:
     with recorded() as launches, Looking():  # type: ignore[no-untyped-call]
         optimizer.step()
     assert len(launches) == 1
+
+
+@pytest.mark.parametrize("name", triton_optim.OPTIMIZERS)
+def test_loading_in_fake_mode(name: str) -> None:
+    param = new_param(5)
+    optimizer = getattr(triton_optim, name)([param])
+    optimizer.step()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        optimizer.load_state_dict(optimizer.state_dict())

@@ -178,6 +178,50 @@ def test_an_inference_tensor_in_inference_mode(launches: list[runtime.Variant]) 
     assert torch.equal(param, torch.full_like(param, 0.5))
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adagrad"])
+def test_a_step_in_inference_mode_and_steps_outside(name: str) -> None:
+    """As torch's, whose state RMSprop cannot write outside either."""
+    params = twins_of(new_param(5))
+    optimizers = [
+        getattr(triton_optim, name)(params[:1]),
+        getattr(torch.optim, name)(params[1:], foreach=False),
+    ]
+    for grad in (1.0, 1.0, 0.5):
+        for mode in (True, False):
+            for param, optimizer in zip(params, optimizers, strict=True):
+                param.grad = torch.full_like(param, grad)
+                with torch.inference_mode(mode):
+                    optimizer.step()
+    torch.testing.assert_close(*params)
+
+
+def test_a_parameter_put_into_a_group_of_torchs_way_too() -> None:
+    """One step for each place in which it stands."""
+    params = [[new_param(5), new_param(5)] for _ in range(2)]
+    for ours, theirs in zip(*params, strict=True):
+        theirs.data.copy_(ours)
+        theirs.grad = ours.grad
+    for make, (a, b), kwargs in (
+        (triton_optim.SGD, params[0], {"foreach": True}),
+        (torch.optim.SGD, params[1], {}),
+    ):
+        groups: list[dict[str, Any]] = [{"params": [a]}, {"params": [b], **kwargs}]
+        optimizer = make(groups, lr=0.1)
+        optimizer.step()
+        optimizer.param_groups[1]["params"][0] = a
+        optimizer.step()
+    torch.testing.assert_close(*params)
+
+
+def test_a_flag_that_a_group_gets_later(launches: list[runtime.Variant]) -> None:
+    """RMSprop's `fused` is no key of its groups until somebody makes it one."""
+    optimizer = triton_optim.RMSprop([new_param(5)])
+    optimizer.step()
+    optimizer.param_groups[0]["fused"] = False
+    optimizer.step()
+    assert len(launches) == 1
+
+
 _LAPTOP = """
 import sys, warnings
 import torch, triton_optim

@@ -139,7 +139,7 @@ def check_asked_for(state: State, names: Iterable[str], flags: Collection[str], 
     Raises:
         RuntimeError: one is missing, as where an option was changed after the first step.
     """
-    for name in names:
+    for name in names if flags else ():
         if name not in state:
             options = ", ".join(sorted(flags)).lower()
             raise RuntimeError(
@@ -285,7 +285,7 @@ def check_groups(groups: Sequence[Group], names: Collection[str]) -> None:
         RuntimeError: a hyperparameter is missing.
     """
     for index, group in enumerate(groups):
-        if missing := sorted(set(names) - group.keys()):
+        if missing := sorted({*names} - group.keys()):
             raise RuntimeError(
                 f"group {index} of the state dict has no {missing}; load the state_dict of the "
                 "same kind of optimizer"

@@ -29,23 +29,23 @@ class StepPool:
     """Makes step counters on the CPU that lie side by side, so that one operation counts many.
 
     Each is a tensor with a storage of its own size: saved or copied, it takes what torch's takes.
-    Their memory is free when the last of them is.
+    Their memory is free when the last of them is, but for that of the next ones.
     """
 
     def __init__(self) -> None:
         self._next: dict[torch.dtype, tuple[_Memory, int]] = {}  # where the next one will lie
         self._memories: list[tuple[weakref.ref[_Memory], torch.dtype]] = []
 
-    def take(self, dtype: torch.dtype, n_more: int) -> Tensor:
+    def take(self, dtype: torch.dtype, expected: Callable[[], int]) -> Tensor:
         """A counter at 0: [].
 
         Args:
             dtype: float32 or float64.
-            n_more: how many more may be asked for, which will lie beside it.
+            expected: how many will be asked for, which will lie side by side.
         """
         memory, place = self._next.get(dtype, (_Memory(), 0))
         if place == len(memory):
-            memory, place = _Memory(dtype.itemsize * (n_more + 1)), 0
+            memory, place = _Memory(dtype.itemsize * max(expected(), 1)), 0
             self._memories = [item for item in self._memories if item[0]() is not None]
             self._memories.append((weakref.ref(memory), dtype))
         self._next[dtype] = memory, place + dtype.itemsize

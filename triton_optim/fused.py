@@ -38,7 +38,7 @@ class FusedStep(StatefulOptimizer):
         reasons = [*filter(None, map(self._group_refusal, self.param_groups))]
         if self._extras.capturable and reasons:
             raise RuntimeError(f"`capturable` does not support {reasons[0]}")
-        self._adopt_steps()
+        self._adopt_steps(replaces=False)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`.
@@ -87,6 +87,7 @@ class FusedStep(StatefulOptimizer):
             What `closure` returned, or None.
 
         Raises:
+            TypeError: a hyperparameter is no number.
             RuntimeError: a gradient or a state tensor does not fit its parameter, parameters that a
                 kernel would write share memory, or `fused=True` asks for kernels where there are
                 none. Nothing has been written then. What torch refuses on its own way it may refuse
@@ -187,7 +188,7 @@ class FusedStep(StatefulOptimizer):
         ]
         for index, group in enumerate(self.param_groups):
             for name in numbers:
-                if not isinstance(group.get(name, 0), Real | Tensor):
+                if not hasattr(group.get(name, 0), "__float__"):
                     raise TypeError(
                         f"{name} of group {index} is {group[name]!r}; give it a number, or a "
                         "tensor of one element"

@@ -181,8 +181,9 @@ class GatedOptimizer(torch.optim.Optimizer):
     def _count_skipped(self, skipped: Tensor) -> None:
         count = self._internals.skipped
         if count is None or count.device != skipped.device:
-            count = torch.zeros_like(skipped) if count is None else count.to(skipped.device)
-            self._internals.skipped = count
+            with torch.inference_mode(False):
+                here = torch.zeros(skipped.shape, dtype=skipped.dtype, device=skipped.device)
+            count = self._internals.skipped = here if count is None else here.copy_(count)
         count.add_(skipped)  # in place, so that replays of a graph count too
 
     def _check_capture(self, plan: Plan, gate: Gate, *, ready: bool) -> None:

@@ -51,7 +51,8 @@ def step_in_backward(
         A handle: `remove()`, or leaving it as a context manager, ends it.
 
     Raises:
-        TypeError: the optimizer is not of this package, or its class overrides `step()`.
+        TypeError: the optimizer is not of this package, or its class or the instance has another
+            `step()`.
         ValueError: `bucket_bytes` is negative.
         RuntimeError: a parameter is not in the model, or is stepped in backward already; the model
             is wrapped by DistributedDataParallel, which exchanges gradients later; the optimizer

@@ -91,9 +91,10 @@ class LayoutGuard:
     def check_rows(self, tensors: Sequence[Tensor | None], present: Sequence[int]) -> bool:
         """Whether those have them whose row is present."""
         if not self._row_checks:
-            self._row_checks = [
-                (picker(row), _checking([self._layouts[i] for i in row])) for row in self._rows
-            ]
+            rows = [tuple(self._layouts[i] for i in row) for row in self._rows]
+            checks = {row: _checking(row) for row in {*rows}}  # many look alike
+            pickers = map(picker, self._rows)
+            self._row_checks = [(p, checks[row]) for p, row in zip(pickers, rows, strict=True)]
         return all(check(*pick(tensors)) for pick, check in compress(self._row_checks, present))
 
 

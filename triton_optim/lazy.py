@@ -54,6 +54,8 @@ class LazyRows(FusedStep):
         if self._extras.sparse is not None:
             alphas = [group["alpha"] for group in self.param_groups]
             before = self._internals.alphas
+            if before != alphas:
+                self._check_hyperparameters()
             if before is not None and before != alphas[: len(before)]:
                 self._catch_up()
             self._internals.alphas = alphas
@@ -81,7 +83,7 @@ class LazyRows(FusedStep):
                 # The rule reads no gradient: the parameter takes its place.
                 look = look_at(param, param, by_rows=True)
                 entry = Entry(
-                    len(entries), param, param, param, look, (), index, flags, names,
+                    0, param, param, param, look, (), index, flags, names,
                     row_state=LAST_STEP, where=where,
                 )  # fmt: skip
                 entries[param.device].append(entry)
@@ -120,6 +122,14 @@ class LazyRows(FusedStep):
         """In float64: float32 stops counting at 2^24, where rows would lose steps."""
         dtype = dtype if self._extras.sparse is None else torch.float64
         return super()._new_step(param, group, dtype)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._extras.sparse is not None:
+            for values in self.state.values():
+                step = values.get("step")
+                if isinstance(step, Tensor) and step.dtype != torch.float64:
+                    step.data = step.double()
 
     def _by_rows(self, grad: Tensor, state: State) -> bool:
         return super()._by_rows(grad, state) or LAST_STEP in state

@@ -23,7 +23,7 @@ from .checks import (
 )
 from .gated import GatedOptimizer, Internals
 from .shards import local
-from .ways import PLAIN_TYPES, Group, State, refusal
+from .ways import PLAIN_TYPES, Group, State, is_traced, refusal
 
 
 class StatefulOptimizer(GatedOptimizer):
@@ -61,21 +61,28 @@ class StatefulOptimizer(GatedOptimizer):
         if loaded:
             check_groups(self.param_groups, self.defaults.keys() - options)
             self._check_states()
-        self._adopt_steps()
+        self._adopt_steps(replaces=loaded)
 
-    def _adopt_steps(self) -> None:
+    def _adopt_steps(self, *, replaces: bool) -> None:
         """Put the step counts of new state where one operation counts them all.
 
         Not those in shared memory, in which other processes count too.
+
+        Args:
+            replaces: whether the state gets other tensors, and a checkpoint keeps its own.
         """
-        if not self._counts_steps:
+        if not self._counts_steps or is_traced():
             return
         for group in self.param_groups:
             for param in group["params"]:
                 state = self.state.get(param, {})
                 step = state.get("step")
                 if _is_private(step):
-                    state["step"] = self._new_step(param, group, step.dtype).copy_(step.view(()))
+                    new = self._new_step(param, group, step.dtype).copy_(step.view(()))
+                    if replaces:
+                        state["step"] = new
+                    else:
+                        step.data = new.view(step.shape)
 
     def _restore_row_states(self, groups: Sequence[Group], states: Mapping[Tensor, State]) -> None:
         """Load the state of rows once more: torch cast it to its parameter's dtype."""
@@ -149,8 +156,10 @@ class StatefulOptimizer(GatedOptimizer):
         dtype = dtype or step_dtype()
         if device.type != "cpu":
             return torch.zeros((), dtype=dtype, device=device)
-        n_params = sum(len(group["params"]) for group in self.param_groups)
-        return self._internals.steps.take(dtype, n_params - 1)
+        return self._internals.steps.take(dtype, self._n_params)
+
+    def _n_params(self) -> int:
+        return sum(len(group["params"]) for group in self.param_groups)
 
     def _by_rows(self, grad: Tensor, state: State) -> bool:
         """Whether a parameter with this state is updated by rows."""

@@ -32,7 +32,7 @@ from .row_launch import address_of, kind_of
 from .rows import RowTable
 from .shards import bring_grad, is_dtensor, local, spread
 from .table import Copies, Current, Found, Table, present_of
-from .ways import PLAIN_TYPES, Group, State, moved, strays
+from .ways import PLAIN_TYPES, Group, State, is_traced, moved, strays
 
 if TYPE_CHECKING:
     from .fused import FusedStep
@@ -69,13 +69,15 @@ class Plan:
         self.uses_kernels = False
         self.gpus: set[torch.device] = set()
         self._may_skip = optimizer._internals.may_skip
+        self._is_inference = torch.is_inference_mode_enabled()
         optimizer._check_hyperparameters()
         self._key = optimizer._groups_key()
         self._lengths = _lengths(optimizer)
         params = [*all_params(optimizer)]
         self._looks: list[Look | None] = [None] * len(params)
         if previous is not None and previous._lengths == self._lengths:
-            self._looks = [*previous._looks]
+            same = previous._key == self._key  # if not, what goes torch's way may go another
+            self._looks = [x if same or x is None or x.is_taken else None for x in previous._looks]
         self._idle: list[int] = []  # positions of those without a gradient until now
         self._rest: list[int] = []  # of those that go torch's own way
         self._steady: list[int] = []  # of rest, those that a LayoutGuard can watch
@@ -86,6 +88,7 @@ class Plan:
         self._strays: list[Stray] = []
         self._tables: list[Table] = []
         written: list[tuple[Tensor, str]] = []
+        written_later: list[tuple[Tensor, str]] = []  # once there is a gradient again
         listed = Counter(map(id, params))
         for position, (param, index, where) in enumerate(_named(optimizer)):
             bring_grad(param)
@@ -95,7 +98,7 @@ class Plan:
                 continue
             if grad is not None:
                 check_tensors(param, grad, where)
-                if grad.layout == torch.sparse_coo:
+                if grad.layout == torch.sparse_coo and not is_traced():
                     check_ids(grad._indices(), param.shape, where)
             optimizer._check_capturable(param, group, where)
             if grad is None:
@@ -105,10 +108,13 @@ class Plan:
             else:
                 reason = optimizer._refusal(param, grad, group)
             if reason is None:
-                written += self._take(optimizer, position, param, index, where)
+                taken = self._take(optimizer, position, param, index, where)
+                (written if grad is not None else written_later).extend(taken)
             else:
                 self._leave(optimizer, position, param, index, where, reason)
         check_apart(written)
+        self._leave_out_what_overlaps([*written, *written_later])
+        self._ids = [*map(id, params)] if self._rest else []
         if optimizer.max_grad_norm is not None:
             check_meshes(param for param in params if param.grad is not None)
         looks = [look for i in self._steady if (look := self._looks[i]) is not None]
@@ -123,9 +129,23 @@ class Plan:
         self._values_mutate = False
         self._keep_values(optimizer, self.group_values(optimizer))
 
+    def _leave_out_what_overlaps(self, written: list[tuple[Tensor, str]]) -> None:
+        """Where those without a gradient share memory, let them wait for one."""
+        try:
+            check_apart(written)
+        except RuntimeError:
+            for key, entries in [*self._entries.items()]:
+                self._idle += [entry.position for entry in entries if entry.grad is None]
+                self._entries[key] = [entry for entry in entries if entry.grad is not None]
+                if not self._entries[key]:
+                    del self._entries[key]
+
     @staticmethod
     def _goes_on(optimizer: FusedStep, param: Tensor, group: Group, look: Look | None) -> bool:
-        """Whether a parameter without a gradient goes the way that it went with its latest one."""
+        """Whether a parameter without a gradient goes the way that it went with its latest one.
+
+        It waits for its next one if anything would have to be refused, or moved.
+        """
         if look is None:
             return False
         shard = local(param)
@@ -137,8 +157,17 @@ class Plan:
         if not look.is_taken:
             return True
         names, state = optimizer._state_names(group), optimizer.state.get(param, {})
-        has_state = optimizer._has_state(state) or not (names or optimizer._counts_steps)
-        return has_state and optimizer._refusal(param, param, group) is None
+        if optimizer._refusal(param, param, group) is not None or (
+            look.kind is not None and optimizer._row_refusal(group) is not None
+        ):
+            return False
+        if not optimizer._has_state(state):
+            return not (names or optimizer._counts_steps)
+        try:
+            optimizer._check_state(param, group, "", kernels=True)
+        except RuntimeError:
+            return False
+        return not strays(param, state, names)
 
     def _take(
         self, optimizer: FusedStep, position: int, param: Tensor, index: int, where: str
@@ -201,7 +230,8 @@ class Plan:
             if optimizer._fused(group):
                 _check_insisting(param, where, reason)
         state = optimizer.state.get(param, {})
-        if type(param) in PLAIN_TYPES and optimizer._has_state(state):
+        checked = grad is not None and type(param) in PLAIN_TYPES
+        if checked and optimizer._has_state(state):
             names, flags = optimizer._state_names(group), optimizer._flags(group)
             check_asked_for(state, names, flags, where)
             optimizer._check_state(param, group, where, kernels=False)
@@ -215,7 +245,7 @@ class Plan:
         else:
             self._reconsidered.append((position, index, where))
         self._rest.append(position)
-        if optimizer._state_follows_parameter:
+        if grad is not None and optimizer._state_follows_parameter:
             for name in optimizer._state_names(group):
                 if name in state and state[name].device != param.device:
                     self._strays.append(Stray(param, state, name))
@@ -264,9 +294,12 @@ class Plan:
             _lengths(optimizer) != self._lengths
             or not self._same_groups(optimizer)
             or self._may_skip != optimizer._internals.may_skip
+            or self._is_inference != torch.is_inference_mode_enabled()
         ):
             return None
         params = [*all_params(optimizer)]
+        if self._rest and [*map(id, params)] != self._ids:
+            return None
         if (self._idle or self._rest) and self._others_changed(optimizer, params):
             return None
         found = []
@@ -302,7 +335,7 @@ class Plan:
         groups = optimizer.param_groups
         for i, _, where in self._reconsidered:
             grad = params[i].grad
-            if grad is not None and grad.layout == torch.sparse_coo:
+            if grad is not None and grad.layout == torch.sparse_coo and not is_traced():
                 check_ids(grad._indices(), params[i].shape, where)
         if any(params[i].grad is not None for i in self._idle) or any(
             optimizer._refusal(params[i], grad, groups[index]) is None
@@ -389,7 +422,9 @@ def all_params(optimizer: Optimizer) -> Iterable[Tensor]:
 
 
 def _lengths(optimizer: FusedStep) -> list[int]:
-    return [*map(len, map(_PARAMS, optimizer.param_groups))]
+    """Of the groups' parameters and of their keys, which may be added to."""
+    groups = optimizer.param_groups
+    return [*map(len, map(_PARAMS, groups)), *map(len, groups)]
 
 
 def _named(optimizer: Optimizer) -> Iterator[tuple[Tensor, int, str]]:

@@ -98,9 +98,8 @@ class Table:
         self._reads_step = reads_step
         self._private: Tensor | None = None  # float64, counts that no state has
         self._may_have_skipped = False
-        # No weak references either: with one, torch.utils.swap_tensors refuses a parameter.
-        self._ids = {id(entry.param): i for i, entry in enumerate(entries)}
-        counts = self._counts_of(optimizer, counts_on_device=counts_on_device)
+        self._ids: dict[int, int] = {}  # where parameters stand in it
+        counts = self._counts_of(optimizer, entries, counts_on_device=counts_on_device)
         self._device_counts = counts if isinstance(counts, DeviceCounts) else None
         self._host_counts = None if isinstance(counts, DeviceCounts) else counts
         sends = reads_step and self._host_counts is not None
@@ -109,7 +108,7 @@ class Table:
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def _counts_of(
-        self, optimizer: FusedStep, *, counts_on_device: bool
+        self, optimizer: FusedStep, entries: Sequence[Entry], *, counts_on_device: bool
     ) -> HostCounts | SeenCounts | DeviceCounts | None:
         if self._counts_steps:
             steps = [*map(get_step, self._complete)]
@@ -122,6 +121,8 @@ class Table:
         seen = [not new for new in self._new]
         if not counts_on_device:
             return SeenCounts(seen)
+        # No weak references: with one, torch.utils.swap_tensors refuses a parameter.
+        self._ids = {id(entry.param): i for i, entry in enumerate(entries)}
         on_host = torch.tensor(seen, dtype=torch.float64, device="cpu")
         self._private = on_device(on_host, self.device)
         return DeviceCounts(self._private.unbind(), self.device, reads=True)
@@ -129,6 +130,8 @@ class Table:
     def _of_present(self, found: Found) -> Found:
         """Of a step without some gradients, what it writes."""
         present = present_of(found.grads)
+        if 0 not in present:
+            return found
         n = len(present)
         rows = compress(self._holders.rows, present)
         places = [place - n for row in rows for place in row[1:]]
