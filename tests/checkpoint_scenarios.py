@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 from worlds import Scenario, World
 
@@ -121,7 +121,9 @@ def _described(value: Any) -> Any:
         return [_described(item) for item in value]
     if isinstance(value, DTensor):
         mesh, tensor = value.device_mesh.mesh.tolist(), value.to_local()
-        return [mesh, value.placements, value.shape, value.stride(), _described(tensor)]
+        # torch 2.15's first momentum is the gradient as it came, be it a partial sum
+        placements = tuple(Replicate() if p.is_partial() else p for p in value.placements)
+        return [mesh, placements, value.shape, value.stride(), _described(tensor)]
     if isinstance(value, Tensor):
         return [type(value), value.dtype, value.shape, value.stride(), value.device]
     return None  # hyperparameters: `foreach` differs

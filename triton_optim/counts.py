@@ -168,7 +168,7 @@ class DeviceCounts:
             "SKIP_NONFINITE": "SKIP_NONFINITE" in kinds,
             "BLOCK_SIZE": COUNT_BLOCK,
         }
-        options = {"num_warps": 4} if runtime.COMPILED else {}
+        options = {"num_warps": 4, "enable_fp_fusion": True} if runtime.COMPILED else {}
         n_programs = -(-self._n // COUNT_BLOCK)
         return Launch(count_kernel, None, n_programs, arguments, options, grads.device)
 

@@ -215,7 +215,7 @@ class KeysLaunch(Launch):
             "keys_ptr": torch.empty(0, dtype=key_dtype, device=device),
             "BLOCK_SIZE": KEYS_BLOCK,
         }
-        chosen = {"num_warps": 4} if COMPILED else {}
+        chosen = {"num_warps": 4, "enable_fp_fusion": True} if COMPILED else {}
         super().__init__(keys.keys_kernel, None, 1, arguments, chosen, device)
 
 

@@ -183,7 +183,8 @@ def config(architecture: str, variant: RowVariant) -> RowConfig:
 def compiled(architecture: str, kernel: Kernel) -> Any:
     """The kernel that `RowLaunch` or `KeysLaunch` would have compiled."""
     if kernel.variant is None:
-        constants, options = {"BLOCK_SIZE": row_launch.KEYS_BLOCK}, {"num_warps": KEYS_WARPS}
+        constants = {"BLOCK_SIZE": row_launch.KEYS_BLOCK}
+        options = {"num_warps": KEYS_WARPS, "enable_fp_fusion": True}
         return _compiled(architecture, keys_kernel, ARGUMENTS, constants, options)
     chosen = config(architecture, kernel.variant)
     constants = row_launch.constants(kernel.rule, kernel.variant, chosen, kernel.n_hypers)
