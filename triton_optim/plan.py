@@ -122,6 +122,8 @@ class Plan:
         pairs = [(i, n + i) for i in range(n)]
         self._guard = LayoutGuard([x for x in layouts if x is not None], pairs)
         groups = optimizer.param_groups
+        # Options that a group may have for itself, and get later.
+        self._optional = sorted(optimizer._internals.options & {"fused", "capturable"})
         self._get_values = itemgetter(
             *(name for name in optimizer.defaults if all(name in group for group in groups))
         )
@@ -322,7 +324,9 @@ class Plan:
         return True
 
     def group_values(self, optimizer: FusedStep) -> list[object]:
-        return [*chain.from_iterable(map(self._get_values, optimizer.param_groups))]
+        groups = optimizer.param_groups
+        optional = [group.get(name) for group in groups for name in self._optional]
+        return [*chain.from_iterable(map(self._get_values, groups)), *optional]
 
     def _keep_values(self, optimizer: FusedStep, values: list[object]) -> None:
         self._values = []  # until all is done: an interrupt may come between
@@ -422,9 +426,7 @@ def all_params(optimizer: Optimizer) -> Iterable[Tensor]:
 
 
 def _lengths(optimizer: FusedStep) -> list[int]:
-    """Of the groups' parameters and of their keys, which may be added to."""
-    groups = optimizer.param_groups
-    return [*map(len, map(_PARAMS, groups)), *map(len, groups)]
+    return [*map(len, map(_PARAMS, optimizer.param_groups))]
 
 
 def _named(optimizer: Optimizer) -> Iterator[tuple[Tensor, int, str]]:
