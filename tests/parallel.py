@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from cases import Case
+from cases import TORCH, Case
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -137,8 +137,11 @@ def _tensor_parallel(model: Net, mesh: DeviceMesh, *, shard_head: bool) -> Net:
 
 Way = Callable[[World], Spread]
 # With the sizes of the worlds that each makes sense in.
-SHARDED: dict[Way, tuple[int, ...]] = {fsdp: (2, 4), hsdp: (4,), tp: (2, 4), fsdp_tp: (4,)}
-WAYS = {ddp: (2, 4), **SHARDED, tp_few_rows: (4,)}
+SHARDED: dict[Way, tuple[int, ...]] = {fsdp: (2, 4), hsdp: (4,)}
+WAYS = {ddp: (2, 4), **SHARDED}
+if TORCH >= (2, 13):  # in 2.11 the backward of these models fails in torch
+    SHARDED |= {tp: (2, 4), fsdp_tp: (4,)}
+    WAYS |= {tp: (2, 4), fsdp_tp: (4,), tp_few_rows: (4,)}
 
 
 def backward(spread: Spread, step: int) -> None:

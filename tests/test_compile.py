@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE, STATEFUL_CASES, Case
+from cases import DEVICE, STATEFUL_CASES, TORCH, Case
 from pair import Pair, every_state
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -112,6 +112,7 @@ def test_a_training_step_is_compiled_once(
 @pytest.mark.skipif(
     DEVICE == "cpu" and not shutil.which("g++"), reason="inductor needs a C++ compiler"
 )
+@pytest.mark.skipif(TORCH < (2, 8), reason="warns of its own code")
 def test_by_inductor() -> None:
     _check(STATEFUL_CASES[-1], "inductor", _exponential)
 

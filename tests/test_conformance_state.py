@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same_bits, new_param
+from cases import assert_same_bits, new_param, skip_without_late_state
 from database import (
     INFOS,
     Config,
@@ -123,6 +123,7 @@ def _by_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]
 @every_config
 def test_loaded_by_name(case: Config) -> None:
     """In another order, and without a parameter, which starts afresh."""
+    skip_without_late_state(case)
     source = Pair(case, lambda params: [("d", params[3]), ("c", params[2]), ("a", params[0])])
     source.step(2)
     target = Pair(case, lambda params: list(zip("abcd", params, strict=True)))

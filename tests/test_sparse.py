@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE, Case, assert_same_bits, largest, refused
+from cases import DEVICE, TORCH, Case, assert_same_bits, largest, refused
 from fences import fenced
 from lab.traffic import Traffic, watched
 from tables import SPARSE_CASES, Tables, sparse, worst
@@ -384,6 +384,8 @@ def test_values_in_other_layouts(kind: str) -> None:
     tables = Tables([(12, 4)], torch.float32)
     (param,) = tables.params
     twin = Parameter(param.detach().clone())
+    if kind == "other dtype" and TORCH < (2, 9):
+        pytest.skip("torch takes no such gradient")
     ids = torch.tensor([3, 5, 3, 0, 3])
     values = {
         "expanded": tables.draw(1, 1).expand(5, 4),

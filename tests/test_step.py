@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from cases import CASES, DEVICE, Case
+from cases import CASES, DEVICE, Case, skip_without_late_state
 from pair import Pair, every_state, two_groups
 from torch.nn import Parameter
 
@@ -181,6 +181,7 @@ def test_a_default_that_no_group_has() -> None:
 
 @every_state
 def test_add_param_group(case: Case) -> None:
+    skip_without_late_state(case)
     pair = Pair(case, lambda params: params[:2])
     for tensors in pair.tensors:
         tensors.new_gradients()
