@@ -120,8 +120,9 @@ MUTATIONS = [
              "test_missing_gradients.py", "left_alone"),
     Mutation("a missing gradient counts", "mask & (grad != 0) & happens", "mask & happens",
              "test_missing_gradients.py", "clipping and True"),
-    Mutation("a missing gradient counts on the host", "some.to(pack.dtype)",
-             "torch.ones_like(some, dtype=pack.dtype)", "test_missing_gradients.py", "are_torchs"),
+    Mutation("a missing gradient counts on the host", "array(typecode, [*pick(present)])",
+             "array(typecode, [1 for _ in pick(present)])",
+             "test_missing_gradients.py", "are_torchs"),
     Mutation("a missing gradient plans anew", "if not complete and not", "if not complete or not",
              "test_missing_gradients.py", "are_torchs"),
     Mutation("a variance is left negative", "tl.maximum(variance, 0.0, propagate_nan="

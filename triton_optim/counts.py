@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, repeat
 from typing import Any
@@ -95,8 +96,8 @@ class HostCounts:
         """Count an update of each tensor, or of those whose byte in `present` is 1."""
         for pack, indices, ones, pick in self._packs:
             if present is not None:
-                some = torch.frombuffer(bytearray(pick(present)), dtype=torch.uint8)
-                ones = some.to(pack.dtype)
+                typecode = "d" if pack.dtype == torch.float64 else "f"
+                ones = torch.frombuffer(array(typecode, [*pick(present)]), dtype=pack.dtype)
             pack.index_add_(0, indices, ones)
         if others := [steps[i] for i in self._others if present is None or present[i]]:
             torch._foreach_add_(others, 1)

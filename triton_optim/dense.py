@@ -60,7 +60,7 @@ class DenseTable(Table):
         params = [entry.param for entry in entries]
         held = self._pick_stateful(complete)
         found = self._found([entry.grad for entry in entries], params, held)
-        self.first = self._of_present(found)
+        self.first = self._of_present(found, present_of(found.grads))
         grads, state = [entry.look.grad for entry in entries], found.written[len(entries) :]
         layouts = [*grads, *(entry.look.param for entry in entries), *map(Layout.of, state)]
         self._guard = LayoutGuard([x for x in layouts if x is not None], self._holders.rows)
@@ -111,14 +111,15 @@ class DenseTable(Table):
             found = self._found(grads, params, states)
             tensors = [*grads, *found.written]
             complete = self._guard.check(tensors)
-            if not complete and not self._guard.check_rows(tensors, present_of(grads)):
+            present = self._all if complete else present_of(grads)
+            if not complete and not self._guard.check_rows(tensors, present):
                 return None
             if addresses_of([*found.written, *found.steps]) != self._addresses:
                 return None
         # State was removed, a step is no tensor any more, or what was a DTensor is none.
         except (IndexError, KeyError, TypeError, AttributeError):
             return None
-        found = found if complete else self._of_present(found)
+        found = found if complete else self._of_present(found, present)
         some_at_zero = self._has_empty or not complete
         addresses = (grad_addresses_of if some_at_zero else addresses_of)(grads)
         if addresses != self._grads and not self._keep_grads(addresses):

@@ -65,7 +65,7 @@ class RowTable(Table):
         params = [entry.param for entry in entries]
         held = self._pick_stateful(complete)
         found = self._found([entry.grad for entry in entries], params, held)
-        self.first = self._of_present(found)
+        self.first = self._of_present(found, present_of(found.grads))
         looks = [entry.look.param for entry in entries if entry.look.param is not None]
         layouts = [*looks, *map(Layout.of, found.written[len(params) :])]
         n = len(entries)  # the first places are those of gradients, of which the kind is compared
@@ -132,7 +132,7 @@ class RowTable(Table):
                 return None
         for ids, param, where in zip(found.ids, params, self._wheres, strict=False):
             check_ids(ids, param.shape, where)
-        return self._of_present(found)
+        return self._of_present(found, present)
 
     def is_prepared(self, kinds: frozenset[str]) -> bool:
         return kinds in self._launches

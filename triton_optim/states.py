@@ -51,6 +51,7 @@ class Holders:
         self.stateful = [i for i, entry in enumerate(entries) if entry.names or counts_steps]
         places = {i: place for place, i in enumerate(self.stateful)}
         self.rows = [[i, len(entries) + i] for i in range(len(entries))]
+        self._pick_holders: list[Callable[[Sequence[int]], Sequence[int]]] = []
         self._names: list[tuple[Callable[[State], Any], Callable[[Sequence[State]], Any]]] = []
         n = 2 * len(entries)
         for name in dict.fromkeys(chain.from_iterable(entry.names for entry in entries)):
@@ -59,6 +60,11 @@ class Holders:
                 self.rows[i].append(place)
             n += len(holders)
             self._names.append((itemgetter(name), picker([places[i] for i in holders])))
+            self._pick_holders.append(picker(holders))
+
+    def written(self, present: bytes) -> bytes:
+        """1 of each parameter that is present, and of what `values` returns for it."""
+        return b"".join([present, *(bytes(pick(present)) for pick in self._pick_holders)])
 
     def values(self, states: Sequence[State]) -> list[Tensor]:
         """All state tensors that rules update, by name, from the entries of `stateful`."""

@@ -127,19 +127,13 @@ class Table:
         self._private = on_device(on_host, self.device)
         return DeviceCounts(self._private.unbind(), self.device, reads=True)
 
-    def _of_present(self, found: Found) -> Found:
+    def _of_present(self, found: Found, present: bytes) -> Found:
         """Of a step without some gradients, what it writes."""
-        present = present_of(found.grads)
         if 0 not in present:
             return found
-        n = len(present)
-        rows = compress(self._holders.rows, present)
-        places = [place - n for row in rows for place in row[1:]]
-        return found._replace(
-            present=present,
-            written=[found.written[i] for i in places],
-            wrappers=[found.wrappers[i] for i in places if found.wrappers],
-        )
+        mask = self._holders.written(present)
+        written, wrappers = compress(found.written, mask), compress(found.wrappers, mask)
+        return found._replace(present=present, written=[*written], wrappers=[*wrappers])
 
     def _steps_read(self, buffer: Buffer) -> Tensor | None:
         """Where the kernel reads the steps: float64 [tensors]."""
