@@ -60,7 +60,9 @@ class Buffer:
             floats = [0.0 if isinstance(h, Tensor) else h for h in hypers]
             self._float_column = column("d", [max_norm, 0.0, *floats])
             self._hypers_sent, self._max_norm = hypers, max_norm
-        content = grads + self._float_column + column("d", steps)
+        content = grads + self._float_column
+        if steps:
+            content += column("d", steps)
         if runtime.is_capturing(self._device):
             self._capture(content)
         elif content != self._sent or self._captured:  # a replay sends what was captured

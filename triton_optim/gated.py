@@ -159,10 +159,11 @@ class GatedOptimizer(torch.optim.Optimizer):
         """
         mine = vars(self)
         found_inf, grad_scale = mine.get("found_inf"), mine.get("grad_scale")
-        if found_inf is None and grad_scale is None and self._extras.max_grad_norm is None:
+        extras = self._internals.extras
+        if found_inf is None and grad_scale is None and extras.max_grad_norm is None:
             return _NO_GATE
         numbers = (told(found_inf, "found_inf"), told(grad_scale, "grad_scale"))
-        return Gate.of(*numbers, self._extras)
+        return Gate.of(*numbers, extras)
 
     def _keep_norm(self, norm: Tensor, gate: Gate) -> None:
         """For `grad_norm`.
