@@ -41,6 +41,19 @@ def _problem() -> tuple[list[Parameter], Parameter, list[Any]]:
     return params, params[2], more
 
 
+def _stepped_twins(
+    case: Case,
+) -> tuple[list[Parameter], list[Parameter], list[Any], list[Any]]:
+    """Parameters and copies of them, an optimizer of each after a step, and gradients."""
+    params, _, more = _problem()
+    twins, optimizers = copy.deepcopy(params), []
+    for ps in (params, twins):
+        for param, grad in zip(ps, more[0], strict=True):
+            param.grad = grad.clone()
+        optimizers.append(_make(case, ps))
+    return params, twins, optimizers, more
+
+
 @pytest.mark.usefixtures("cuda")
 @every_state
 @pytest.mark.parametrize("kwargs", [{}, {"max_grad_norm": 0.5}], ids=str)
@@ -75,12 +88,7 @@ def test_replays_are_steps(case: Case, kwargs: dict[str, Any]) -> None:
 @every_state
 def test_eager_steps_between_replays(case: Case) -> None:
     """A replay uses the gradients that it captured, an eager step those that there are."""
-    params, _, more = _problem()
-    twins, optimizers = copy.deepcopy(params), []
-    for ps in (params, twins):
-        for param, grad in zip(ps, more[0], strict=True):
-            param.grad = grad.clone()
-        optimizers.append(_make(case, ps))
+    params, twins, optimizers, more = _stepped_twins(case)
     captured = [param.grad for param in params]
     graph = FakeGraph()
     with torch.cuda.graph(graph):  # type: ignore[arg-type]
@@ -102,12 +110,7 @@ def test_eager_steps_between_replays(case: Case) -> None:
 @every_state
 def test_an_eager_step_with_gradients_where_they_were(case: Case) -> None:
     """As the caching allocator places them: what was sent last is not what a replay left."""
-    params, _, more = _problem()
-    twins, optimizers = copy.deepcopy(params), []
-    for ps in (params, twins):
-        for param, grad in zip(ps, more[0], strict=True):
-            param.grad = grad.clone()
-        optimizers.append(_make(case, ps))
+    params, twins, optimizers, more = _stepped_twins(case)
     captured = [param.grad for param in params]
     eager = [[grad.clone() for grad in more[1]] for _ in (params, twins)]
 

@@ -52,9 +52,7 @@ def _wrapped(param: Parameter, seen: Seen, **kwargs: Any) -> Iterator[Any]:
     yield _Wrapper(triton_optim.SGD([param], **kwargs), seen)
 
 
-@contextmanager
-def _on_the_instance(param: Parameter, seen: Seen, **kwargs: Any) -> Iterator[Any]:
-    optimizer: Any = triton_optim.SGD([param], **kwargs)
+def _put_another_step(optimizer: Any, seen: Seen) -> None:
     step = optimizer.step
 
     @functools.wraps(step)
@@ -63,22 +61,21 @@ def _on_the_instance(param: Parameter, seen: Seen, **kwargs: Any) -> Iterator[An
         step()
 
     optimizer.step = another
+
+
+@contextmanager
+def _on_the_instance(param: Parameter, seen: Seen, **kwargs: Any) -> Iterator[Any]:
+    optimizer = triton_optim.SGD([param], **kwargs)
+    _put_another_step(optimizer, seen)
     yield optimizer
 
 
 @contextmanager
 def _around_a_schedulers(param: Parameter, seen: Seen, **kwargs: Any) -> Iterator[Any]:
     """The scheduler's own patch is harmless; what is around it, and copies its marks, is not."""
-    optimizer: Any = triton_optim.SGD([param], **kwargs)
+    optimizer = triton_optim.SGD([param], **kwargs)
     ExponentialLR(optimizer, 1.0)
-    step = optimizer.step
-
-    @functools.wraps(step)
-    def another() -> None:
-        _see(optimizer, seen)
-        step()
-
-    optimizer.step = another
+    _put_another_step(optimizer, seen)
     yield optimizer
 
 

@@ -15,6 +15,7 @@ from . import runtime
 from .columns import as_tensor, column, on_device
 from .launch import Launch
 from .layout import picker
+from .row_launch import dtype_name
 
 if runtime.DEVICE_TYPE:
     from .kernels.counts import count_kernel
@@ -164,7 +165,7 @@ class DeviceCounts:
             "found_inf_ptr": told["found_inf_ptr"] if "FOUND_INF" in kinds else None,
             "grad_norm_ptr": told["grad_norm_ptr"] if "SKIP_NONFINITE" in kinds else None,
             "n_tensors": self._n,
-            "DTYPE": runtime.triton_dtype(str(self._dtype).removeprefix("torch.")),
+            "DTYPE": runtime.triton_dtype(dtype_name(self._dtype)),
             "GRAD_COLUMNS": grads.shape[1],
             "SKIP_NONFINITE": "SKIP_NONFINITE" in kinds,
             "BLOCK_SIZE": COUNT_BLOCK,

@@ -124,15 +124,13 @@ class FusedStep(StatefulOptimizer):
         internals.may_skip |= gate.may_skip
         if traced:
             self._drop_plan()  # the one that is made now is of nothing that lasts
-        before = internals.plan
-        found = before.find(self) if before is not None else None
-        plan = before
-        if before is None or found is None:
-            if before is not None and before.is_captured():
-                self._check_capture(before, gate, ready=False)
+        plan = internals.plan
+        found = plan.find(self) if plan is not None else None
+        if plan is None or found is None:
+            if plan is not None and plan.is_captured():
+                self._check_capture(plan, gate, ready=False)
             self._drop_plan()
-            plan = Plan(self, before)
-        assert plan is not None
+            plan = Plan(self, plan)
         if plan.is_captured():
             self._check_capture(plan, gate, ready=found is not None and plan.is_prepared(gate))
             internals.captured = (*internals.captured, plan)
