@@ -24,8 +24,8 @@ def pointer(address, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def find_chunk(owners_ptr, rows_ptr, FIRST: tl.constexpr, CHUNK: tl.constexpr):
-    """What a program works on, a chunk of CHUNK elements or the rest of a tensor.
+def find_chunk(owners_ptr, rows_ptr, FIRST: tl.constexpr, chunk):
+    """What a program works on, a chunk of so many elements or the rest of a tensor.
 
     Returns:
         tensor: its index.
@@ -36,7 +36,7 @@ def find_chunk(owners_ptr, rows_ptr, FIRST: tl.constexpr, CHUNK: tl.constexpr):
     program = tl.program_id(0)
     tensor = tl.load(owners_ptr + program).to(tl.int64)
     row_ptr = rows_ptr + tensor * ROW_WIDTH
-    start = (program - tl.load(row_ptr + FIRST)) * CHUNK
+    start = (program - tl.load(row_ptr + FIRST)) * chunk
     return tensor, row_ptr, start, tl.load(row_ptr + NUMEL) - start
 
 

@@ -7,7 +7,9 @@ from .chunks import NORM_FIRST, find_chunk, pointer
 from .gate import clipping, unscaling
 from .numerics import narrow, widen
 
-PARTIALS_BLOCK = tl.constexpr(1024)  # partial sums that the last program adds at a time
+# Partial sums that the last program adds at a time. Not as many as a block of gradients has
+# elements: Triton would give both one layout, which misaligned gradients cannot afford.
+PARTIALS_BLOCK = tl.constexpr(512)
 
 
 @triton.jit
@@ -15,16 +17,16 @@ def _sum_of_squares(
     grad_ptr,
     remaining,
     unscale,
+    blocks,
     DTYPE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr,
 ):
     COMPUTE_DTYPE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     offsets = tl.arange(0, BLOCK_SIZE)
     squares = tl.zeros((BLOCK_SIZE,), COMPUTE_DTYPE)
     # As in the update: a mask that is not known at compile time costs the vector loads.
-    if remaining >= BLOCKS * BLOCK_SIZE:
-        for block in tl.range(0, BLOCKS):
+    if remaining >= blocks * BLOCK_SIZE:
+        for block in tl.range(0, blocks):
             grad = widen(tl.load(grad_ptr + block * BLOCK_SIZE + offsets), COMPUTE_DTYPE)
             if unscale is not None:
                 grad = grad * unscale
@@ -45,7 +47,7 @@ def _launch_metadata(grid, metadata, args):
     return {"name": metadata.name, "bytes": round(args["n_bytes"])}
 
 
-@triton.jit(launch_metadata=_launch_metadata)
+@triton.jit(launch_metadata=_launch_metadata, do_not_specialize=["blocks"])
 def norm_kernel(
     owners_ptr,
     rows_ptr,
@@ -56,11 +58,11 @@ def norm_kernel(
     norm_ptr,
     grad_scale_ptr,
     n_bytes,
+    blocks,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     ADDS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr,
 ):
     """The sum of squares of every gradient that owns a program, and its root.
 
@@ -76,15 +78,15 @@ def norm_kernel(
     - grad_scale_ptr: see gate.py;
     - n_bytes: float, what the launch loads of the gradients; for a profiler alone.
     """
-    CHUNK: tl.constexpr = BLOCKS * BLOCK_SIZE
-    tensor, _, start, remaining = find_chunk(owners_ptr, rows_ptr, NORM_FIRST, CHUNK)
+    chunk = blocks * BLOCK_SIZE
+    tensor, _, start, remaining = find_chunk(owners_ptr, rows_ptr, NORM_FIRST, chunk)
     grad_address = tl.load(grads_ptr + tensor)
     remaining = tl.where(grad_address == 0, 0, remaining)
     grad_ptr = pointer(grad_address, start, DTYPE, ALIGNED)
     unscale = None
     if grad_scale_ptr is not None:  # before it is squared, or a large scale would overflow
         unscale = unscaling(grad_scale_ptr, tl.float64 if DTYPE == tl.float64 else tl.float32)
-    partial = _sum_of_squares(grad_ptr, remaining, unscale, DTYPE, BLOCK_SIZE, BLOCKS)
+    partial = _sum_of_squares(grad_ptr, remaining, unscale, blocks, DTYPE, BLOCK_SIZE)
     tl.store(partials_ptr + tl.program_id(0), partial.to(tl.float64))
 
     # Acquire and release: the program that draws the last number sees all that was stored before.
@@ -105,7 +107,7 @@ def norm_kernel(
         tl.store(ticket_ptr, 0)
 
 
-@triton.jit(launch_metadata=_launch_metadata)
+@triton.jit(launch_metadata=_launch_metadata, do_not_specialize=["blocks"])
 def scale_kernel(
     owners_ptr,
     rows_ptr,
@@ -113,25 +115,25 @@ def scale_kernel(
     norm_ptr,
     max_norm_ptr,
     n_bytes,
+    blocks,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr,
 ):
     """Clip every gradient that owns a program, in place; where nothing is clipped, touch nothing.
 
     Preconditions: those of `norm_kernel` and of gate.py.
     """
     COMPUTE_DTYPE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    CHUNK: tl.constexpr = BLOCKS * BLOCK_SIZE
-    tensor, _, start, remaining = find_chunk(owners_ptr, rows_ptr, NORM_FIRST, CHUNK)
+    chunk = blocks * BLOCK_SIZE
+    tensor, _, start, remaining = find_chunk(owners_ptr, rows_ptr, NORM_FIRST, chunk)
     grad_ptr = pointer(tl.load(grads_ptr + tensor), start, DTYPE, ALIGNED)
     coefficient = clipping(norm_ptr, max_norm_ptr, COMPUTE_DTYPE)
     remaining = tl.where(coefficient == 1, 0, remaining)
 
     offsets = tl.arange(0, BLOCK_SIZE)
-    if remaining >= CHUNK:
-        for block in tl.range(0, BLOCKS):
+    if remaining >= chunk:
+        for block in tl.range(0, blocks):
             ptr = grad_ptr + block * BLOCK_SIZE + offsets
             tl.store(ptr, narrow(widen(tl.load(ptr), COMPUTE_DTYPE) * coefficient, DTYPE))
     else:

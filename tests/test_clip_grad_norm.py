@@ -23,7 +23,7 @@ from cases import (
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_ as torchs
 
-from triton_optim import clip_grad_norm_
+from triton_optim import clip_grad_norm_, norm
 from triton_optim.launch import recorded
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
@@ -52,6 +52,18 @@ def test_two_launches() -> None:
     with recorded() as launches:
         clip_grad_norm_(params, 1.0)
     assert [launch.name for launch in launches] == ["norm_kernel", "scale_kernel"]
+
+
+def test_large_gradients_have_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their chunks are longer: the last program adds a sum of each."""
+    monkeypatch.setattr(norm, "MAX_PROGRAMS", 3)
+    ours = [new_param(*shape) for shape in ((40 * BLOCK + 7,), (5,), (BLOCK, 9))]
+    theirs = copies_of(ours)
+    with recorded() as launches:
+        total = clip_grad_norm_(ours, 0.5)
+    assert [launch.grid[0] for launch in launches] == [3 + len(ours) - 1] * 2
+    torch.testing.assert_close(total, torchs(theirs, 0.5))
+    torch.testing.assert_close([p.grad for p in ours], [p.grad for p in theirs])
 
 
 @interpreted

@@ -1,4 +1,4 @@
-"""The compiled kernels over gradients alone, on four architectures: registers and vectors.
+"""The compiled kernels over gradients alone, on four architectures: registers, vectors, sectors.
 
 As a script, in a process where Triton compiles, it prints what it finds as JSON.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,11 @@ POINTERS = {
     "max_norm_ptr": "*fp64",
     "grad_scale_ptr": "*fp32",
     "n_bytes": "fp32",
+    "blocks": "i32",
 }
 
 
-def _compile(architecture: str, kernel: Any, dtype: str, **flags: bool) -> Any:
+def _compile(architecture: str, kernel: Any, dtype: str, **constants: Any) -> Any:
     import triton
     from lab.gpus import GPUS
     from triton.backends.compiler import GPUTarget
@@ -40,8 +43,7 @@ def _compile(architecture: str, kernel: Any, dtype: str, **flags: bool) -> Any:
     from triton_optim import runtime, tuning
 
     config = tuning.grad_config(architecture, half=dtype.endswith("16"))
-    constants = {"DTYPE": runtime.triton_dtype(dtype), "ALIGNED": True, **flags}
-    constants |= {"BLOCK_SIZE": config.block_size, "BLOCKS": config.blocks}
+    constants |= {"DTYPE": runtime.triton_dtype(dtype), "BLOCK_SIZE": config.block_size}
     names = kernel.arg_names
     place = {name: (i,) for i, name in enumerate(names)}
     source = ASTSource(
@@ -59,6 +61,18 @@ def _compile(architecture: str, kernel: Any, dtype: str, **flags: bool) -> Any:
     )
 
 
+def _adjacent(ttgir: str, dtype: str) -> int:
+    """How many elements next to each other a thread loads of a block of gradients."""
+    element = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}[dtype]
+    loaded = rf"tt\.load (?!.*cacheModifier).*tensor<\d+x!tt\.ptr<{element}>, (#\w+)>"
+    layouts = {
+        int(re.search(rf"^{name} = .*sizePerThread = \[(\d+)\]", ttgir, re.MULTILINE)[1])  # type: ignore[index]
+        for name in re.findall(loaded, ttgir)
+    }
+    (elements,) = layouts
+    return elements
+
+
 def main() -> None:
     from lab.disassembly import amdgcn, amdgcn_usage, sass, sass_usage
     from lab.gpus import GPUS
@@ -67,22 +81,25 @@ def main() -> None:
 
     os.environ.setdefault("TRITON_HIP_LLD_PATH", shutil.which("true") or "true")
     found = {}
-    for architecture in GPUS:
-        for kernel, flags in ((norm_kernel, {"ADDS": False}), (scale_kernel, {})):
-            compiled = [_compile(architecture, kernel, dtype, **flags) for dtype in DTYPES]
-            if architecture.startswith("gfx"):
-                texts = [c.asm["amdgcn"] for c in compiled]
-                codes, usages = [*map(amdgcn, texts)], [*map(amdgcn_usage, texts)]
-            else:
-                cubins = [c.asm["cubin"] for c in compiled]
-                codes, usages = sass(cubins, architecture), [*map(sass_usage, cubins)]
-            for dtype, code, usage in zip(DTYPES, codes, usages, strict=True):
-                widest = {
-                    kind: max((i.n_bytes for i in code if i.access == kind), default=0)
-                    for kind in ("load", "store")
-                }
-                name = f"{architecture} {kernel.fn.__name__} {dtype}"
-                found[name] = {"registers": usage.registers, "spills": usage.spills, **widest}
+    kernels: Any = ((norm_kernel, {"ADDS": False}), (scale_kernel, {}))
+    for architecture, (kernel, flags), aligned in product(GPUS, kernels, (True, False)):
+        compiled = [_compile(architecture, kernel, d, ALIGNED=aligned, **flags) for d in DTYPES]
+        if architecture.startswith("gfx"):
+            texts = [c.asm["amdgcn"] for c in compiled]
+            codes, usages = [*map(amdgcn, texts)], [*map(amdgcn_usage, texts)]
+        else:
+            cubins = [c.asm["cubin"] for c in compiled]
+            codes, usages = sass(cubins, architecture), [*map(sass_usage, cubins)]
+        for dtype, code, usage, binary in zip(DTYPES, codes, usages, compiled, strict=True):
+            widest = {
+                kind: max((i.n_bytes for i in code if i.access == kind), default=0)
+                for kind in ("load", "store")
+            }
+            name = f"{architecture} {kernel.fn.__name__} {dtype} {'' if aligned else 'mis'}aligned"
+            adjacent = _adjacent(binary.asm["ttgir"], dtype)
+            found[name] = {
+                "registers": usage.registers, "spills": usage.spills, "adjacent": adjacent, **widest
+            }  # fmt: skip
     print(json.dumps(found))
 
 
@@ -97,12 +114,19 @@ def found() -> dict[str, dict[str, int]]:
 
 
 def test_nothing_spills_and_vectors_are_whole(found: dict[str, dict[str, int]]) -> None:
-    assert len(found) == 4 * 2 * len(DTYPES)
+    assert len(found) == 4 * 2 * 2 * len(DTYPES)
     for name, row in found.items():
         assert row["spills"] == 0, name
         assert row["registers"] <= 128, name
-        assert row["load"] == 16, name
-        assert row["store"] == 16 or "norm_kernel" in name, name
+        if " aligned" in name:
+            assert row["load"] == 16, name
+            assert row["store"] == 16 or "norm_kernel" in name, name
+
+
+def test_a_warp_loads_no_sector_twice(found: dict[str, dict[str, int]]) -> None:
+    """Elements that are loaded one by one are those of one thread each, side by side."""
+    misaligned = {name: row["adjacent"] for name, row in found.items() if "misaligned" in name}
+    assert misaligned == dict.fromkeys(misaligned, 1)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,16 @@ if runtime.DEVICE_TYPE:
     from .kernels.norm import norm_kernel
 
 
+MAX_PROGRAMS = 16384  # that one tensor or many are cut into: the last program adds all their sums
+
+
 class GradCut(NamedTuple):
     """What one launch over gradients reads, cut into programs."""
 
     variant: GradVariant
     spread: Spread
     owners: Tensor  # int32, one a program: the row of its tensor
+    blocks: int  # of a program
     n_bytes: int
 
 
@@ -48,13 +52,14 @@ def cut(
     first = [0] * len(numels)
     cuts = []
     for (variant, spread), indices in members.items():
-        chunk = runtime.grad_config(variant.dtype, device).chunk
+        config = runtime.grad_config(variant.dtype, device)
         sizes = [numels[i] for i in indices]
-        counts = [-(-size // chunk) for size in sizes]
+        blocks = max(config.blocks, -(-sum(sizes) // (config.block_size * MAX_PROGRAMS)))
+        counts = [-(-size // (config.block_size * blocks)) for size in sizes]
         for i, place in zip(indices, accumulate(counts, initial=0), strict=False):
             first[i] = place
         n_bytes = runtime.ITEM_SIZES[variant.dtype] * sum(sizes)
-        cuts.append(GradCut(variant, spread, columns.owners(indices, counts), n_bytes))
+        cuts.append(GradCut(variant, spread, columns.owners(indices, counts), blocks, n_bytes))
     return first, cuts
 
 
@@ -126,11 +131,11 @@ def grad_launch(
     arguments = {
         **tensors,
         "n_bytes": float(cut.n_bytes),
+        "blocks": cut.blocks,
         "DTYPE": runtime.triton_dtype(cut.variant.dtype),
         "ALIGNED": cut.variant.aligned,
         **constants,
         "BLOCK_SIZE": config.block_size,
-        "BLOCKS": config.blocks,
     }
     options = {"num_warps": config.num_warps, "enable_fp_fusion": True} if runtime.COMPILED else {}
     return Launch(kernel, cut.variant, len(cut.owners), arguments, options, cut.owners.device)
