@@ -170,7 +170,8 @@ def rows_kernel(
       grad_scale_ptr: see gate.py;
     - keys_ptr: `keys_kernel`'s, sorted, or None: then gradients are dense, and position is row;
     - order_ptr: int64, the position of each key before;
-    - partials_ptr: [programs, 2, COLUMNS] of the arithmetic's dtype;
+    - partials_ptr: [programs, 2, COLUMNS] of the arithmetic's dtype. A tensor's rows there are as
+      wide as its own: what is loaded one by one stays so, or a warp would touch sectors again;
     - tickets_ptr: int32, 0, one a program;
     - addresses are those of rows that follow one another without gaps; COLUMNS is no less than
       their width, and a power of two;
@@ -214,6 +215,7 @@ def rows_kernel(
         position = tl.load(grad_ptr + POSITION)
         keys_ptr += position
         order_ptr += position
+        partials_ptr += first_program.to(tl.int64) * (2 * COLUMNS)
         base = tl.load(tensor_ptr + KEY)
         n_rows = tl.load(tensor_ptr + ROWS).to(tl.int32)
         before = row_of(keys_ptr + start - 1, base, start > 0, -1)
@@ -250,8 +252,8 @@ def rows_kernel(
                 carry = tl.sum(tl.where((place == last)[:, None], grad, 0.0), 0)
             # Of a row with positions in other chunks: the sum of those in this one.
             partial = (ends & (row == before)) | ((place == stop - 1) & (row == after))
-            slot = 2 * program + (row != before).to(tl.int32)
-            slot_ptr = partials_ptr + slot.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+            slot = 2 * (program - first_program) + (row != before).to(tl.int32)
+            slot_ptr = partials_ptr + slot.to(tl.int64)[:, None] * width + column[None, :]
             tl.store(slot_ptr, grad, mask=partial[:, None] & within)
         _update_rows(pointers, complete, updated, values, grad, width, hyper, step, RULE, FLAGS)
 
@@ -276,8 +278,8 @@ def rows_kernel(
                     sums = tl.zeros((BLOCK_ROWS, COLUMNS), COMPUTE_DTYPE)
                     for earliest in tl.range(begin, end + 1, BLOCK_ROWS):
                         part = earliest + block_row
-                        slot = 2 * (first_program + part) + (part == begin).to(tl.int32)
-                        slot_ptr = partials_ptr + slot.to(tl.int64)[:, None] * COLUMNS
+                        slot = 2 * part + (part == begin).to(tl.int32)
+                        slot_ptr = partials_ptr + slot.to(tl.int64)[:, None] * width
                         mask = (part <= end)[:, None] & within
                         sums += tl.load(
                             slot_ptr + column[None, :], mask=mask, other=0.0, cache_modifier=".cg"

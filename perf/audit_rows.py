@@ -32,7 +32,7 @@ from lab import disassembly
 from lab.disassembly import Usage, amdgcn, amdgcn_usage, sass, sass_usage
 from lab.gpus import GPUS
 from lab.machine_code import Instruction
-from lab.row_code import Loop, main_loop, row_accesses
+from lab.row_code import Loop, adjacent, main_loop, row_accesses
 from lab.row_kernels import KEYS_WARPS, Kernel, compiled, config, kernels
 from lab.row_report import (
     Row,
@@ -160,6 +160,7 @@ def _row(
         store_bits=max(bits for stores, bits, _ in widths if stores),
         accesses=len(widths),
         split=sum(bits < whole for _, bits, whole in widths),
+        adjacent=1 if variant is None else adjacent(binary.asm["ttgir"], shape),
         instructions=len(code),
         loop=loop.instructions,
         resident_programs=programs,

@@ -25,10 +25,10 @@ def _compiling() -> dict[str, str]:
 
 
 GOOD = Row(
-    "sm_90", "adagrad - sparse f32 64/4", 16, 4, 4, 128, 0, 4096, 128, 128, 20, 0, 1512, 742, 4,
+    "sm_90", "adagrad - sparse f32 64/4", 16, 4, 4, 128, 0, 4096, 128, 128, 20, 0, 4, 1512, 742, 4,
     34816,
 )  # fmt: skip
-ALONE = GOOD._replace(kernel="adagrad - sparse f32 64/1", multiple=1)
+ALONE = GOOD._replace(kernel="adagrad - sparse f32 64/1", multiple=1, adjacent=1)
 STEP = Step("adagrad - f32 64 hot", 512, 326, 64, 32, 464896, 464896, 0, 11468, 4096, 34816, 3725)
 
 
@@ -42,6 +42,7 @@ STEP = Step("adagrad - f32 64 hot", 512, 326, 64, 32, 464896, 464896, 0, 11468, 
             {"split": 8},
             "has 8 of 20 loads and stores of rows that are narrower than 4 elements or 128 bits.",
         ),
+        (ALONE, {"adjacent": 4}, "has 4 elements next to each other a thread, loaded by 1."),
         (STEP, {"moved": 464640}, "moves 464640 bytes of values and rows, 0 elements not exactly "
          "once; 464896 are the floor."),
         (STEP, {"astray": 64}, "moves 464896 bytes of values and rows, 64 elements not exactly "
@@ -68,7 +69,8 @@ import torch
 from audit_rows import examine
 from lab.row_kernels import kernel_of
 from lab.row_report import findings
-for row in examine("sm_90", [kernel_of("Adagrad", {}, (torch.float32,) * 3, 64)]):
+kernels = [kernel_of("Adagrad", {}, (torch.float32,) * 3, width) for width in (64, 63)]
+for row in examine("sm_90", kernels):
     print(*findings(row))
 """
 MEASURE = """
@@ -94,6 +96,13 @@ print(*step_findings(measure("sm_90", "Adagrad", {}, torch.float32, 64, "hot")))
         ),
         (
             EXAMINE,
+            "kernels/rows.py",
+            "slot.to(tl.int64)[:, None] * width + column",
+            "slot.to(tl.int64)[:, None] * COLUMNS + column",
+            "next to each other",
+        ),
+        (
+            EXAMINE,
             "triton_optim/row_launch.py",
             "FOUR_PROGRAMS_REGISTERS = 128",
             "FOUR_PROGRAMS_REGISTERS = 64",
@@ -114,7 +123,14 @@ print(*step_findings(measure("sm_90", "Adagrad", {}, torch.float32, 64, "hot")))
             "bytes of partial sums",
         ),
     ],
-    ids=["no alignment", "any width", "few registers", "rows twice", "all sums stored"],
+    ids=[
+        "no alignment",
+        "any width",
+        "aligned sums",
+        "few registers",
+        "rows twice",
+        "all sums stored",
+    ],
 )
 def test_a_changed_kernel_is_found(
     script: str, file: str, old: str, new: str, finding: str, tmp_path: Path

@@ -76,6 +76,24 @@ def test_sparse_gradients_beside_dense_ones(name: str, launches: list[runtime.Va
     )
 
 
+def test_sparse_gradients_on_rdna(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No order among what a program stores there: only dense gradients have a kernel."""
+    dense, sparse = new_param(4, 3), new_param(4, 3)
+    sparse.grad = torch.sparse_coo_tensor(
+        torch.tensor([[1]]), torch.ones(1, 3), (4, 3), device=DEVICE
+    )
+    monkeypatch.setattr(runtime, "COMPILED", True)
+    for architecture, reason in (
+        ("gfx942", None),
+        ("sm_90", None),
+        ("gfx1100", "its gradient is sparse, on gfx1100"),
+    ):
+        monkeypatch.setattr(runtime, "architecture", lambda _, name=architecture: name)
+        assert ways.refusal(sparse, sparse.grad, by_rows=True) == reason
+        assert dense.grad is not None
+        assert ways.refusal(dense, dense.grad, by_rows=True) is None
+
+
 def test_a_sparse_gradient_that_becomes_dense(launches: list[runtime.Variant]) -> None:
     p, q = twins_of(new_param(4, 3))
     ours, theirs = triton_optim.Adagrad([p]), torch.optim.Adagrad([q])

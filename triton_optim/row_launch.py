@@ -31,6 +31,7 @@ KEYS_BLOCK = 1024  # ids that a program turns into keys
 REGISTERS = 65536  # of a processor
 MAX_REGISTERS = 255  # of a thread
 FOUR_PROGRAMS_REGISTERS = 128  # where a processor holds 4 programs of 4 warps
+THREE_PROGRAMS_REGISTERS = 168
 
 INTERPRETED_ELEMENTS = 1 << 16  # of a program's block, where a program costs more than they do
 
@@ -145,10 +146,18 @@ def options(variant: RowVariant, config: RowConfig, architecture: str) -> dict[s
     """The compiler's options, by name."""
     chosen = {"num_warps": config.num_warps, "enable_fp_fusion": True}
     if architecture.startswith("sm_"):
-        fits = variant.n_states < 2 and variant.param_dtype != "float64" and variant.multiple > 2
-        registers = FOUR_PROGRAMS_REGISTERS if fits else MAX_REGISTERS
-        chosen["maxnreg"] = min(registers, REGISTERS // (32 * config.num_warps))
+        chosen["maxnreg"] = min(_registers(variant), REGISTERS // (32 * config.num_warps))
     return chosen
+
+
+def _registers(variant: RowVariant) -> int:
+    """The most that a thread may have."""
+    if variant.n_states > 1 or variant.param_dtype == "float64" or variant.multiple <= 2:
+        return MAX_REGISTERS
+    has_state = variant.n_states or variant.row_dtype is not None
+    if variant.sparse and has_state and (variant.reads_step or variant.multiple > 4):
+        return THREE_PROGRAMS_REGISTERS
+    return FOUR_PROGRAMS_REGISTERS
 
 
 class RowLaunch(Launch):

@@ -46,6 +46,8 @@ ITEM_SIZES = {n: d.itemsize for d, n in STORAGE_DTYPES.items() if not d.is_compl
 
 CAPTURABLE_DEVICE_TYPES = frozenset({"cuda"})  # where there are CUDA graphs, or HIP's
 
+_CURRENT: AbstractContextManager[object] = nullcontext()
+
 ALIGNMENT = 16  # bytes: a 128-bit load
 
 # Left alone, ptxas squeezes kernels of two states into 64 registers, where some spill, and gated
@@ -135,7 +137,7 @@ def is_capturing(device: torch.device) -> bool:
 def current(device: torch.device) -> AbstractContextManager[object]:
     """Makes a GPU the current one, on which Triton launches and torch captures."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
+        return _CURRENT
     return torch.cuda.device(device)
 
 

@@ -84,9 +84,10 @@ def row_config(architecture: str, columns: int, *, wide: bool) -> RowConfig:
     Args:
         architecture: such as "sm_90" or "gfx942".
         columns: the least power of two that is no less than the elements of a row.
-        wide: whether elements are loaded several at a time; alone, each takes registers of its own.
+        wide: whether elements are loaded several at a time; alone, and of several rows, each takes
+            registers of its own.
     """
-    elements = ROW_ELEMENTS if wide else ROW_ELEMENTS // 2
+    elements = ROW_ELEMENTS if wide or columns >= ROW_ELEMENTS else ROW_ELEMENTS // 2
     block_rows = min(max(elements // columns, 1), MAX_BLOCK_ROWS)
     num_warps = min(max(4, 4 * block_rows * columns // elements), 16)
     return RowConfig(block_rows, num_warps // 2 if architecture.startswith("gfx9") else num_warps)

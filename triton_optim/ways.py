@@ -18,6 +18,10 @@ State = dict[str, Any]
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
+# There a barrier of a program does not order what its waves store, and a row's gradients that are
+# summed by several programs need that order.
+RDNA = ("gfx10", "gfx11", "gfx12")
+
 _MODE = torch._C._TorchDispatchModeKey
 _TRACING = (_MODE.FAKE, _MODE.PROXY, _MODE.FUNCTIONAL)
 
@@ -79,6 +83,8 @@ def _row_refusal(param: Tensor, grad: Tensor) -> str | None:
     if width > most:
         return f"its rows have {width} elements, more than {most}"
     sparse = grad.layout == torch.sparse_coo
+    if sparse and runtime.COMPILED and runtime.architecture(param.device).startswith(RDNA):
+        return f"its gradient is sparse, on {runtime.architecture(param.device)}"
     if sparse and grad.sparse_dim() != 1:
         return f"its gradient has {grad.sparse_dim()} sparse dims"
     if rows > MAX_COUNT or (sparse and not few_enough(grad)):

@@ -19,6 +19,7 @@ _ACCESS = re.compile(
     r"(?:tt|amdg)\.(?:buffer_)?(load|store)\b.*tensor<([\dx]+)x(?:!tt\.ptr<)?[a-z]+(\d+).*"
     r"loc\((#loc\d*)\)"
 )
+_LAYOUT = re.compile(r"^#(\w+) = #ttg\.blocked<\{sizePerThread = \[\d+, (\d+)\]", re.MULTILINE)
 _LINE = re.compile(r"^\t\.loc\t.*(?://|;) ([\w.]+):(\d+):(\d+)")
 _PTX = re.compile(r"\b(?P<way>ld|st)\.global\S*?(?:\.v(?P<n>\d))?\.[bfsu](?P<bits>\d+) ")
 _AMDGCN = re.compile(
@@ -61,6 +62,13 @@ def row_accesses(ttgir: str, text: str, shape: str) -> list[RowAccess]:
     if missing := [key for key, widths in bits.items() if not widths]:
         raise ValueError(f"no instruction for {missing}")
     return [RowAccess(way == "store", of_rows[way, at], (*bits[way, at],)) for way, at in bits]
+
+
+def adjacent(ttgir: str, shape: str) -> int:
+    """How many elements next to each other of a row a thread loads or stores, at most."""
+    elements = {name: int(n) for name, n in _LAYOUT.findall(ttgir)}
+    of_rows = rf"(?:load|store)\b.*tensor<{shape}x(?:!tt\.ptr<)?\w+>?, #(\w+)>"
+    return max(elements[name] for name in re.findall(of_rows, ttgir))
 
 
 def _places(ttgir: str) -> dict[str, Place]:

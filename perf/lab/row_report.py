@@ -27,6 +27,8 @@ shared    bytes of shared memory a program
 load      bits of the widest load of rows; store likewise
 split     how many of all loads and stores of rows (gradients, parameters, state and partial sums)
           are narrower than the elements that may be loaded together, or 128 bits
+adj       elements next to each other that a thread loads: with more than go together, a warp
+          touches a sector again
 instr     machine instructions of the kernel; loop: of those, in its loop over blocks
 progs     resident programs an SM that registers and shared memory allow
 KB        in flight an SM at most: progs x threads x bytes that a thread waits for at a time in that
@@ -57,6 +59,7 @@ class Row(NamedTuple):
     store_bits: int
     accesses: int  # instructions that load or store rows
     split: int  # of these, narrower than they could be
+    adjacent: int  # elements of a row that a thread loads, next to each other
     instructions: int
     loop: int  # of these
     resident_programs: int  # an SM
@@ -72,6 +75,10 @@ def findings(row: Row) -> list[str]:
         found.append(
             f"has {row.split} of {row.accesses} loads and stores of rows that are narrower than "
             f"{row.multiple} elements or 128 bits"
+        )
+    if row.adjacent > row.multiple:
+        found.append(
+            f"has {row.adjacent} elements next to each other a thread, loaded by {row.multiple}"
         )
     return [f"{row.architecture} {row.kernel} {sentence}." for sentence in found]
 
@@ -97,7 +104,7 @@ def print_kernels(rows: Sequence[Row]) -> None:
     """The rows by architecture, what their columns mean, and the spills that are allowed."""
     header = (
         f"{'kernel':<54}{'rows':>5}{'warps':>6}{'regs':>5}{'spill':>6}{'shared':>7}{'load':>5}"
-        f"{'store':>6}{'split':>9}{'instr':>6}{'loop':>6}{'progs':>6}{'KB':>5}"
+        f"{'store':>6}{'split':>9}{'adj':>4}{'instr':>6}{'loop':>6}{'progs':>6}{'KB':>5}"
     )
     for architecture, group in groupby(rows, key=lambda row: row.architecture):
         print(f"\n{architecture}, {GPUS[architecture].arithmetic()}\n{header}")
@@ -105,7 +112,7 @@ def print_kernels(rows: Sequence[Row]) -> None:
             print(
                 f"{row.kernel:<54}{row.block_rows:>5}{row.warps:>6}{row.registers:>5}"
                 f"{row.spills:>6}{row.shared:>7}{row.load_bits:>5}{row.store_bits:>6}"
-                f"{f'{row.split}/{row.accesses}':>9}{row.instructions:>6}{row.loop:>6}"
+                f"{f'{row.split}/{row.accesses}':>9}{row.adjacent:>4}{row.instructions:>6}{row.loop:>6}"
                 f"{row.resident_programs:>6}{row.in_flight / 1000:>5.0f}"
             )
     print(KERNEL_LEGEND)
