@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lab.implementations import COPY, IMPLEMENTATIONS, OURS, RULES, TORCH_BEST
+from lab.implementations import COPIES, COPY, IMPLEMENTATIONS, OURS, RULES, TORCH_BEST
 from lab.rows import OK, Row, read
 from matplotlib.figure import Figure
 
@@ -78,7 +78,7 @@ def _groups(picture: Picture, rule: str) -> list[dict[str, Row]]:
     """Rows of one rule by implementation, a layout each, the smallest first; no copies."""
     groups: dict[str, dict[str, Row]] = defaultdict(dict)
     for (layout, row_rule, name), row in picture.items():
-        if row_rule == rule and name != COPY:
+        if row_rule == rule and name not in COPIES:
             groups[layout][name] = row
     return sorted(groups.values(), key=lambda group: next(iter(group.values())).params)
 
