@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,16 @@ def test_every_sample_finds_renewed_tensors() -> None:
     assert [len({*sample}) for sample in samples] == [0] + [1] * (3 + 3 * 3)
     order = [sample[0] for sample in samples[4:]]
     assert order == [*"abc", *"bca", *"cab"]
+
+
+def test_copies_find_the_l2_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    device = Clockwork()
+    monkeypatch.setattr(device, "empty_l2", lambda: calls.append("emptied"))
+    steps = {name: partial(calls.append, name) for name in ("a", *COPIES)}
+    measure(device, steps, True, 3, math.inf)
+    followed = {after for call, after in pairwise(calls) if call == "emptied"}
+    assert followed == {"a"}
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
