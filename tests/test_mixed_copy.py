@@ -35,9 +35,9 @@ def test_every_stream_is_read_and_all_but_the_gradient_written(
     rule: Rule, storage: Storage
 ) -> None:
     mix = MixedCopy(torch.randn(MEMORY, device=DEVICE), rule, storage)
-    for tensor in (mix.param, mix.grad, mix.states):
-        if tensor is not None:
-            tensor.random_(-64, 64)  # whose sums bfloat16 has
+    for stream in mix.streams:
+        assert 0.9 < float(stream.float().std()) < 1.1
+        stream.random_(-64, 64)  # whose sums bfloat16 has
     assert len(mix.param) == len(mix.grad) == mix.n_bytes / bytes_per_param(rule, storage)
     assert (0 if mix.states is None else len(mix.states)) == len(rule.states)
     assert (mix.param.dtype, mix.grad.dtype) == (storage.param, storage.param)

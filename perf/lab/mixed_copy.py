@@ -37,7 +37,14 @@ class MixedCopy:
         param, grad, states = memory.view(torch.uint8)[: sum(sizes)].split(sizes)
         self.param, self.grad = param.view(storage.param), grad.view(storage.param)
         self.states = states.view(storage.state).view(-1, numel) if rule.states else None
+        for stream in self.streams:
+            stream.normal_()
         self.config = CONFIGS[0]
+
+    @property
+    def streams(self) -> list[Tensor]:
+        """All that is read: parameter, gradient and, one after another in one tensor, states."""
+        return [self.param, self.grad, *([] if self.states is None else [self.states])]
 
     def run(self) -> None:
         block_size, num_warps = self.config
