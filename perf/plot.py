@@ -18,14 +18,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lab.implementations import COPY, IMPLEMENTATIONS, OURS, RULES, TORCH_BEST
+from lab.implementations import (
+    COPIES,
+    COPY,
+    IMPLEMENTATIONS,
+    MIXED_COPY,
+    OURS,
+    RULES,
+    TORCH_BEST,
+)
 from lab.rows import OK, Row, read
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
 Picture = dict[tuple[str, str, str], Row]  # by layout, rule and implementation
-COLORS = {implementation.name: f"C{i}" for i, implementation in enumerate(IMPLEMENTATIONS)}
-DASHED: dict[str, Any] = {"color": "gray", "linestyle": "--", "linewidth": 0.9}
+# "tab20" has ten colors, a dark and a light one of each in turn: the dark ones come first.
+ORDER = (*range(0, 20, 2), *range(1, 20, 2))
+COLORS = {item.name: colormaps["tab20"](ORDER[i]) for i, item in enumerate(IMPLEMENTATIONS)}
+BLACK: dict[str, Any] = {"color": "black", "linewidth": 0.9}
 
 
 def pictures(rows: Iterable[Row]) -> dict[tuple[str, str], Picture]:
@@ -49,7 +60,7 @@ def time_against_torch(picture: Picture) -> Figure:
                 if name in group and (best := _best(group)) is not None
             ]
             _draw(panel, name, points)
-        panel.axhline(1, **DASHED)
+        panel.axhline(1, linestyle="--", **BLACK)
         panel.set_xticks(range(len(groups)), [_layout(group) for group in groups], rotation=90)
         panel.set(title=rule.name, yscale="log")
         panel.yaxis.set_major_formatter("{x:g}")
@@ -60,15 +71,16 @@ def time_against_torch(picture: Picture) -> Figure:
 
 def roofline(picture: Picture) -> Figure:
     """A panel a rule: bytes a second over bytes a step, under the bandwidth of copies."""
-    figure, panels = _figure("those bytes / GPU time, GB/s (dashed: copies)")
-    copies = [row.gb_per_s or 0 for row in picture.values() if row.implementation == COPY]
+    figure, panels = _figure("GB/s (dashed: copy, dotted: mixed copy)")
+    copies = [row for row in picture.values() if row.implementation == COPY]
+    mixed = [row for row in picture.values() if row.implementation == MIXED_COPY]
     for panel, rule in zip(panels, RULES, strict=True):
         groups = _groups(picture, rule.name)
         for name in COLORS:
             rows = [group[name] for group in groups if name in group]
             _draw(panel, name, [(row.step_bytes or 0, row.gb_per_s or 0) for row in rows])
-        for bandwidth in (min(copies), max(copies)):
-            panel.axhline(bandwidth, **DASHED)
+        _draw_range(panel, copies, "--")
+        _draw_range(panel, [row for row in mixed if row.rule == rule.name], ":")
         panel.set(title=rule.name, xlabel="bytes a step must move", xscale="log", yscale="log")
     _finish(figure, panels)
     return figure
@@ -78,7 +90,7 @@ def _groups(picture: Picture, rule: str) -> list[dict[str, Row]]:
     """Rows of one rule by implementation, a layout each, the smallest first; no copies."""
     groups: dict[str, dict[str, Row]] = defaultdict(dict)
     for (layout, row_rule, name), row in picture.items():
-        if row_rule == rule and name != COPY:
+        if row_rule == rule and name not in COPIES:
             groups[layout][name] = row
     return sorted(groups.values(), key=lambda group: next(iter(group.values())).params)
 
@@ -107,6 +119,13 @@ def _draw(panel: Any, name: str, points: Sequence[tuple[float, float]]) -> None:
         width = 2.0 if name == OURS else 0.8
         style = {"color": COLORS[name], "linewidth": width, "marker": "o", "markersize": 3}
         panel.plot(*zip(*points, strict=True), label=name, **style)
+
+
+def _draw_range(panel: Any, copies: Iterable[Row], linestyle: str) -> None:
+    """A line at the lowest and one at the highest bandwidth of copies, if there are any."""
+    rates = sorted(row.gb_per_s or 0 for row in copies)
+    for rate in rates[:1] + rates[-1:]:
+        panel.axhline(rate, linestyle=linestyle, **BLACK)
 
 
 def _finish(figure: Figure, panels: Any) -> None:

@@ -18,9 +18,10 @@ class Clockwork(Device):
     def __init__(self, free: int = 1 << 20) -> None:
         self.name = "No GPU (2)"
         self.l2_bytes = 1 << 10
-        self._source = torch.randn(64, device=DEVICE)
-        self._target = torch.empty_like(self._source)
-        self._reader = self._source
+        self.peak_bandwidth: float | None = 4e12
+        self.copied = torch.randn(1 << 16, device=DEVICE)
+        self._source, self._target = self.copied.chunk(2)
+        self._reader = self._source[:64]
         self._free = free
 
     def driver(self) -> str:

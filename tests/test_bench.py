@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from cases import DEVICE
 from clockwork import Clockwork
 from lab import group, rows, suites, workload
 from lab.implementations import (
+    COPIES,
     COPY,
     IMPLEMENTATIONS,
+    MIXED_COPY,
     OURS,
     RULES,
     STORAGES,
@@ -166,6 +169,16 @@ def test_every_sample_finds_renewed_tensors() -> None:
     assert order == [*"abc", *"bca", *"cab"]
 
 
+def test_copies_find_the_l2_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    device = Clockwork()
+    monkeypatch.setattr(device, "empty_l2", lambda: calls.append("emptied"))
+    steps = {name: partial(calls.append, name) for name in ("a", *COPIES)}
+    measure(device, steps, True, 3, math.inf)
+    followed = {after for call, after in pairwise(calls) if call == "emptied"}
+    assert followed == {"a"}
+
+
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_what_runs_out_of_memory_while_it_is_timed(steps: int) -> None:
     """The others go on; where nothing is left, nothing is measured."""
@@ -238,27 +251,64 @@ def whole_run(
 def test_a_whole_run(whole_run: Run) -> None:
     measured, printed = whole_run
     tiny = {row.implementation: row for row in measured if row.layout == "tiny"}
-    assert [tiny[name].status for name in (OURS, "torch foreach", "compiled", COPY)] == ["ok"] * 4
+    timed = (OURS, "torch foreach", "compiled", *COPIES)
+    assert {tiny[name].status for name in timed} == {rows.OK}
     for row in tiny.values():
         if row.status == rows.OK:
             assert row.repeats == 4
             assert row.gpu_us_p20 and row.gpu_us and row.gpu_us_p80
             assert row.gpu_us_p20 <= row.gpu_us <= row.gpu_us_p80
             assert row.host_us and row.wall_us and row.host_us <= row.wall_us
-            assert row.launches == (None if row.implementation == COPY else 1)
+            assert row.launches == (None if row.implementation in COPIES else 1)
         else:
             assert row.gpu_us is row.wall_us is row.host_us is row.launches is None
     ours = tiny[OURS]
     assert ours.step_bytes == 20 * TINY.params == 20 * ours.params
     assert ours.gb_per_s == pytest.approx(20 * TINY.params / (ours.gpu_us or 0) / 1e3)
-    assert (ours.l2, tiny[COPY].l2) == ("emptied", "exceeded")
-    (small,) = (row for row in measured if row.layout == "small" and row.implementation == OURS)
-    assert (ours.percent_of_copy, small.l2) == (None, "exceeded")
-    assert small.percent_of_copy == pytest.approx(
-        100 * (small.gb_per_s or 0) / (small.copy_gb_per_s or 0)
-    )
+    assert ours.l2 == "emptied"
+    assert ours.percent_of_copy is ours.percent_of_mixed_copy is ours.percent_of_peak is None
+    small = {row.implementation: row for row in measured if row.layout == "small"}
+    _assert_shares_of_the_copies_and_of_the_peak(small)
+    assert "% copy   % mix  % peak" in printed
     assert "tiny: 3 tensors, 188 parameters; momentum, float32" in printed
     assert "goals" in printed
+
+
+def _assert_shares_of_the_copies_and_of_the_peak(small: dict[str, rows.Row]) -> None:
+    for name in (OURS, *COPIES):
+        row, rate = small[name], small[name].gb_per_s or 0.0
+        assert row.l2 == "exceeded"
+        assert row.copy_gb_per_s == small[COPY].gb_per_s
+        assert row.mixed_copy_gb_per_s == small[MIXED_COPY].gb_per_s
+        assert row.peak_gb_per_s == 4000.0
+        assert row.percent_of_copy == pytest.approx(100 * rate / (row.copy_gb_per_s or 0))
+        assert row.percent_of_mixed_copy == pytest.approx(
+            100 * rate / (row.mixed_copy_gb_per_s or 0)
+        )
+        assert row.percent_of_peak == pytest.approx(100 * rate / 4000)
+    # Of a parameter, its gradient and momentum in float32: whole blocks of 4,096.
+    moved = Clockwork().copied.nbytes
+    assert small[MIXED_COPY].step_bytes == moved // 20 // 4096 * 4096 * 20
+
+
+def test_without_a_known_peak_there_is_no_share_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "IMPLEMENTATIONS", IMPLEMENTATIONS[:1])
+    device = Clockwork()
+    device.peak_bandwidth = None
+    item = group.Group("", Layout("small", [("weight", (400,))]), SGD, FLOAT32)
+    ours = group.bench(device, item, rows.Row(), 3, math.inf)[0]
+    assert ours.percent_of_mixed_copy
+    assert ours.peak_gb_per_s is ours.percent_of_peak is None
+
+
+def test_peak_memory_counts_state_once() -> None:
+    """What a package keeps of its own is among what was allocated since before it was built."""
+    item = group.Group("", TINY, MOMENTUM, MIXED)
+    row = rows.Row(params=10, model_bytes=80, kept_bytes=7, step_extra_bytes=1)
+    shares = _added("shares", _for_loop)
+    assert group._peak_bytes(item, shares, row) == 80 + 7 + 1
+    row.kept_bytes = 47
+    assert group._peak_bytes(item, shares._replace(torch_state=False), row) == 80 + 7 + 1
 
 
 def test_what_has_no_time_says_why(whole_run: Run) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import plot
 import pytest
 from lab import goals, rows
-from lab.implementations import COPY, OURS, RULES
+from lab.implementations import COPY, IMPLEMENTATIONS, MIXED_COPY, OURS, RULES
 
 
 def _row(name: str, us: float, **columns: Any) -> rows.Row:
@@ -73,7 +73,10 @@ def _sweep_of_rows() -> list[rows.Row]:
                 found.append(
                     _row(name, us, rule=rule.name, gb_per_s=20 * size / us / 1e3, **columns)
                 )
-        found.append(_row(COPY, 500.0, rule=rule.name, gb_per_s=4000.0, layout="1x1024"))
+        columns = {"rule": rule.name, "layout": "1x1024", "params": 0}
+        found.append(_row(COPY, 500.0, gb_per_s=4000.0, **columns))
+        rate = 3900.0 if rule == RULES[0] else 3800.0
+        found.append(_row(MIXED_COPY, 500.0, gb_per_s=rate, **columns))
     return found
 
 
@@ -96,9 +99,14 @@ def test_a_plot_shows_each_implementation_against_the_best_of_torch() -> None:
     lines = {line.get_label(): line.get_ydata() for line in panel.get_lines()}
     assert lines["torch foreach"] == pytest.approx([1.0, 1.0, 1.0])
     assert lines[OURS] == pytest.approx([1 / 3] * 3)
-    roof = plot.roofline(picture).axes[0]
-    heights = [np.asarray(line.get_ydata()).tolist() for line in roof.get_lines()]
-    assert [4000.0, 4000.0] in heights
+    for panel, mixed in zip(plot.roofline(picture).axes[:2], (3900.0, 3800.0), strict=True):
+        flat = {line.get_linestyle(): np.asarray(line.get_ydata()).tolist()
+                for line in panel.get_lines() if line.get_color() == "black"}  # fmt: skip
+        assert flat == {"--": [4000.0, 4000.0], ":": [mixed, mixed]}
+
+
+def test_every_implementation_has_a_color_of_its_own() -> None:
+    assert len(set(plot.COLORS.values())) == len(IMPLEMENTATIONS)
 
 
 def test_a_picture_shows_the_latest_rows_that_have_a_time() -> None:

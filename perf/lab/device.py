@@ -7,9 +7,9 @@ import subprocess
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from lab.gpus import peak_bandwidth
 from lab.implementations import Step
 
 COPY_BYTES = 1 << 30  # of the buffer whose copy measures bandwidth: far larger than any L2
@@ -21,6 +21,10 @@ class Device:
     """The first GPU: its clock, caches and memory.
 
     A class of its own so that what measures can run without a GPU, with another in its place.
+
+    Attributes:
+        peak_bandwidth: bytes/s, or None where it is not known.
+        copied: the memory between whose halves `copy` copies.
     """
 
     type = "cuda"
@@ -29,13 +33,11 @@ class Device:
         properties = torch.cuda.get_device_properties(0)
         self.name: str = properties.name
         self.l2_bytes: int = properties.L2_cache_size
-        self._source = self._buffer(COPY_BYTES).normal_()
-        self._target = torch.empty_like(self._source)
+        self.peak_bandwidth = _peak_bandwidth(properties)
+        self.copied = torch.empty(2 * COPY_BYTES // 4, device=self.type).normal_()
+        self._source, self._target = self.copied.chunk(2)
         self._reader = self._source[: EMPTIED_BELOW * self.l2_bytes // 4]
         self._cycles_per_us = CALIBRATION / self._sleep_us(CALIBRATION)
-
-    def _buffer(self, n_bytes: int) -> Tensor:
-        return torch.empty(n_bytes // 4, device=self.type)
 
     def _sleep_us(self, cycles: int) -> float:
         for _ in range(200):  # about 0.1 s, in which an idle GPU raises its clock
@@ -126,3 +128,10 @@ class Device:
         names = [name for _, name in kernels]
         markers = [i for i, name in enumerate(names) if "spin_kernel" in name]
         return markers[-1] - markers[-2] - 1 if len(markers) > 1 else None
+
+
+def _peak_bandwidth(properties: Any) -> float | None:
+    if torch.version.hip:  # whose clock says nothing of the transfers a cycle
+        return peak_bandwidth(properties.name)
+    clock = getattr(properties, "memory_clock_rate", 0)  # not in older torch
+    return peak_bandwidth(properties.name, clock, getattr(properties, "memory_bus_width", 0))

@@ -84,3 +84,20 @@ GPUS = {
     # SIMD has 16 lanes, so a wavefront of 64 takes 4 cycles an instruction.
     "gfx942": Gpu("MI300X", 304, 16, 2.1e9, 5.3e12, 64, 32, 16, 64 << 10),
 }
+
+
+def peak_bandwidth(name: str, clock_khz: int = 0, bus_bits: int = 0) -> float | None:
+    """Bytes a second that a GPU's memory can transfer at the most, or None where it is not known.
+
+    The vendor's figure where the name is one of the above; otherwise that of two transfers a cycle,
+    as in all DDR and HBM.
+
+    Args:
+        name: as torch has it, such as "NVIDIA H200".
+        clock_khz: of the memory; 0 where it is not known.
+        bus_bits: width of the memory's bus; 0 where it is not known.
+    """
+    for gpu in GPUS.values():
+        if name.split()[-1:] == [gpu.name]:
+            return gpu.bandwidth
+    return 2e3 * clock_khz * bus_bits / 8 or None

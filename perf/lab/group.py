@@ -11,8 +11,10 @@ import torch
 
 from lab.device import COPY_BYTES, Device
 from lab.implementations import (
+    COPIES,
     COPY,
     IMPLEMENTATIONS,
+    MIXED_COPY,
     Implementation,
     Rule,
     Step,
@@ -20,6 +22,7 @@ from lab.implementations import (
     bytes_per_param,
     package_version,
 )
+from lab.mixed_copy import MixedCopy
 from lab.rows import FAILED, NO_ROOM, NOT_AVAILABLE, OK, WRONG, Row
 from lab.suites import Layout
 from lab.timing import Summary, Times, measure
@@ -67,15 +70,21 @@ def bench(device: Device, group: Group, base: Row, repeats: int, stop: float) ->
         step = None if row.status else _prepare(device, workload, implementation, row)
         if step is not None:
             steps[row.implementation] = step
-    _measure_memory(device, rows, steps)
+    _measure_memory(device, group, rows, steps)
     if steps:
         emptied = device.may_cache(base.step_bytes or 0)
-        copy = replace(base, implementation=COPY, status=OK, step_bytes=2 * COPY_BYTES)
-        rows.append(replace(copy, params=0, tensors=0, model_bytes=None, tolerance=None))
-        steps[COPY] = device.copy
+        mixed = MixedCopy(device.copied, rule, storage)
+        mixed.tune(device)
+        rows += [_copy_row(base, COPY, 2 * COPY_BYTES), _copy_row(base, MIXED_COPY, mixed.n_bytes)]
+        steps |= {COPY: device.copy, MIXED_COPY: mixed.run}
         times = measure(device, steps, emptied, repeats, stop, workload.renew)
-        _fill(rows, times, emptied)
+        _fill(rows, times, emptied, device.peak_bandwidth)
     return rows
+
+
+def _copy_row(base: Row, name: str, n_bytes: int) -> Row:
+    row = replace(base, implementation=name, status=OK, step_bytes=n_bytes)
+    return replace(row, params=0, tensors=0, model_bytes=None, tolerance=None)
 
 
 def _blank(base: Row, group: Group, implementation: Implementation) -> Row:
@@ -120,26 +129,38 @@ def _prepare(
     return step if row.status == OK else None
 
 
-def _measure_memory(device: Device, rows: Sequence[Row], steps: dict[str, Step]) -> None:
+def _measure_memory(
+    device: Device, group: Group, rows: Sequence[Row], steps: dict[str, Step]
+) -> None:
     """What a step allocates now that everybody's state is there; what no longer fits is out."""
-    for row in rows:
+    for row, implementation in zip(rows, IMPLEMENTATIONS, strict=True):
         if row.implementation in steps:
             try:
                 row.step_extra_bytes = device.peak_of(steps[row.implementation])
             except torch.OutOfMemoryError:
                 row.status = NO_ROOM
                 del steps[row.implementation]
+                continue
+            row.peak_bytes = _peak_bytes(group, implementation, row)
 
 
-def _fill(rows: Sequence[Row], times: dict[str, Times], emptied: bool) -> None:
+def _peak_bytes(group: Group, implementation: Implementation, row: Row) -> int:
+    """Of one implementation alone, which needs no state beside its own."""
+    peak = (row.model_bytes or 0) + (row.kept_bytes or 0) + (row.step_extra_bytes or 0)
+    if not implementation.torch_state:  # its state is among what it kept
+        peak -= row.params * len(group.rule.states) * group.storage.state.itemsize
+    return peak
+
+
+def _fill(
+    rows: Sequence[Row], times: dict[str, Times], emptied: bool, peak_bandwidth: float | None
+) -> None:
     """Put what was measured into the rows."""
     for row in rows:
-        if row.status == OK and not {COPY, row.implementation} <= times.keys():
+        if row.status == OK and not {*COPIES, row.implementation} <= times.keys():
             row.status = NO_ROOM
-    for row in rows:
-        if row.status != OK:
-            continue
-        copy_us = Summary.of(times[COPY].gpu).median
+    timed = [row for row in rows if row.status == OK]
+    for row in timed:
         series = times[row.implementation]
         row.repeats = len(series.gpu)
         row.gpu_us, row.gpu_us_p20, row.gpu_us_p80 = Summary.of(series.gpu)
@@ -147,10 +168,16 @@ def _fill(rows: Sequence[Row], times: dict[str, Times], emptied: bool) -> None:
         row.host_us, row.host_us_p20, row.host_us_p80 = Summary.of(series.host)
         row.gaps = sum(series.gaps) / len(series.gaps)
         row.gb_per_s = (row.step_bytes or 0) / row.gpu_us / 1e3
-        row.copy_gb_per_s = 2 * COPY_BYTES / copy_us / 1e3
-        row.l2 = "emptied" if emptied and row.implementation != COPY else "exceeded"
+        row.l2 = "emptied" if emptied and row.implementation not in COPIES else "exceeded"
+    gb_per_s = {row.implementation: row.gb_per_s or 0.0 for row in timed}
+    for row in timed:
+        rate = gb_per_s[row.implementation]
+        row.copy_gb_per_s, row.mixed_copy_gb_per_s = (gb_per_s[name] for name in COPIES)
+        row.peak_gb_per_s = peak_bandwidth and peak_bandwidth / 1e9
         if row.l2 == "exceeded":
-            row.percent_of_copy = 100 * row.gb_per_s / row.copy_gb_per_s
+            row.percent_of_copy = 100 * rate / row.copy_gb_per_s
+            row.percent_of_mixed_copy = 100 * rate / row.mixed_copy_gb_per_s
+            row.percent_of_peak = row.peak_gb_per_s and 100 * rate / row.peak_gb_per_s
 
 
 def count_launches(device: Device, done: Sequence[tuple[Group, list[Row]]], stop: float) -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn import Parameter
-from torch.optim import Optimizer
 
 import triton_optim
+from lab import packages
 
 OURS = "triton_optim"
-COPY = "copy"  # not an optimizer: what bandwidth is measured by
+# No optimizers: what bandwidth is measured by.
+COPY = "copy"
+MIXED_COPY = "mixed copy"  # with the reads and writes of the step beside it
+COPIES = (COPY, MIXED_COPY)
 
 Step = Callable[[], object]
 
@@ -76,8 +77,8 @@ class Implementation(NamedTuple):
 
     name: str
     package: str
-    build: Callable[[Rule, list[Parameter]], Optimizer]
-    refusal: Callable[[Rule, Storage], str | None]
+    build: packages.Build
+    refusal: packages.Refusal
     max_tensors: int | None = None
     compiled: bool = False
     torch_state: bool = True  # torch's state names, so that all of these share their state
@@ -102,27 +103,6 @@ def package_version(package: str) -> str | None:
         return None
 
 
-def _from(module: str, **extra: Any) -> Callable[[Rule, list[Parameter]], Optimizer]:
-    """Builds the class of torch's name and arguments that `module` has."""
-
-    def build(rule: Rule, params: list[Parameter]) -> Optimizer:
-        optimizer: Optimizer = getattr(import_module(module), rule.optimizer)(
-            params, **rule.kwargs, **extra
-        )
-        return optimizer
-
-    return build
-
-
-def _flash(rule: Rule, params: list[Parameter]) -> Optimizer:
-    # Its own 8-bit state and 24-bit weights are other storage; these two options leave them out.
-    module = import_module("flashoptim")
-    optimizer: Optimizer = module.FlashSGD(
-        params, **rule.kwargs, quantize=False, master_weight_bits=None
-    )
-    return optimizer
-
-
 def _anything(rule: Rule, storage: Storage) -> str | None:
     return None
 
@@ -144,57 +124,68 @@ def _torch_release() -> tuple[int, ...]:
     return tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
-def _bitsandbytes(rule: Rule, storage: Storage) -> str | None:
-    if rule.name == "sgd":
-        return "bitsandbytes refuses SGD without momentum"
-    if rule.name == "rmsprop-cm":
-        return "bitsandbytes refuses centered and ignores RMSprop's momentum"
-    return None if storage.state == torch.float32 else "bitsandbytes keeps float32 state"
-
-
-def _sgd_only(name: str) -> Callable[[Rule, Storage], str | None]:
-    def refusal(rule: Rule, storage: Storage) -> str | None:
-        if rule.optimizer != "SGD":
-            return f"{name} has no {rule.optimizer}"
-        same = storage.param == storage.state
-        return None if same else f"{name}'s state has its parameter's dtype"
-
-    return refusal
-
-
-# torch's compile time grows with the number of tensors; beyond this it would take the whole run.
+# Compile time grows with the number of tensors; beyond this it would take the whole run.
 MAX_COMPILED_TENSORS = 300
 
 IMPLEMENTATIONS = (
-    Implementation(OURS, OURS, _from(OURS, fused=True), _anything),
-    Implementation("torch for-loop", "torch", _from("torch.optim", foreach=False), _torch),
-    Implementation("torch foreach", "torch", _from("torch.optim", foreach=True), _torch),
+    Implementation(OURS, OURS, packages.from_module(OURS, fused=True), _anything),
     Implementation(
-        "torch fused", "torch", _from("torch.optim", fused=True), _torch_fused, step_on_gpu=True
+        "torch for-loop", "torch", packages.from_module("torch.optim", foreach=False), _torch
+    ),
+    Implementation(
+        "torch foreach", "torch", packages.from_module("torch.optim", foreach=True), _torch
+    ),
+    Implementation(
+        "torch fused",
+        "torch",
+        packages.from_module("torch.optim", fused=True),
+        _torch_fused,
+        step_on_gpu=True,
     ),
     Implementation(
         "torch compiled",
         "torch",
-        _from("torch.optim"),
+        packages.from_module("torch.optim"),
         _torch,
         max_tensors=MAX_COMPILED_TENSORS,
         compiled=True,
     ),
+    Implementation("apex", "apex", packages.from_module("apex.optimizers", "Fused"), packages.apex),
+    Implementation(
+        "TransformerEngine",
+        "transformer_engine",
+        packages.from_module("transformer_engine.pytorch.optimizers", "Fused"),
+        packages.transformer_engine,
+    ),
     Implementation(
         "bitsandbytes",
         "bitsandbytes",
-        _from("bitsandbytes.optim", optim_bits=32),
-        _bitsandbytes,
+        packages.from_module("bitsandbytes.optim", optim_bits=32),
+        packages.bitsandbytes,
         torch_state=False,
     ),
     Implementation(
         "optimi",
         "torch-optimi",
-        _from("optimi", triton=True, kahan_sum=False),
-        _sgd_only("optimi"),
+        packages.from_module("optimi", triton=True, kahan_sum=False),
+        packages.parameters_dtype("optimi", "SGD"),
         torch_state=False,
     ),
-    Implementation("FlashOptim", "flashoptim", _flash, _sgd_only("FlashOptim"), torch_state=False),
+    Implementation(
+        "FlashOptim",
+        "flashoptim",
+        packages.build_flash,
+        packages.parameters_dtype("FlashOptim", "SGD"),
+        torch_state=False,
+    ),
+    Implementation(
+        "HeavyBall",
+        "heavyball",
+        packages.build_heavyball,
+        packages.heavyball,
+        max_tensors=MAX_COMPILED_TENSORS,
+        torch_state=False,
+    ),
 )
 # torch's own that a user could choose instead: the best of these is what a goal compares with.
 TORCH_BEST = ("torch foreach", "torch fused", "torch compiled")

@@ -53,9 +53,14 @@ class Row:
     gb_per_s: float | None = None
     copy_gb_per_s: float | None = None
     percent_of_copy: float | None = None
+    mixed_copy_gb_per_s: float | None = None
+    percent_of_mixed_copy: float | None = None
+    peak_gb_per_s: float | None = None
+    percent_of_peak: float | None = None
     step_extra_bytes: int | None = None
     kept_bytes: int | None = None
     model_bytes: int | None = None
+    peak_bytes: int | None = None
     first_ms: float | None = None
     cold: bool = False
 

@@ -144,6 +144,19 @@ def moe() -> Layout:
     return Layout("moe", [*tensors, ("norm", (width,)), ("lm_head", (vocabulary, width))])
 
 
+def shard(layout: Layout, ranks: int, rank: int = 0) -> Layout:
+    """What FSDP2 leaves on one of so many ranks, of which rank 0 has no less than any other.
+
+    `fully_shard` cuts every parameter along its first dimension as `torch.chunk` does; ranks for
+    which no rows are left have an empty tensor.
+    """
+    tensors: Tensors = []
+    for name, (rows, *others) in layout.tensors:
+        chunk = -(-rows // ranks)
+        tensors.append((name, (min(chunk, max(0, rows - rank * chunk)), *others)))
+    return Layout(f"{layout.name}/{ranks}", tensors)
+
+
 def sweep() -> list[Layout]:
     """From 1 tensor of 64 elements to 8 billion parameters, and 1,000 small tensors.
 
@@ -151,9 +164,12 @@ def sweep() -> list[Layout]:
     """
     points = [(1, 1 << log) for log in (6, 10, 14, 18, 22, 25)]
     points += [(1000, 1024), (1, 100_000_000), (10, 100_000_000), (8, 1_000_000_000)]
-    return [
-        Layout(f"{n}x{_short(size)}", [(f"{i}", (size,)) for i in range(n)]) for n, size in points
-    ]
+    return [uniform(n, size) for n, size in points]
+
+
+def uniform(n: int, size: int) -> Layout:
+    """So many tensors of one size."""
+    return Layout(f"{n}x{_short(size)}", [(f"{i}", (size,)) for i in range(n)])
 
 
 def _short(size: int) -> str:
@@ -164,10 +180,13 @@ def _short(size: int) -> str:
 
 
 SMALL_TENSORS = "1000x1024"  # the point of the sweep with many small tensors
+SHARDS = (8, 16, 32, 64, 128)  # ranks
 SUITES: dict[str, Callable[[], list[Layout]]] = {
     "sweep": sweep,
     "gpt2": lambda: [gpt2()],
+    "many-tensors": lambda: [uniform(20_000, 1024)],
     "llama3-8b": lambda: [llama3_8b()],
+    "llama3-8b-shards": lambda: [shard(llama3_8b(), ranks) for ranks in SHARDS],
     "resnet50": lambda: [resnet50()],
     "dlrm": lambda: [dlrm()],
     "moe": lambda: [moe()],

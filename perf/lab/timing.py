@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from lab.device import Device
-from lab.implementations import COPY, Step
+from lab.implementations import COPIES, Step
 
 SAMPLE_US = 2000.0  # one sample is about this long, and at most MAX_STEPS steps
 MAX_STEPS = 10
@@ -62,7 +62,7 @@ def measure(
     Args:
         device: where they run.
         steps: by name. Each has run before.
-        empty_l2: whether to empty the L2 before every step, except for the copy.
+        empty_l2: whether to empty the L2 before every step, except for copies.
         repeats: how often, at the most.
         stop: the `time.monotonic()` after which no further repeat begins.
         renew: called before each sample, untimed.
@@ -82,7 +82,7 @@ def measure(
         names = list(times)
         first = repeat % len(names)
         for name in names[first:] + names[:first]:
-            empty = empty_l2 and name != COPY
+            empty = empty_l2 and name not in COPIES
             with _dropped_without_memory(times, name):
                 renew()
                 gpu, gaps = _gpu_sample(device, courses[name], empty)
