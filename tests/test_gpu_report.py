@@ -148,7 +148,10 @@ def test_a_part_that_runs_out_of_time_is_killed_with_what_it_started(
         f"file = open({str(lock)!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
         "print('locked'); time.sleep(600)"
     )
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {locks!r}])"
+    code = (
+        "import subprocess, sys, time; "
+        f"subprocess.Popen([sys.executable, '-c', {locks!r}]); time.sleep(600)"
+    )
     records = _report(tmp_path, _part("slow", code, 4 * SECONDS), _part("next", ""))
     assert (records["slow"]["outcome"], records["next"]["outcome"]) == (OUT_OF_TIME, OK)
     assert "```text\nlocked\n" in _page(tmp_path)

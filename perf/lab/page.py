@@ -19,7 +19,7 @@ from lab.against_torch import (
     microseconds,
     without_time,
 )
-from lab.parts import FAILED, OUT_OF_TIME, Record
+from lab.parts import FAILED, OK, OUT_OF_TIME, Record
 
 QUOTED = 25  # lines of what failed
 MET, MISSED = "  met ", "  MISSED "  # how report.py begins a line about a goal
@@ -131,8 +131,12 @@ def _cells(
 
 
 def _time(row: Row | None, column: str) -> str:
+    """Microseconds, or why there are none."""
     time = microseconds(row, column)
-    return f"{time:.1f}" if time is not None else row.get("status") or "" if row else ""
+    if time is not None:
+        return f"{time:.1f}"
+    status = row.get("status") if row is not None else None
+    return status if status and status != OK else ""
 
 
 def _goals(names: Iterable[str], raw: Path) -> Iterator[str]:

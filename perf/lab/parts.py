@@ -110,7 +110,8 @@ def run(part: Part, raw: Path, seconds: float) -> Record:
     missing = [need for need in part.needs if find_spec(need) is None and not shutil.which(need)]
     if missing:
         return Record(SKIPPED, f"{', '.join(missing)} not found", date=date)
-    values = {"minutes": f"{OWN_SHARE * seconds / 60:.2f}", "raw": str(raw.resolve())}
+    # From the root, so that what is printed names no place of this machine.
+    values = {"minutes": f"{OWN_SHARE * seconds / 60:.2f}", "raw": os.path.relpath(raw, ROOT)}
     arguments = [argument.format(**values) for argument in part.arguments]
     log = raw / f"{part.name}.log"
     begin = time.monotonic()
