@@ -83,10 +83,11 @@ def main() -> None:
             rows += measured
             for _, of_groups in groupby(measured, key=lambda row: row.groups):
                 _print([*of_groups])
+            if args.out:  # now, for something may end this run
+                _write(args.out.with_suffix(".csv"), rows)
         _print_launch(args.rules[0])
     _print_first_step(args.rules)
     if args.out:
-        _write(args.out.with_suffix(".csv"), rows)
         _plot(args.out.with_suffix(".png"), rows)
 
 

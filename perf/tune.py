@@ -172,6 +172,7 @@ def forced(config: Config) -> Iterator[None]:
 
 def write(path: Path, trials: Iterable[Trial], machine: Sequence[str]) -> None:
     """The trials as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         header = ["gpu", "driver", "torch", "triton", "storage", "layout", "rule", *Config._fields]
@@ -186,6 +187,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole run")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file")
     args = parser.parse_args()
     if args.repeats < 2:
         parser.error(f"--repeats {args.repeats}: a spread needs two at least")
@@ -212,7 +214,7 @@ def main() -> int:
         print(f"\n{storage.name}: time over that of {default}")
         for config, mean in ranked:
             print(f"{mean:8.3f}  {config}")
-    path = RESULTS / f"tune-{architecture}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.csv"
+    path = args.out / f"tune-{architecture}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.csv"
     write(path, trials, [device.name, device.driver(), torch.__version__, triton.__version__])
     print(f"\nwrote {path}; for TUNED in triton_optim/tuning.py:")
     print(f'    "{architecture}": Pair(wide={chosen["wide"]}, half={chosen["half"]}),')

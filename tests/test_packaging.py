@@ -37,6 +37,8 @@ def _python(code: str, *, cwd: Path, path: Path | None = None) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel that an sdist builds."""
+    for module in ("build", "hatchling"):
+        pytest.importorskip(module, reason=f"needs {module}")
     out = tmp_path_factory.mktemp("dist")
     source = tmp_path_factory.mktemp("source") / "checkout"
     ignored = shutil.ignore_patterns(".git", ".*cache", "dist", "build")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 from lab.device import Device
 from lab.dry_gpu import dry_gpu
 from lab.implementations import OURS
+from lab.machine import processor
 from lab.sparse_implementations import IMPLEMENTATIONS, TORCH_SPARSE, Implementation
 from lab.sparse_work import BATCHES, Candidate, Embeddings, Shape
 from lab.timing import Summary
@@ -65,14 +65,8 @@ class Host(Device):
 
 def machine() -> str:
     """The processor, and how many threads torch takes of it."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     threads = torch.get_num_threads()
-    return f"{models[0] if models else name}, {threads} thread{'s' * (threads > 1)}"
+    return f"{processor()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def dry_shape(tables: int) -> Shape:

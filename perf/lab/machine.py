@@ -1,0 +1,75 @@
+"""What machine this is, as `name: value` lines, the last of which identifies it. Needs a GPU.
+
+It imports nothing of triton_optim, so that it answers where that fails.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("triton", "numpy", "pytest", "hypothesis", "matplotlib", "tqdm", "expecttest", "build",
+            "hatchling", "pytest-xdist", "bitsandbytes", "torch-optimi", "flashoptim",
+            "fbgemm-gpu")  # fmt: skip
+NO_GPU = "torch sees no GPU here"
+NVIDIA_SMI = "name,driver_version,memory.total,clocks.max.sm,clocks.max.memory,power.limit"
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _printed(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip().replace("\n", "; ")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def main() -> int:
+    """Print the machine; 2 without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        print(NO_GPU)
+        return 2
+    gpu = torch.cuda.get_device_properties(0)
+    facts = {
+        "GPU": gpu.name,
+        "compute capability": f"{gpu.major}.{gpu.minor}",
+        "multiprocessors": gpu.multi_processor_count,
+        "memory": f"{gpu.total_memory / 2**30:.1f} GiB",
+        "L2": f"{gpu.L2_cache_size / 2**20:.1f} MiB",
+        "nvidia-smi": _printed("nvidia-smi", f"--query-gpu={NVIDIA_SMI}", "--format=csv"),
+        "CPU": f"{processor()}, {os.cpu_count()} cores",
+        "Python": platform.python_version(),
+        "torch": f"{torch.__version__}, built for CUDA {torch.version.cuda}",
+        **{package: _version(package) for package in PACKAGES},
+        "commit": _printed("git", "describe", "--always", "--dirty"),
+    }
+    for name, value in facts.items():
+        print(f"{name}: {value}")
+    print(f"machine: {gpu.name}, torch {torch.__version__}, Triton {facts['triton']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
