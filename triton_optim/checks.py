@@ -11,8 +11,16 @@ from torch import Tensor
 
 from . import runtime
 from .layout import is_dense, is_plain
-from .shards import device_types, is_dtensor, local, same_sharding, sharding_refusal, spec_of
-from .ways import PLAIN_TYPES, Group, State
+from .shards import (
+    PLAIN_TYPES,
+    device_types,
+    is_dtensor,
+    local,
+    same_sharding,
+    sharding_refusal,
+    spec_of,
+)
+from .ways import Group, State
 
 
 def describe(group: Group, index: int, position: int) -> str:

@@ -230,8 +230,10 @@ class GatedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: it is on the CPU.
         """
+        if not self._capturable(group):
+            return
         device = local(param).device
-        if self._capturable(group) and device.type not in runtime.CAPTURABLE_DEVICE_TYPES:
+        if device.type not in runtime.CAPTURABLE_DEVICE_TYPES:
             raise RuntimeError(
                 f"capturable=True, but {where} is on {device}: only what runs on a GPU can be "
                 "captured; move it there or leave `capturable` out"

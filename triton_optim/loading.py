@@ -22,8 +22,8 @@ from .checks import (
     describe,
 )
 from .gated import GatedOptimizer, Internals
-from .shards import local
-from .ways import PLAIN_TYPES, Group, State, is_traced, refusal
+from .shards import PLAIN_TYPES, local
+from .ways import Group, State, is_traced, refusal
 
 
 class StatefulOptimizer(GatedOptimizer):

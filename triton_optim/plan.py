@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from operator import is_not, itemgetter
 from typing import TYPE_CHECKING, NamedTuple
@@ -30,9 +32,9 @@ from .gate import Gate
 from .layout import Layout, LayoutGuard, strides_agree
 from .row_launch import address_of, kind_of
 from .rows import RowTable
-from .shards import bring_grad, is_dtensor, local, spread
+from .shards import PLAIN_TYPES, bring_grad, is_dtensor, local, spread
 from .table import Copies, Current, Found, Table, present_of
-from .ways import PLAIN_TYPES, Group, State, is_traced, moved, strays
+from .ways import Group, State, is_traced, moved, strays
 
 if TYPE_CHECKING:
     from .fused import FusedStep
@@ -46,6 +48,18 @@ class Stray(NamedTuple):
     param: Tensor
     state: State
     name: str
+
+
+@contextmanager
+def _gc_paused() -> Iterator[None]:
+    """Collect no garbage meanwhile: among many new objects that takes as long as making them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Plan:
@@ -65,6 +79,7 @@ class Plan:
             or `fused=True` asks for kernels where there are none.
     """
 
+    @_gc_paused()
     def __init__(self, optimizer: FusedStep, previous: Plan | None = None) -> None:
         self.uses_kernels = False
         self.gpus: set[torch.device] = set()
@@ -113,7 +128,8 @@ class Plan:
             else:
                 self._leave(optimizer, position, param, index, where, reason)
         check_apart(written)
-        self._leave_out_what_overlaps([*written, *written_later])
+        if written_later:
+            self._leave_out_what_overlaps([*written, *written_later])
         self._ids = [*map(id, params)] if self._rest else []
         if optimizer.max_grad_norm is not None:
             check_meshes(param for param in params if param.grad is not None)
@@ -359,6 +375,7 @@ class Plan:
             state[name] = moved(param, state[name])
         self._strays.clear()
 
+    @_gc_paused()
     def make_tables(self, optimizer: FusedStep) -> list[Found]:
         """Make the tables, and state where it is missing. Returns what `find` would."""
         on_device = optimizer._counts_on_device

@@ -8,9 +8,12 @@ from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
 
 # A mesh and one of its dims, for each dim over which a tensor's elements are spread.
 Spread = tuple[tuple[Any, int], ...]
+
+PLAIN_TYPES = (Tensor, Parameter)
 
 local_of = attrgetter("_local_tensor")
 spec_of = attrgetter("_spec")
@@ -18,6 +21,8 @@ spec_of = attrgetter("_spec")
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether it is a DTensor, of which there is none before torch's module is imported."""
+    if type(tensor) in PLAIN_TYPES:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and type(tensor) is module.DTensor
 

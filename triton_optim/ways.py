@@ -11,12 +11,10 @@ from torch import Tensor
 from . import runtime, tuning
 from .layout import is_dense, same_order
 from .row_launch import MAX_COUNT, few_enough, rows_and_width
-from .shards import is_dtensor, local, sharding_refusal
+from .shards import PLAIN_TYPES, is_dtensor, local, sharding_refusal
 
 Group = dict[str, Any]
 State = dict[str, Any]
-
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 # There a barrier of a program does not order what its waves store, and a row's gradients that are
 # summed by several programs need that order.

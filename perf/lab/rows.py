@@ -78,6 +78,7 @@ class Table:
     """A CSV file that grows row by row."""
 
     def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.rows: list[Row] = []
 
@@ -85,7 +86,6 @@ class Table:
         """Append rows; they are on the disk when this returns."""
         self.rows += rows
         new = not self.path.exists()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", newline="") as file:
             write(file, COLUMNS, rows, header=new)
 
