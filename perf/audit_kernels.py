@@ -35,8 +35,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import triton_optim
-from triton_optim import runtime, tuning
 from triton_optim.kernels import multi_tensor
+from triton_optim.launch import backend, tuning
 
 WORKERS = 2
 BATCH = 12  # kernels that are disassembled together
@@ -123,8 +123,8 @@ def _compile(architecture: str, step: Step) -> Any:
     """The kernel that `UpdateLaunch` would have compiled."""
     kernel = multi_tensor.multi_tensor_kernel
     config = tuning.config(architecture, half=step.variant.half)
-    constants = runtime.constants(step.rule, step.variant, config, step.n_hypers)
-    constants |= dict.fromkeys(runtime.unused_pointers(step.variant))
+    constants = backend.constants(step.rule, step.variant, config, step.n_hypers)
+    constants |= dict.fromkeys(backend.unused_pointers(step.variant))
     types = {name: ARGUMENTS[name] for name in kernel.arg_names if name not in constants}
     place = {name: (i,) for i, name in enumerate(kernel.arg_names)}
     source = ASTSource(
@@ -140,7 +140,7 @@ def _compile(architecture: str, step: Step) -> Any:
         target = GPUTarget("hip", architecture, warp_size)
     else:
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), warp_size)
-    options = runtime.options(step.variant, config, architecture)
+    options = backend.options(step.variant, config, architecture)
     return triton.compile(source, target=target, options=options)
 
 
@@ -150,7 +150,7 @@ def _row(
     gpu, variant = GPUS[architecture], step.variant
     config = tuning.config(architecture, half=variant.half)
     elements = config.chunk // (config.num_warps * gpu.warp_size)  # a thread
-    sizes = runtime.ITEM_SIZES
+    sizes = backend.ITEM_SIZES
     written = sizes[variant.param_dtype] + variant.n_states * sizes[variant.state_dtype]
     written += sizes[variant.grad_dtype] if "UNSCALE" in variant.gate else 0
     try:
@@ -163,7 +163,7 @@ def _row(
     return Row(
         architecture,
         step.name,
-        runtime.ALIGNMENT if variant.aligned else min(sizes[dtype] for dtype in step.storage),
+        backend.ALIGNMENT if variant.aligned else min(sizes[dtype] for dtype in step.storage),
         registers=usage.registers,
         spills=usage.spills,
         shared=shared,

@@ -44,7 +44,7 @@ from lab.row_report import (
 )
 from lab.row_traffic import Step
 
-from triton_optim import row_launch
+from triton_optim.launch import row_launcher
 
 WORKERS = 2
 BATCH = 12  # kernels that are disassembled together
@@ -131,7 +131,7 @@ def _row(
 ) -> Row:
     gpu, variant, shared = GPUS[architecture], kernel.variant, binary.metadata.shared
     if variant is None:
-        block_rows, warps, multiple = row_launch.KEYS_BLOCK, KEYS_WARPS, 1
+        block_rows, warps, multiple = row_launcher.KEYS_BLOCK, KEYS_WARPS, 1
         shape, loop = str(block_rows), Loop(0, 0)
     else:
         block_rows, warps = config(architecture, variant)

@@ -4,8 +4,8 @@
 
 Every config is checked against torch's for-loop in float64, then all are timed in turn on large and
 on small tensors. Prints them by their time over the default's, writes a CSV file to perf/results,
-and ends with the line for triton_optim/tuning.py. Nothing is tuned while training: each trial of an
-in-place kernel would be a step.
+and ends with the line for triton_optim/launch/tuning.py. Nothing is tuned while training: each
+trial of an in-place kernel would be a step.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from lab.suites import Layout
 from lab.timing import Summary, measure
 from lab.workload import Workload, tolerance
 
-from triton_optim import runtime, tuning
-from triton_optim.tuning import Config
+from triton_optim.launch import backend, tuning
+from triton_optim.launch.tuning import Config
 
 RESULTS = Path(__file__).parent / "results"
 LAYOUTS = (
@@ -166,7 +166,7 @@ class Tuner:
 @contextmanager
 def forced(config: Config) -> Iterator[None]:
     """Launches that are made meanwhile are cut up so."""
-    with patch.object(runtime, "config", lambda *_: config):
+    with patch.object(backend, "config", lambda *_: config):
         yield
 
 
@@ -198,7 +198,7 @@ def main() -> int:
 
     device = Device()
     here = torch.device("cuda", 0)
-    architecture = runtime.architecture(here)
+    architecture = backend.architecture(here)
     lanes = torch.cuda.get_device_properties(here).warp_size
     begin, chosen, trials = time.monotonic(), {}, []
     for i, (kind, storage) in enumerate((("wide", STORAGES[0]), ("half", STORAGES[1]))):
@@ -216,7 +216,7 @@ def main() -> int:
             print(f"{mean:8.3f}  {config}")
     path = args.out / f"tune-{architecture}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.csv"
     write(path, trials, [device.name, device.driver(), torch.__version__, triton.__version__])
-    print(f"\nwrote {path}; for TUNED in triton_optim/tuning.py:")
+    print(f"\nwrote {path}; for TUNED in triton_optim/launch/tuning.py:")
     print(f'    "{architecture}": Pair(wide={chosen["wide"]}, half={chosen["half"]}),')
     return 0
 

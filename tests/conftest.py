@@ -16,9 +16,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import fences
 
-from triton_optim import row_launch, runtime, tuning
-from triton_optim.launch import Launch, UpdateLaunch
-from triton_optim.table import Table
+from triton_optim.launch import backend, row_launcher, tuning
+from triton_optim.launch.launcher import Launch, UpdateLaunch
+from triton_optim.step.launch_group import Table
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -27,7 +27,7 @@ def pytest_xdist_auto_num_workers() -> int | None:
     return 0 if torch.cuda.is_available() else None
 
 
-if not runtime.COMPILED:
+if not backend.COMPILED:
     from interpreter import patch_once_a_launch
 
     patch_once_a_launch()
@@ -43,8 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks a tensor without large tensors: see cases.BLOCK."""
-    monkeypatch.setattr(runtime, "INTERPRETED_BLOCK_SIZES", (64,))
-    monkeypatch.setattr(row_launch, "INTERPRETED_ELEMENTS", 64)
+    monkeypatch.setattr(backend, "INTERPRETED_BLOCK_SIZES", (64,))
+    monkeypatch.setattr(row_launcher, "INTERPRETED_ELEMENTS", 64)
     monkeypatch.setattr(tuning, "PROGRAMS", 4)
     monkeypatch.setattr(tuning, "MAX_ROW_BLOCKS", 2)
 
@@ -75,7 +75,7 @@ def _fences(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _sanitizer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every interpreted load and store is within bounds: see sanitizer.py."""
-    if runtime.COMPILED:
+    if backend.COMPILED:
         yield
         return
     from lab.traffic import watched
@@ -93,9 +93,9 @@ def _sanitizer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[runtime.Variant]:
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[backend.Variant]:
     """The variant of every update launch of the test, in order."""
-    seen: list[runtime.Variant] = []
+    seen: list[backend.Variant] = []
     run = Launch.run
 
     def recorded(launch: Launch, **changed: torch.Tensor) -> None:

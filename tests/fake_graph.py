@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from triton_optim import layout, runtime
-from triton_optim.launch import Launch
+from triton_optim.launch import backend
+from triton_optim.launch.launcher import Launch
+from triton_optim.tensors import layout
 
 
 class FakeGraph:
@@ -90,9 +91,9 @@ def fake_cuda(patch: pytest.MonkeyPatch) -> Iterator[None]:
 
     # torch's guard compares the dispatch mode too, which is how this graph records.
     patch.setattr(layout, "TensorGuards", None)
-    patch.setattr(runtime, "CAPTURABLE_DEVICE_TYPES", frozenset({"cpu"}))
+    patch.setattr(backend, "CAPTURABLE_DEVICE_TYPES", frozenset({"cpu"}))
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
-    patch.setattr(runtime, "captures_pinned_memory", lambda: True)
+    patch.setattr(backend, "captures_pinned_memory", lambda: True)
     patch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     patch.setattr(torch.cuda, "graph", graph)
     patch.setattr(Launch, "run", record)

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from worlds import World
 
 from triton_optim.kernels.chunks import PARAM
-from triton_optim.launch import UpdateLaunch, recorded
+from triton_optim.launch.launcher import UpdateLaunch, recorded
 
 ROWS = 4  # of a batch, shared out evenly among 1, 2 or 4 processes
 POSITIONS = 5  # of a sequence

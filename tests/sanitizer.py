@@ -11,15 +11,15 @@ import torch
 from lab.traffic import Access
 from torch import Tensor
 
-from triton_optim import runtime
-from triton_optim.gate import Gate
 from triton_optim.kernels.chunks import NUMEL, PARAM
 from triton_optim.kernels.keys import COUNT, GRAD_COLUMNS, IDS, ROW_STATE, ROWS, VALUES, WIDTH
 from triton_optim.kernels.keys import PARAM as ROW_PARAM
-from triton_optim.launch import Launch, UpdateLaunch
-from triton_optim.row_launch import KeysLaunch, RowLaunch
-from triton_optim.rows import RowTable
-from triton_optim.table import Copies, Found, Table
+from triton_optim.launch import backend
+from triton_optim.launch.launcher import Launch, UpdateLaunch
+from triton_optim.launch.row_launcher import KeysLaunch, RowLaunch
+from triton_optim.step.conditions import Gate
+from triton_optim.step.launch_group import Copies, Found, Table
+from triton_optim.step.row_wise import RowTable
 
 Span = tuple[int, int]  # first byte, and the one after the last
 
@@ -43,7 +43,7 @@ class Sanitizer:
         self, update: Callable[..., None], table: Table, found: Found, copies: Copies, gate: Gate
     ) -> None:
         """`Table.update`, watched; under capture nothing runs."""
-        if runtime.is_capturing(table.device):
+        if backend.is_capturing(table.device):
             update(table, found, copies, gate)
             return
         replaced = dict(copies)
@@ -114,8 +114,8 @@ def touched(table: RowTable, found: Found) -> list[Span]:
     """The rows of parameters and state that a step must write, found without the kernels."""
     spans = []
     for variant, tensors in table._cuts:
-        sizes = [runtime.ITEM_SIZES[variant.param_dtype]]
-        sizes += variant.n_states * [runtime.ITEM_SIZES[variant.state_dtype]]
+        sizes = [backend.ITEM_SIZES[variant.param_dtype]]
+        sizes += variant.n_states * [backend.ITEM_SIZES[variant.state_dtype]]
         for i in tensors:
             if not found.present[i]:
                 continue
@@ -159,7 +159,7 @@ def _check_alignment(launch: UpdateLaunch) -> None:
     if launch.variant.aligned:
         tensors = launch.owners.unique()
         promised = torch.cat([tables.rows[tensors, PARAM.value :].flatten(), tables.grads[tensors]])
-        assert not bool((promised % runtime.ALIGNMENT).any()), "not aligned"
+        assert not bool((promised % backend.ALIGNMENT).any()), "not aligned"
 
 
 def _ids(launch: KeysLaunch) -> list[Span]:
@@ -179,7 +179,7 @@ def _check_row_alignment(launch: RowLaunch) -> None:
         )
         addresses = [*tensors[:, ROW_PARAM.value : ROW_STATE.value].flatten().tolist()]
         addresses += grads[first:, VALUES.value].tolist()
-        assert not any(address % runtime.ALIGNMENT for address in addresses), "not aligned"
+        assert not any(address % backend.ALIGNMENT for address in addresses), "not aligned"
         assert not bool((tensors[:, WIDTH.value] % launch.variant.multiple).any()), "not aligned"
 
 

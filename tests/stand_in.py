@@ -29,7 +29,7 @@ def _on_clockwork(module: Any) -> None:
     from lab import group, implementations
     from lab.suites import Layout
 
-    from triton_optim import runtime
+    from triton_optim.launch import backend
 
     tiny = Layout("tiny", [("weight", (12, 15))])
     module.Device = Clockwork
@@ -38,7 +38,7 @@ def _on_clockwork(module: Any) -> None:
     module.SUITES = {"sweep": lambda: [tiny], "gpt2": lambda: [tiny]}
     vars(group)["IMPLEMENTATIONS"] = implementations.IMPLEMENTATIONS[:3]
     if not HAS_GPU:
-        vars(runtime)["architecture"] = lambda _: "sm_90"
+        vars(backend)["architecture"] = lambda _: "sm_90"
 
 
 def _few_configs(module: Any) -> None:

@@ -115,8 +115,8 @@ sys.path[:0] = sys.argv[1:]
 from audit_kernels import examine
 from lab.interpreted import Step
 from lab.kernel_report import findings
-from triton_optim import runtime
-variant = runtime.Variant(frozenset(), 1, "float32", "float32", "float32", True, False)
+from triton_optim.launch import backend
+variant = backend.Variant(frozenset(), 1, "float32", "float32", "float32", True, False)
 for row in examine("sm_90", [Step("adagrad_rule", variant, 4, 20.08, 1)]):
     print(*findings(row))
 """
@@ -128,7 +128,7 @@ for row in examine("sm_90", [Step("adagrad_rule", variant, 4, 20.08, 1)]):
         ("kernels/multi_tensor.py", "MASKED=False", "MASKED=True", "32 bits on its main path"),
         ("kernels/multi_tensor.py", "if remaining >=", "if -1 >=", "without a mask"),
         ("kernels/chunks.py", "if ALIGNED:", "if False:", "32 bits on its main path"),
-        ("triton_optim/runtime.py", '{"num_warps"', '{"maxnreg": 32, "num_warps"', "spills"),
+        ("triton_optim/launch/backend.py", '{"num_warps"', '{"maxnreg": 32, "num_warps"', "spills"),
         (
             "kernels/rules.py",
             "    sum = state[0] + grad * grad",

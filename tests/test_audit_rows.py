@@ -103,7 +103,7 @@ print(*step_findings(measure("sm_90", "Adagrad", {}, torch.float32, 64, "hot")))
         ),
         (
             EXAMINE,
-            "triton_optim/row_launch.py",
+            "triton_optim/launch/row_launcher.py",
             "FOUR_PROGRAMS_REGISTERS = 128",
             "FOUR_PROGRAMS_REGISTERS = 64",
             "spills",

@@ -14,7 +14,8 @@ from torch.nn import Parameter
 from torch.optim.lr_scheduler import ExponentialLR
 
 import triton_optim
-from triton_optim import GraphedStep, runtime
+from triton_optim import GraphedStep
+from triton_optim.launch import backend
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="pretends a GPU where there is none")
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
@@ -178,10 +179,10 @@ def test_a_torch_that_pins_no_memory_under_capture(monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     for version, captures in (("2.10.0+cu128", False), ("2.11.0", True), ("2.13.1+cpu", True)):
         monkeypatch.setattr(torch, "__version__", version)
-        assert runtime.captures_pinned_memory() == captures
+        assert backend.captures_pinned_memory() == captures
     monkeypatch.undo()
     with fake_cuda(monkeypatch):
-        monkeypatch.setattr(runtime, "captures_pinned_memory", lambda: False)
+        monkeypatch.setattr(backend, "captures_pinned_memory", lambda: False)
         optimizer = triton_optim.SGD([new_param(5)], lr=torch.tensor(0.1), capturable=True)
         optimizer.step()
         with pytest.raises(RuntimeError, match=r"use 2\.11 or newer"):
@@ -202,7 +203,7 @@ def test_captures_of_other_gpus(
     optimizer.step()
     assert optimizer._internals.plan is not None
     optimizer._internals.plan.gpus = {*map(torch.device, gpus)}
-    monkeypatch.setattr(runtime, "is_capturing", lambda _: False)
+    monkeypatch.setattr(backend, "is_capturing", lambda _: False)
     with refused(message, optimizer, [param]), torch.cuda.graph(FakeGraph()):  # type: ignore[arg-type]
         optimizer.step()
 

@@ -23,8 +23,9 @@ from cases import (
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_ as torchs
 
-from triton_optim import clip_grad_norm_, norm
-from triton_optim.launch import recorded
+from triton_optim import clip_grad_norm_
+from triton_optim.launch.launcher import recorded
+from triton_optim.step import grad_norm
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
 # Gradients that lie dense in memory; torch's function is what clips the others.
@@ -56,7 +57,7 @@ def test_two_launches() -> None:
 
 def test_large_gradients_have_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their chunks are longer: the last program adds a sum of each."""
-    monkeypatch.setattr(norm, "MAX_PROGRAMS", 3)
+    monkeypatch.setattr(grad_norm, "MAX_PROGRAMS", 3)
     ours = [new_param(*shape) for shape in ((40 * BLOCK + 7,), (5,), (BLOCK, 9))]
     theirs = copies_of(ours)
     with recorded() as launches:

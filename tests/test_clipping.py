@@ -26,7 +26,7 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_ as torchs
 
 import triton_optim
-from triton_optim.launch import recorded
+from triton_optim.launch.launcher import recorded
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
@@ -61,7 +61,7 @@ def test_the_order_of_programs_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -
 
 def _planned(optimizer: Any) -> Any:
     """The optimizer's plan, its tables sent."""
-    from triton_optim.plan import Plan
+    from triton_optim.step.plan import Plan
 
     plan = Plan(optimizer)
     plan.prepare(plan.make_tables(optimizer), optimizer._gate())
@@ -119,13 +119,13 @@ def test_clipping_costs_one_read_of_the_gradients(
 ) -> None:
     from lab.traffic import Traffic, watched
 
-    from triton_optim import runtime, tuning
+    from triton_optim.launch import backend, tuning
 
     monkeypatch.setattr(
-        runtime, "config", lambda variant, *_: tuning.config("sm_90", half=variant.half)
+        backend, "config", lambda variant, *_: tuning.config("sm_90", half=variant.half)
     )
     gpus = tuning.Config(1024, 4, blocks=16)
-    monkeypatch.setattr(runtime, "grad_config", lambda *_: gpus)
+    monkeypatch.setattr(backend, "grad_config", lambda *_: gpus)
     numel = 100_000
     param = Parameter(torch.randn(numel).to(dtype))
     param.grad = torch.randn_like(param)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR
 
 import triton_optim
-from triton_optim.launch import recorded
+from triton_optim.launch.launcher import recorded
 
 pytestmark = [  # of torch: it hides the first itself, but not from an error
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),

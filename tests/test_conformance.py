@@ -25,7 +25,7 @@ from pair import Pair
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from triton_optim import runtime
+from triton_optim.launch import backend
 
 DTYPES = (*cases.DTYPES, torch.complex128)
 SPECS = tuple(spec for spec in cases.SPECS if spec.name in ("0-dim", "empty", "2d"))
@@ -34,7 +34,7 @@ SPECS = tuple(spec for spec in cases.SPECS if spec.name in ("0-dim", "empty", "2
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_config
 def test_the_default_way_and_fused(
-    case: Config, dtype: torch.dtype, launches: list[runtime.Variant]
+    case: Config, dtype: torch.dtype, launches: list[backend.Variant]
 ) -> None:
     """Side by side for seven steps; no gradient at the third.
 
@@ -152,7 +152,7 @@ def test_weight_decay_as_a_tensor() -> None:
 
 @pytest.mark.parametrize(("case", "constructors"), list(scheduled()))
 def test_schedulers_and_groups(
-    case: Config, constructors: Sequence[Any], launches: list[runtime.Variant]
+    case: Config, constructors: Sequence[Any], launches: list[backend.Variant]
 ) -> None:
     """As torch's, and in the right direction."""
     problems = LeastSquares(), LeastSquares()
@@ -170,7 +170,7 @@ def test_schedulers_and_groups(
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 @every_config
 def test_complex_is_real_and_imaginary(
-    case: Config, dtype: torch.dtype, launches: list[runtime.Variant]
+    case: Config, dtype: torch.dtype, launches: list[backend.Variant]
 ) -> None:
     """To the bit, in one launch: as one real tensor, and as two."""
     whole = Parameter(torch.randn(BLOCK // 2 + 1, dtype=dtype, device=DEVICE))

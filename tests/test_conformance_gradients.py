@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from triton_optim import runtime
+from triton_optim.launch import backend
 
 SPECS = tuple(spec for spec in cases.SPECS if spec.name in ("0-dim", "block+1", "2d"))
 
@@ -117,7 +117,7 @@ def test_zero_gradients(case: Config) -> None:
 
 
 @every_config
-def test_no_gradients(case: Config, launches: list[runtime.Variant]) -> None:
+def test_no_gradients(case: Config, launches: list[backend.Variant]) -> None:
     """Neither before a first step nor after it."""
     both = Pair(case)
     for steps in (0, 2):
@@ -130,7 +130,7 @@ def test_no_gradients(case: Config, launches: list[runtime.Variant]) -> None:
 
 
 @every_config
-def test_parameters_without_elements(case: Config, launches: list[runtime.Variant]) -> None:
+def test_parameters_without_elements(case: Config, launches: list[backend.Variant]) -> None:
     specs = [spec for spec in cases.SPECS if spec.name.startswith("empty")]
     states = []
     for make in (case.ours, case.theirs):

@@ -25,7 +25,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 
-from triton_optim import runtime
+from triton_optim.launch import backend
 
 
 def _names(named: bool, params: list[Parameter]) -> list[Any]:
@@ -69,7 +69,7 @@ def test_saved_and_loaded_with_weights_only(case: Config) -> None:
 
 
 @every_config
-def test_older_state_dict(case: Config, launches: list[runtime.Variant]) -> None:
+def test_older_state_dict(case: Config, launches: list[backend.Variant]) -> None:
     """Without the flags that came later, and with steps that are Python numbers."""
     newer = {flag for info in INFOS for flag in info.not_og_supported_flags}
     both = Pair(case)
@@ -181,7 +181,7 @@ def test_a_checkpoint_crosses_devices(case: Config, fused: bool | None) -> None:
     [case for info in INFOS for case in configs(info, "cuda") if "capturable" in case.kwargs],
     ids=lambda case: case.name,
 )
-def test_capturable(case: Config, launches: list[runtime.Variant]) -> None:
+def test_capturable(case: Config, launches: list[backend.Variant]) -> None:
     """Through the kernels, with steps counted on the GPU, as torch's."""
     pair = Pair(case)
     pair.step(3)

@@ -18,7 +18,7 @@ from tables import Tables
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim import runtime
+from triton_optim.launch import backend
 
 pytestmark = pytest.mark.gpu
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
@@ -226,4 +226,4 @@ def test_compute_sanitizer(tool: str) -> None:
 
 
 def test_kernels_run_compiled() -> None:
-    assert runtime.COMPILED
+    assert backend.COMPILED

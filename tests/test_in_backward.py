@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from twins import MOMENTUM, Net, Twins
 
 import triton_optim
-from triton_optim import runtime, step_in_backward
-from triton_optim.buckets import cut
-from triton_optim.launch import recorded
+from triton_optim import step_in_backward
+from triton_optim.launch import backend
+from triton_optim.launch.launcher import recorded
+from triton_optim.training.grad_buckets import cut
 
 
 @every_state
@@ -84,7 +85,7 @@ def test_live_gradients_are_bounded() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("head", [True, False])
-def test_checkpoints(reentrant: bool, head: bool, launches: list[runtime.Variant]) -> None:
+def test_checkpoints(reentrant: bool, head: bool, launches: list[backend.Variant]) -> None:
     """Passes of reentrant checkpoints, inside the model's, end without stepping half a bucket."""
     twins = Twins(MOMENTUM, bucket_bytes=1 << 20)
     twins.step(reentrant=reentrant, head=head)

@@ -19,8 +19,8 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader
 
 import triton_optim
-from triton_optim import runtime
-from triton_optim.launch import recorded
+from triton_optim.launch import backend
+from triton_optim.launch.launcher import recorded
 
 pytestmark = [
     pytest.mark.integration,
@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
 ]
 
-BLOCK_SIZES = runtime.INTERPRETED_BLOCK_SIZES
+BLOCK_SIZES = backend.INTERPRETED_BLOCK_SIZES
 
 rules = pytest.mark.parametrize(
     "case",
@@ -43,7 +43,7 @@ rules = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def _large_blocks(_small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs: these tests are not about blocks."""
-    monkeypatch.setattr(runtime, "INTERPRETED_BLOCK_SIZES", BLOCK_SIZES)
+    monkeypatch.setattr(backend, "INTERPRETED_BLOCK_SIZES", BLOCK_SIZES)
 
 
 def _compare(case: Case, run: Callable[[Make], Outcome]) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim.launch import Launch
+from triton_optim.launch.launcher import Launch
 
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
 # A signal is not noticed between the start of a `finally` and the end of its first call.

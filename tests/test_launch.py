@@ -16,9 +16,9 @@ import torch
 from cases import CASES, DEVICE, Case, Tensors, assert_same_bits
 from dry_scenarios import SCENARIOS
 
-from triton_optim import runtime
-from triton_optim.launch import checked_grid
-from triton_optim.tuning import Config
+from triton_optim.launch import backend
+from triton_optim.launch.launcher import checked_grid
+from triton_optim.launch.tuning import Config
 
 
 @cache
@@ -51,7 +51,7 @@ def test_the_cut_of_a_launch_changes_no_bit(
 ) -> None:
     expected, cut = Tensors(torch.bfloat16), Tensors(torch.bfloat16)
     expected.train(case.ours(expected.params), 2)
-    monkeypatch.setattr(runtime, "config", lambda *_: config)
+    monkeypatch.setattr(backend, "config", lambda *_: config)
     cut.train(case.ours(cut.params), 2)
     for p, q in zip(cut.params, expected.params, strict=True):
         assert_same_bits(p, q)
@@ -64,7 +64,7 @@ def test_the_cut_of_a_launch_changes_no_bit(
 def test_an_interpreter_that_would_fail(of_triton: str, of_numpy: str, warns: bool) -> None:
     context: Any = pytest.warns(UserWarning, match="numpy<2") if warns else nullcontext()
     with context:
-        runtime.check_interpreter(of_triton, of_numpy)
+        backend.check_interpreter(of_triton, of_numpy)
 
 
 def test_more_programs_than_a_launch_has() -> None:

@@ -15,7 +15,7 @@ from tables import Tables, sparse, worst
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim.launch import recorded
+from triton_optim.launch.launcher import recorded
 
 centered_or_not = pytest.mark.parametrize("centered", [False, True], ids=["plain", "centered"])
 

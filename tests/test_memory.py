@@ -12,9 +12,9 @@ from fences import Fence, fenced, fences
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim import cuts, runtime
-from triton_optim.launch import Launch, UpdateLaunch
-from triton_optim.tuning import Config
+from triton_optim.launch import backend, chunking
+from triton_optim.launch.launcher import Launch, UpdateLaunch
+from triton_optim.launch.tuning import Config
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="watches Triton's interpreter")
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
@@ -54,13 +54,13 @@ def test_a_broken_fence_is_seen() -> None:
 
 def _step(monkeypatch: pytest.MonkeyPatch, programs: int, longer: int = 0) -> None:
     """A step over BLOCK + 1 elements with so many programs and so many more elements pretended."""
-    row = runtime.row
+    row = backend.row
     owners = torch.zeros(programs, dtype=torch.int32)
     param = Parameter(torch.zeros(BLOCK + 1))
     param.grad = torch.ones_like(param)
     with monkeypatch.context() as patch:
-        patch.setattr(cuts, "owners", lambda *_: owners)
-        patch.setattr(runtime, "row", lambda n, *args: row(n + longer, *args))
+        patch.setattr(chunking, "owners", lambda *_: owners)
+        patch.setattr(backend, "row", lambda n, *args: row(n + longer, *args))
         triton_optim.SGD([param]).step()
 
 
@@ -88,10 +88,10 @@ def test_beyond_two_to_the_31_elements(dtype: torch.dtype) -> None:
     memory = [torch.randn(real).to(dtype) for _ in range(3)]
     expected = [m.clone() for m in memory]
     addresses = [m.data_ptr() - first * BLOCK * dtype.itemsize for m in memory]
-    name = runtime.STORAGE_DTYPES[dtype]
-    variant = runtime.Variant(frozenset(), 1, name, name, name, aligned=True, reads_step=False)
-    tables = runtime.Tables(
-        rows=torch.tensor(runtime.row(numel, 0, -first, [addresses[0], addresses[2]])),
+    name = backend.STORAGE_DTYPES[dtype]
+    variant = backend.Variant(frozenset(), 1, name, name, name, aligned=True, reads_step=False)
+    tables = backend.Tables(
+        rows=torch.tensor(backend.row(numel, 0, -first, [addresses[0], addresses[2]])),
         grads=torch.tensor([addresses[1]]),
         hypers=torch.tensor([[0.1, 0.0, 1e-10, 0.0]], dtype=torch.float64),
         steps=None,

@@ -16,7 +16,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim import shards
+from triton_optim.tensors import sharding
 
 
 @pytest.fixture
@@ -44,5 +44,5 @@ def _on(device_type: str) -> Parameter:
 def test_a_norm_over_meshes_of_mixed_devices() -> None:
     params = [_on("cpu"), _on("meta")]
     optimizer = triton_optim.SGD(params, max_grad_norm=1.0)
-    with refused("meshes of cpu and meta devices", optimizer, [*map(shards.local, params)]):
+    with refused("meshes of cpu and meta devices", optimizer, [*map(sharding.local, params)]):
         optimizer.step()

@@ -16,8 +16,9 @@ from torch.nn import Parameter
 from torch.profiler import ProfilerActivity, profile
 
 import triton_optim
-from triton_optim import plan, runtime
-from triton_optim.launch import recorded
+from triton_optim.launch import backend
+from triton_optim.launch.launcher import recorded
+from triton_optim.step import plan
 
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
@@ -309,7 +310,7 @@ def test_host_work_is_that_of_a_steady_step() -> None:
             optimizer.step()
         counts.append(sum(event.count for event in profiled.key_averages()))
     assert counts[1] <= counts[0] + 5
-    assert runtime.DEVICE_TYPE == DEVICE
+    assert backend.DEVICE_TYPE == DEVICE
 
 
 def _none(state: dict[str, Any], name: str) -> None:

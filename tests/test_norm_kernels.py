@@ -40,10 +40,10 @@ def _compile(architecture: str, kernel: Any, dtype: str, **constants: Any) -> An
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from triton_optim import runtime, tuning
+    from triton_optim.launch import backend, tuning
 
     config = tuning.grad_config(architecture, half=dtype.endswith("16"))
-    constants |= {"DTYPE": runtime.triton_dtype(dtype), "BLOCK_SIZE": config.block_size}
+    constants |= {"DTYPE": backend.triton_dtype(dtype), "BLOCK_SIZE": config.block_size}
     names = kernel.arg_names
     place = {name: (i,) for i, name in enumerate(names)}
     source = ASTSource(

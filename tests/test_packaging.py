@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 
 STEP = """
 import torch, triton_optim
-from triton_optim import runtime
-assert runtime.DEVICE_TYPE == "cpu", runtime.DEVICE_TYPE
+from triton_optim.launch import backend
+assert backend.DEVICE_TYPE == "cpu", backend.DEVICE_TYPE
 param = torch.nn.Parameter(torch.ones(5))
 param.grad = torch.ones(5)
 triton_optim.SGD([param], lr=0.5, fused=True).step()

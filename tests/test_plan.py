@@ -10,10 +10,12 @@ from torch.nn import Parameter
 from torch.profiler import ProfilerActivity, profile
 
 import triton_optim
-from triton_optim import columns, layout, plan, runtime, tuning
-from triton_optim.buffer import Buffer
-from triton_optim.dense import DenseTable
 from triton_optim.kernels.chunks import FIRST
+from triton_optim.launch import backend, pointer_tables, tuning
+from triton_optim.launch.device_buffer import Buffer
+from triton_optim.step import plan
+from triton_optim.step.dense import DenseTable
+from triton_optim.tensors import layout
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
@@ -32,7 +34,7 @@ def _params(n: int, *shape: int, dtype: torch.dtype = torch.float32) -> list[Par
     ids=lambda value: getattr(value, "name", value),
 )
 def test_one_launch_for_many_tensors_in_six_groups(
-    case: Case, n: int, launches: list[runtime.Variant]
+    case: Case, n: int, launches: list[backend.Variant]
 ) -> None:
     params, twins = _params(n, 2, 3), _params(n, 2, 3)
     for param, twin in zip(params, twins, strict=True):
@@ -76,7 +78,7 @@ def test_bytes_are_within_one_percent_of_the_floor(
     from lab.traffic import Traffic, watched
 
     monkeypatch.setattr(
-        runtime, "config", lambda variant, *_: tuning.config("sm_90", half=variant.half)
+        backend, "config", lambda variant, *_: tuning.config("sm_90", half=variant.half)
     )
     n = 20 if case.name == "sgd" and dtype == torch.bfloat16 else 1
     optimizer = case.ours(_params(n, 100_000, dtype=dtype), fused=True)
@@ -93,13 +95,13 @@ def test_bytes_are_within_one_percent_of_the_floor(
 def test_nothing_is_sent_when_nothing_changed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """One copy a step where gradients are new, and none where they stayed."""
     sent: list[int] = []
-    sendable = columns.sendable
+    sendable = pointer_tables.sendable
 
     def recorded(host: Tensor, device: torch.device) -> Tensor:
         sent.append(host.numel())
         return sendable(host, device)
 
-    monkeypatch.setattr(columns, "sendable", recorded)
+    monkeypatch.setattr(pointer_tables, "sendable", recorded)
     params = _params(3, 5)
     optimizer = case.ours(params)
     optimizer.step()
@@ -135,7 +137,7 @@ def test_the_plan_is_kept(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert optimizer._internals.plan is not kept
 
 
-def test_no_gradient_at_all(launches: list[runtime.Variant]) -> None:
+def test_no_gradient_at_all(launches: list[backend.Variant]) -> None:
     for name in triton_optim.OPTIMIZERS:
         optimizer = getattr(triton_optim, name)([Parameter(torch.ones(3, device=DEVICE))])
         optimizer.step()
@@ -143,7 +145,7 @@ def test_no_gradient_at_all(launches: list[runtime.Variant]) -> None:
     assert launches == []
 
 
-def test_buckets_by_dtype_and_alignment(launches: list[runtime.Variant]) -> None:
+def test_buckets_by_dtype_and_alignment(launches: list[backend.Variant]) -> None:
     params = [*_params(2, 5), *_params(2, 5, dtype=torch.bfloat16)]
     base = torch.zeros(9, device=DEVICE)
     params.append(Parameter(base[1:6]))
@@ -159,7 +161,7 @@ def test_buckets_by_dtype_and_alignment(launches: list[runtime.Variant]) -> None
 
 def test_programs_of_a_tensor_follow_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """In every launch; the row of a tensor says which program is its first."""
-    monkeypatch.setattr(runtime, "config", lambda *_: tuning.Config(4, 1, blocks=2))
+    monkeypatch.setattr(backend, "config", lambda *_: tuning.Config(4, 1, blocks=2))
     kinds = [torch.float32, torch.bfloat16, torch.float32, torch.float32]
     params = [p for n, d in zip((17, 9, 0, 8), kinds, strict=True) for p in _params(1, n, dtype=d)]
     optimizer = triton_optim.SGD(params)
@@ -178,13 +180,13 @@ def test_interpreted_block_size_weighs_programs_against_padding(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.undo()
-    variant = runtime.Variant(frozenset(), 0, "float32", "float32", "float32", True, False)
+    variant = backend.Variant(frozenset(), 0, "float32", "float32", "float32", True, False)
     for numels, sizes in (
         ([10] * 100, {1024}),
         ([10**7], {2**18}),
         ([10**6, *[100] * 50], {2**k for k in range(10, 18)}),
     ):
-        assert runtime.config(variant, numels, torch.device("cpu")).block_size in sizes
+        assert backend.config(variant, numels, torch.device("cpu")).block_size in sizes
 
 
 @pytest.mark.parametrize("private", [True, False])
@@ -243,5 +245,5 @@ def test_what_is_sent_fills_its_buffer(n_grads: int) -> None:
     """With steps that are counted on another device; on meta, where sizes alone are checked."""
     hypers: list[float | Tensor] = [0.1] * 5
     buffer = Buffer(torch.device("meta"), n_grads, len(hypers), 3)
-    buffer.send(columns.column("q", range(n_grads)), hypers, 0.0, [1.0, 2.0, 3.0])
+    buffer.send(pointer_tables.column("q", range(n_grads)), hypers, 0.0, [1.0, 2.0, 3.0])
     assert len(buffer.steps) == 4

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim import checks
+from triton_optim.step import validation
 
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
 with_state = pytest.mark.parametrize("case", STATEFUL_CASES[1:], ids=lambda case: case.name)
@@ -123,7 +123,7 @@ def test_gradient_on_another_device() -> None:
     """The check alone: between a CPU and the meta device no tensor can be moved in place."""
     grad = torch.empty(3, 4, device="meta")
     with pytest.raises(RuntimeError, match=r"gradient of parameter 1 is \(3, 4\) on meta"):
-        checks.check_tensors(new_param(3, 4), grad, "parameter 1")
+        validation.check_tensors(new_param(3, 4), grad, "parameter 1")
 
 
 @every_state

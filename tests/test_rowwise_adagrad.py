@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from triton_optim import RowwiseAdagrad
-from triton_optim.launch import recorded
+from triton_optim.launch.launcher import recorded
 
 KWARGS: tuple[dict[str, Any], ...] = (
     {},

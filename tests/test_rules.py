@@ -9,7 +9,7 @@ from reference import Reference
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim import runtime
+from triton_optim.launch import backend
 
 
 def _compare(case: Case, dtype: torch.dtype) -> None:
@@ -150,7 +150,7 @@ def test_finite_where_torchs_is(
     case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After every step of every sequence of extreme gradients: storage rounds what follows."""
-    monkeypatch.setattr(runtime, "INTERPRETED_BLOCK_SIZES", (4096,))
+    monkeypatch.setattr(backend, "INTERPRETED_BLOCK_SIZES", (4096,))
     grads = torch.tensor([*itertools.product(EXTREMES, repeat=4)], device=DEVICE).T.to(dtype)
     params = [Parameter(torch.ones_like(grads[0])) for _ in range(2)]
     optimizers = [case.ours(params[:1]), case.theirs(params[1:])]

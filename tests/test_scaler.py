@@ -25,7 +25,7 @@ from cases import SPECS as ALL_SPECS
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim.launch import recorded
+from triton_optim.launch.launcher import recorded
 
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
 INF = math.inf

@@ -19,8 +19,9 @@ from torch.optim.optimizer import (
 )
 
 import triton_optim
-from triton_optim import runtime, step_in_backward
-from triton_optim.launch import recorded
+from triton_optim import step_in_backward
+from triton_optim.launch import backend
+from triton_optim.launch.launcher import recorded
 
 SCALE = 1024.0
 GRADS = [[0.0, 1.0, 2.0, 3.0], [float("inf"), 1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0]]
@@ -190,7 +191,7 @@ def test_no_kernel_no_unscaling_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
         optimizer.param_groups[0][key] = value
         assert not optimizer._step_supports_amp_scaling
         optimizer.param_groups[0][key] = before
-    monkeypatch.setattr(runtime, "DEVICE_TYPE", "another")
+    monkeypatch.setattr(backend, "DEVICE_TYPE", "another")
     assert not optimizer._step_supports_amp_scaling
     monkeypatch.undo()
     optimizer._step_supports_amp_scaling = False

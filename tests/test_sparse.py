@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim import checks, row_cuts, rows, tuning
-from triton_optim.launch import Launch, recorded
-from triton_optim.row_launch import RowLaunch, RowVariant
+from triton_optim.launch import row_chunking, tuning
+from triton_optim.launch.launcher import Launch, recorded
+from triton_optim.launch.row_launcher import RowLaunch, RowVariant
+from triton_optim.step import row_wise, validation
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="watches Triton's interpreter")
 every_case = pytest.mark.parametrize("case", SPARSE_CASES, ids=lambda case: case.name)
@@ -223,7 +224,7 @@ def test_the_sort_is_stable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_row_a_hundred_thousand_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Among others; the sum of its gradients is that of float64 to float32's rounding."""
     if DEVICE == "cpu":  # larger programs than other tests have, or it takes minutes
-        monkeypatch.setattr("triton_optim.row_launch.INTERPRETED_ELEMENTS", 1 << 14)
+        monkeypatch.setattr("triton_optim.launch.row_launcher.INTERPRETED_ELEMENTS", 1 << 14)
     monkeypatch.setattr(tuning, "PROGRAMS", 16)
     param = Parameter(torch.zeros(1000, 4, device=DEVICE))
     values = torch.rand(100_500, 4, device=DEVICE)
@@ -293,8 +294,8 @@ def test_rows_that_are_not_there_are_never_written(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where it cannot be known, as on a GPU: the others are stepped, of this table and the next."""
-    monkeypatch.setattr(rows, "check_ids", lambda *_: None)
-    monkeypatch.setattr("triton_optim.plan.check_ids", lambda *_: None)
+    monkeypatch.setattr(row_wise, "check_ids", lambda *_: None)
+    monkeypatch.setattr("triton_optim.step.plan.check_ids", lambda *_: None)
     bad = [-1, 12, 13, -(2**40), 2**40, 2**62, -(2**63)]
     good = [0, 11, 3, 3]
     runs = [Tables([(12, 3), (4, 3)]), Tables([(12, 3), (4, 3)])]
@@ -314,7 +315,7 @@ def test_rows_that_are_not_there_are_never_written(
 
 
 def test_one_row_that_is_not_there_within_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("triton_optim.plan.check_ids", lambda *_: None)
+    monkeypatch.setattr("triton_optim.step.plan.check_ids", lambda *_: None)
     runs = [Tables([(12, 3)]), Tables([(12, 3)])]
     for run, ids in zip(runs, ([3, 12, 11], [3, 11]), strict=True):
         (param,) = run.params
@@ -367,8 +368,8 @@ def test_empty_tables(shape: tuple[int, ...]) -> None:
 
 def test_keys_of_more_rows_than_an_int32_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
-    for most in (row_cuts.MAX_KEYS, 64):
-        monkeypatch.setattr(row_cuts, "MAX_KEYS", most)
+    for most in (row_chunking.MAX_KEYS, 64):
+        monkeypatch.setattr(row_chunking, "MAX_KEYS", most)
         tables = Tables([(40, 4), (30, 4)], torch.float32)
         optimizer = ADAGRAD.ours(tables.params)
         tables.new_gradients([90, 20], hot=30)
@@ -640,6 +641,6 @@ def test_more_rows_than_can_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_check_ids_knows_every_sparse_dim() -> None:
     ids = torch.tensor([[0, 2], [3, 4]])
-    checks.check_ids(ids, (3, 5, 7), "p")
+    validation.check_ids(ids, (3, 5, 7), "p")
     with pytest.raises(RuntimeError, match="p has a row 4, the parameter 4 rows"):
-        checks.check_ids(ids, (3, 4, 7), "p")
+        validation.check_ids(ids, (3, 4, 7), "p")

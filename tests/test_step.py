@@ -10,11 +10,12 @@ from cases import CASES, DEVICE, Case, skip_without_late_state
 from pair import Pair, every_state, two_groups
 from torch.nn import Parameter
 
-from triton_optim import fused, runtime
+import triton_optim.optimizer
+from triton_optim.launch import backend
 
 
 @every_state
-def test_groups_have_their_own_hyperparameters(case: Case, launches: list[runtime.Variant]) -> None:
+def test_groups_have_their_own_hyperparameters(case: Case, launches: list[backend.Variant]) -> None:
     Pair(case, two_groups).step(3)
     assert len(launches) == 3
 
@@ -36,7 +37,7 @@ def test_frozen_and_unfrozen(case: Case) -> None:
 
 
 @every_state
-def test_gradients_that_stay_in_place(case: Case, launches: list[runtime.Variant]) -> None:
+def test_gradients_that_stay_in_place(case: Case, launches: list[backend.Variant]) -> None:
     pair = Pair(case)
     pair.step()
     for _ in range(3):
@@ -122,7 +123,7 @@ def test_state_replaced_and_removed(case: Case) -> None:
 
 
 @every_state
-def test_hyperparameters_change_between_steps(case: Case, launches: list[runtime.Variant]) -> None:
+def test_hyperparameters_change_between_steps(case: Case, launches: list[backend.Variant]) -> None:
     pair = Pair(case, two_groups)
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in pair.optimizers]
     for _ in range(3):
@@ -161,7 +162,7 @@ def test_a_rate_on_the_device_that_becomes_a_number(
 ) -> None:
     """The number is sent, though it is the one that stood in the tensor's place before."""
     if DEVICE == "cpu":  # a tensor here stands for one on a GPU
-        monkeypatch.setattr(fused, "_scalar", lambda value: value)
+        monkeypatch.setattr(triton_optim.optimizer, "_scalar", lambda value: value)
     param = Parameter(torch.ones(5, device=DEVICE))
     param.grad = torch.ones_like(param)
     optimizer = case.ours([param])

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim.launch import recorded
+from triton_optim.launch.launcher import recorded
 
 COUNTING = ("Adagrad", "RMSprop", "RowwiseAdagrad")
 counting = pytest.mark.parametrize("name", COUNTING)

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_optim
-from triton_optim.launch import recorded
+from triton_optim.launch.launcher import recorded
 
 # torch's for-loop of Adagrad reads its step, which cannot be traced.
 TRACED = [case for case in CASES if case.name in ("sgd", "sgd-dampening", "rmsprop", "rmsprop-all")]

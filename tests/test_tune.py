@@ -14,9 +14,9 @@ from lab.suites import Layout
 from lab.workload import Workload
 from tune import Trial, Tuner
 
-from triton_optim import runtime, tuning
-from triton_optim.launch import UpdateLaunch, recorded
-from triton_optim.tuning import Config
+from triton_optim.launch import backend, tuning
+from triton_optim.launch.launcher import UpdateLaunch, recorded
+from triton_optim.launch.tuning import Config
 
 DEFAULT = Config(64, 1)
 
@@ -63,7 +63,7 @@ def test_a_config_that_is_wrong_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -
     tuner = _tuner(monkeypatch)
     make = UpdateLaunch.__init__
 
-    def faulty(self: UpdateLaunch, rule: str, variant: runtime.Variant, config: Config,
+    def faulty(self: UpdateLaunch, rule: str, variant: backend.Variant, config: Config,
                owners: object, *args: object) -> None:  # fmt: skip
         if config.block_size == 256:
             raise RuntimeError("out of registers")

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim import runtime, ways
+from triton_optim.launch import backend
+from triton_optim.step import routing
 
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
 
@@ -22,7 +23,7 @@ every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: c
 @every_state
 @pytest.mark.parametrize("flags", [{"foreach": True}, {"fused": False}])
 def test_flags_that_take_torchs_way(
-    case: Case, flags: dict[str, bool], launches: list[runtime.Variant]
+    case: Case, flags: dict[str, bool], launches: list[backend.Variant]
 ) -> None:
     p, q = twins_of(new_param(5))
     ours = case.ours([p], **flags)
@@ -52,7 +53,7 @@ def test_differentiable_takes_torchs_way(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adagrad"])
-def test_sparse_gradients_beside_dense_ones(name: str, launches: list[runtime.Variant]) -> None:
+def test_sparse_gradients_beside_dense_ones(name: str, launches: list[backend.Variant]) -> None:
     kwargs: dict[str, Any] = {"lr": 0.1}
     embeddings = [torch.nn.Embedding(10, 3, sparse=True, device=DEVICE) for _ in range(2)]
     embeddings[1].load_state_dict(embeddings[0].state_dict())
@@ -82,19 +83,19 @@ def test_sparse_gradients_on_rdna(monkeypatch: pytest.MonkeyPatch) -> None:
     sparse.grad = torch.sparse_coo_tensor(
         torch.tensor([[1]]), torch.ones(1, 3), (4, 3), device=DEVICE
     )
-    monkeypatch.setattr(runtime, "COMPILED", True)
+    monkeypatch.setattr(backend, "COMPILED", True)
     for architecture, reason in (
         ("gfx942", None),
         ("sm_90", None),
         ("gfx1100", "its gradient is sparse, on gfx1100"),
     ):
-        monkeypatch.setattr(runtime, "architecture", lambda _, name=architecture: name)
-        assert ways.refusal(sparse, sparse.grad, by_rows=True) == reason
+        monkeypatch.setattr(backend, "architecture", lambda _, name=architecture: name)
+        assert routing.refusal(sparse, sparse.grad, by_rows=True) == reason
         assert dense.grad is not None
-        assert ways.refusal(dense, dense.grad, by_rows=True) is None
+        assert routing.refusal(dense, dense.grad, by_rows=True) is None
 
 
-def test_a_sparse_gradient_that_becomes_dense(launches: list[runtime.Variant]) -> None:
+def test_a_sparse_gradient_that_becomes_dense(launches: list[backend.Variant]) -> None:
     p, q = twins_of(new_param(4, 3))
     ours, theirs = triton_optim.Adagrad([p]), torch.optim.Adagrad([q])
     for sparse in (True, True, False, False, True, False):
@@ -108,7 +109,7 @@ def test_a_sparse_gradient_that_becomes_dense(launches: list[runtime.Variant]) -
 
 @every_state
 def test_a_parameter_that_is_not_dense_goes_torchs_way(
-    case: Case, launches: list[runtime.Variant]
+    case: Case, launches: list[backend.Variant]
 ) -> None:
     bases = [torch.randn(6, 8, device=DEVICE) for _ in range(1)]
     p, q = (Parameter(bases[0].clone()[:, ::2]) for _ in range(2))
@@ -133,7 +134,7 @@ def test_conjugate_gradient() -> None:
 
 
 @every_state
-def test_a_gradient_that_loses_its_alignment(case: Case, launches: list[runtime.Variant]) -> None:
+def test_a_gradient_that_loses_its_alignment(case: Case, launches: list[backend.Variant]) -> None:
     p, q = twins_of(new_param(BLOCK + 1))
     ours, theirs = case.ours([p]), case.theirs([q])
     for offset in (0, 0, 1, 1, 0):
@@ -183,10 +184,10 @@ def _inference_tensor() -> Tensor:
 def test_what_the_kernels_cannot_update(param: Tensor, grad: Tensor, reason: str) -> None:
     if not param.is_meta:
         param, grad = param.to(DEVICE), grad.to(DEVICE)
-    assert reason in str(ways.refusal(param, grad))
+    assert reason in str(routing.refusal(param, grad))
 
 
-def test_an_inference_tensor_in_inference_mode(launches: list[runtime.Variant]) -> None:
+def test_an_inference_tensor_in_inference_mode(launches: list[backend.Variant]) -> None:
     param = _inference_tensor()
     optimizer = triton_optim.SGD([param], lr=0.5)
     with torch.inference_mode():
@@ -231,7 +232,7 @@ def test_a_parameter_put_into_a_group_of_torchs_way_too() -> None:
     torch.testing.assert_close(*params)
 
 
-def test_a_flag_that_a_group_gets_later(launches: list[runtime.Variant]) -> None:
+def test_a_flag_that_a_group_gets_later(launches: list[backend.Variant]) -> None:
     """RMSprop's `fused` is no key of its groups until somebody makes it one."""
     optimizer = triton_optim.RMSprop([new_param(5)])
     optimizer.step()
@@ -243,8 +244,8 @@ def test_a_flag_that_a_group_gets_later(launches: list[runtime.Variant]) -> None
 _LAPTOP = """
 import sys, warnings
 import torch, triton_optim
-from triton_optim import runtime
-assert str(runtime.DEVICE_TYPE) == sys.argv[2], runtime.DEVICE_TYPE
+from triton_optim.launch import backend
+assert str(backend.DEVICE_TYPE) == sys.argv[2], backend.DEVICE_TYPE
 name, fused = sys.argv[1], {"True": True, "None": None}[sys.argv[3]]
 params = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
 with warnings.catch_warnings(record=True) as caught:

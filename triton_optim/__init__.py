@@ -8,13 +8,13 @@ if not (Path(__file__).parent / "kernels" / "rules.py").is_file():
     if (_root / "kernels" / "rules.py").is_file():
         __path__.append(str(_root))
 
-from .adagrad import Adagrad
-from .clip import clip_grad_norm_
-from .graphs import GraphedStep
-from .in_backward import step_in_backward
-from .rmsprop import RMSprop
-from .rowwise_adagrad import RowwiseAdagrad
-from .sgd import SGD
+from .optimizers.adagrad import Adagrad
+from .optimizers.rmsprop import RMSprop
+from .optimizers.rowwise_adagrad import RowwiseAdagrad
+from .optimizers.sgd import SGD
+from .training.clip_grad import clip_grad_norm_
+from .training.cuda_graphs import GraphedStep
+from .training.in_backward import step_in_backward
 
 __version__ = "0.1.0"
 __all__ = [

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import triton_optim
-from triton_optim import runtime
-from triton_optim.launch import UpdateLaunch, recorded
+from triton_optim.launch import backend
+from triton_optim.launch.launcher import UpdateLaunch, recorded
 
 # class, keyword arguments beside lr
 RULES: list[tuple[str, dict[str, Any]]] = [
@@ -40,16 +40,16 @@ def main() -> int:
         print(f"device: {torch.cuda.get_device_name()}")
     else:
         print(f"device: CPU ({platform.machine()}), no GPU")
-    if runtime.DEVICE_TYPE is None:
+    if backend.DEVICE_TYPE is None:
         print("way: torch's own for every parameter, because Triton is not installed")
         return 0
-    if runtime.DEVICE_TYPE == "cuda" and not torch.cuda.is_available():
+    if backend.DEVICE_TYPE == "cuda" and not torch.cuda.is_available():
         print("way: torch's own for every parameter; with TRITON_INTERPRET=1 the kernels, which")
         print("     are checked so below:\n", flush=True)
         command = [sys.executable, "-m", "triton_optim"]
         return subprocess.call(command, env={**os.environ, "TRITON_INTERPRET": "1"})
-    how = "compiled" if runtime.DEVICE_TYPE == "cuda" else "in Triton's interpreter"
-    print(f"way: dense parameters on {runtime.DEVICE_TYPE} through the kernels, {how}\n")
+    how = "compiled" if backend.DEVICE_TYPE == "cuda" else "in Triton's interpreter"
+    print(f"way: dense parameters on {backend.DEVICE_TYPE} through the kernels, {how}\n")
 
     print(f"largest error of {sum(NUMELS)} elements after {STEPS} steps, against torch's for-loop")
     print("in float64:\n")
@@ -95,7 +95,7 @@ def _train(
 
     def draw(numel: int) -> Tensor:
         values = torch.randn(numel, generator=generator).to(storage).to(dtype)
-        return values.to(str(runtime.DEVICE_TYPE))
+        return values.to(str(backend.DEVICE_TYPE))
 
     params = [torch.nn.Parameter(draw(numel)) for numel in NUMELS]
     optimizer = optimizer_class(params, lr=0.01, **kwargs)

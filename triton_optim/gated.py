@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import runtime
-from .counts import StepPool
-from .gate import Extras, Gate, told
-from .plan import Plan, all_params
-from .shards import local
-from .ways import Group, group_refusal
+from .launch import backend
+from .step.conditions import Extras, Gate, told
+from .step.plan import Plan, all_params
+from .step.routing import Group, group_refusal
+from .step.step_counts import StepPool
+from .tensors.sharding import local
 
 
 @dataclass
@@ -58,7 +58,7 @@ class GatedOptimizer(torch.optim.Optimizer):
         return (
             self._internals.amp_scaling
             and all(self._fused(g) and not self._group_refusal(g) for g in self.param_groups)
-            and any(local(p).device.type == runtime.DEVICE_TYPE for p in all_params(self))
+            and any(local(p).device.type == backend.DEVICE_TYPE for p in all_params(self))
             and not self._hooks
             and not self._is_overridden()
             and not _is_scaled_through_wrapper(self)
@@ -208,7 +208,7 @@ class GatedOptimizer(torch.optim.Optimizer):
             )
         for index, group in enumerate(self.param_groups):
             lr = group["lr"]
-            if not isinstance(lr, Tensor) or lr.device.type not in runtime.CAPTURABLE_DEVICE_TYPES:
+            if not isinstance(lr, Tensor) or lr.device.type not in backend.CAPTURABLE_DEVICE_TYPES:
                 raise RuntimeError(
                     f"{name}, but lr of group {index} is {lr!r}, which a replay would repeat; give "
                     'a tensor: lr=torch.tensor(1e-3, device="cuda")'
@@ -218,7 +218,7 @@ class GatedOptimizer(torch.optim.Optimizer):
                 f"{name} before there was a step like it to repeat; run a few steps first, with "
                 "gradients for the same parameters and under the same GradScaler, on a side stream"
             )
-        if not runtime.captures_pinned_memory():
+        if not backend.captures_pinned_memory():
             raise RuntimeError(
                 f"{name}: torch {torch.__version__} cannot allocate pinned memory then; use 2.11 "
                 "or newer"
@@ -233,7 +233,7 @@ class GatedOptimizer(torch.optim.Optimizer):
         if not self._capturable(group):
             return
         device = local(param).device
-        if device.type not in runtime.CAPTURABLE_DEVICE_TYPES:
+        if device.type not in backend.CAPTURABLE_DEVICE_TYPES:
             raise RuntimeError(
                 f"capturable=True, but {where} is on {device}: only what runs on a GPU can be "
                 "captured; move it there or leave `capturable` out"

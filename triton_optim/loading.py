@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from .checks import (
+from .gated import GatedOptimizer, Internals
+from .step.routing import Group, State, is_traced, refusal
+from .step.validation import (
     check_apart,
     check_entries,
     check_groups,
@@ -21,9 +23,7 @@ from .checks import (
     check_values,
     describe,
 )
-from .gated import GatedOptimizer, Internals
-from .shards import PLAIN_TYPES, local
-from .ways import Group, State, is_traced, refusal
+from .tensors.sharding import PLAIN_TYPES, local
 
 
 class StatefulOptimizer(GatedOptimizer):

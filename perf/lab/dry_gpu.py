@@ -18,10 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
-from triton_optim import runtime
 from triton_optim.kernels.keys import keys_kernel
 from triton_optim.kernels.multi_tensor import multi_tensor_kernel
 from triton_optim.kernels.rows import rows_kernel
+from triton_optim.launch import backend
 
 KERNELS = (multi_tensor_kernel, keys_kernel, rows_kernel)
 SHARED_MEMORY = 227 * 1024  # bytes a program can have on sm_90
@@ -74,6 +74,6 @@ def dry_gpu(architecture: str = "sm_90") -> Iterator[DryGPU]:
     """
     gpu = DryGPU(architecture)
     triton.runtime.driver.set_active(gpu)
-    named = patch.object(runtime, "architecture", lambda _: architecture)
-    with patch.object(runtime, "DEVICE_TYPE", "cpu"), named:
+    named = patch.object(backend, "architecture", lambda _: architecture)
+    with patch.object(backend, "DEVICE_TYPE", "cpu"), named:
         yield gpu

@@ -25,9 +25,9 @@ from torch.nn import Parameter
 
 import triton_optim
 from lab.traffic import Traffic, watched
-from triton_optim import runtime, tuning
-from triton_optim.launch import UpdateLaunch, recorded
-from triton_optim.table import Table
+from triton_optim.launch import backend, tuning
+from triton_optim.launch.launcher import UpdateLaunch, recorded
+from triton_optim.step.launch_group import Table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # parameter, gradient, state
@@ -46,7 +46,7 @@ class Step(NamedTuple):
     """One kernel, and what a step with it moves."""
 
     rule: str
-    variant: runtime.Variant
+    variant: backend.Variant
     n_hypers: int
     bytes_per_param: float
     launches: int
@@ -75,7 +75,7 @@ class Step(NamedTuple):
     @classmethod
     def from_json(cls, item: dict[str, Any]) -> Step:
         sets = {name: frozenset(item["variant"][name]) for name in ("flags", "gate")}
-        return cls(**item | {"variant": runtime.Variant(**item["variant"] | sets)})
+        return cls(**item | {"variant": backend.Variant(**item["variant"] | sets)})
 
 
 def main() -> None:
@@ -130,10 +130,10 @@ def measure(
     """
     param_dtype, grad_dtype, state_dtype = storage
 
-    def config(variant: runtime.Variant, *_: object) -> tuning.Config:
+    def config(variant: backend.Variant, *_: object) -> tuning.Config:
         return tuning.config(architecture, half=variant.half)
 
-    with patch.object(runtime, "config", config), recorded() as launches:
+    with patch.object(backend, "config", config), recorded() as launches:
         numel = CHUNKS * max(tuning.config(architecture, half=half).chunk for half in (False, True))
         params = [Parameter(torch.randn(numel).to(param_dtype)) for _ in range(TENSORS)]
         make = getattr(triton_optim, name)

@@ -17,13 +17,13 @@ from triton.compiler import ASTSource
 
 import triton_optim
 from lab.gpus import GPUS
-from triton_optim import row_cuts, row_launch, runtime
-from triton_optim.cuts import Entry
 from triton_optim.kernels.keys import keys_kernel
 from triton_optim.kernels.rows import rows_kernel
-from triton_optim.plan import look_at
-from triton_optim.row_launch import RowVariant
-from triton_optim.tuning import RowConfig
+from triton_optim.launch import backend, row_chunking, row_launcher
+from triton_optim.launch.chunking import Entry
+from triton_optim.launch.row_launcher import RowVariant
+from triton_optim.launch.tuning import RowConfig
+from triton_optim.step.plan import look_at
 
 OPTIMIZERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("SGD", {}),
@@ -165,30 +165,30 @@ def kernel_of(
     entry = Entry(
         0, param, param, grad, look, (), 0, flags, names, row_state=optimizer._row_state
     )  # fmt: skip
-    (variant,) = row_cuts.grouped(optimizer, [entry])
+    (variant,) = row_chunking.grouped(optimizer, [entry])
     rule: str = optimizer._row_rule or optimizer._rule
     return Kernel(rule, variant.loading([0], [width]), len(optimizer._hyperparameters(group)))
 
 
-_config = row_launch.config
+_config = row_launcher.config
 
 
 def config(architecture: str, variant: RowVariant) -> RowConfig:
     """How a GPU's launch is cut into programs, also where kernels are interpreted."""
-    named = patch.object(runtime, "architecture", lambda _: architecture)
-    with patch.object(row_launch, "COMPILED", True), named:
+    named = patch.object(backend, "architecture", lambda _: architecture)
+    with patch.object(row_launcher, "COMPILED", True), named:
         return _config(variant, torch.device("cpu"))
 
 
 def compiled(architecture: str, kernel: Kernel) -> Any:
     """The kernel that `RowLaunch` or `KeysLaunch` would have compiled."""
     if kernel.variant is None:
-        constants = {"BLOCK_SIZE": row_launch.KEYS_BLOCK}
+        constants = {"BLOCK_SIZE": row_launcher.KEYS_BLOCK}
         options = {"num_warps": KEYS_WARPS, "enable_fp_fusion": True}
         return _compiled(architecture, keys_kernel, ARGUMENTS, constants, options)
     chosen = config(architecture, kernel.variant)
-    constants = row_launch.constants(kernel.rule, kernel.variant, chosen, kernel.n_hypers)
-    options = row_launch.options(kernel.variant, chosen, architecture)
+    constants = row_launcher.constants(kernel.rule, kernel.variant, chosen, kernel.n_hypers)
+    options = row_launcher.options(kernel.variant, chosen, architecture)
     partials = "*fp64" if kernel.variant.compute_dtype == torch.float64 else "*fp32"
     types = {**ARGUMENTS, "partials_ptr": partials}
     return _compiled(architecture, rows_kernel, types, constants, options)

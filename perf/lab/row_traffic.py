@@ -30,9 +30,9 @@ from torch.nn import Parameter
 import triton_optim
 from lab.row_kernels import OPTIMIZERS, config
 from lab.traffic import Access, watched
-from triton_optim import row_launch, tuning
-from triton_optim.launch import Launch
-from triton_optim.row_launch import RowLaunch, dtype_name
+from triton_optim.launch import row_launcher, tuning
+from triton_optim.launch.launcher import Launch
+from triton_optim.launch.row_launcher import RowLaunch, dtype_name
 
 BATCHES = {16: 1024, 64: 512, 256: 128}  # ids by width: some programs of each
 DTYPES = (torch.float32, torch.bfloat16)
@@ -111,7 +111,7 @@ def measure(
     param = Parameter(torch.randn(ROWS, width).to(dtype))
     programs = tuning.PROGRAMS * n_ids // LONG if kind == "long" else tuning.PROGRAMS
     with (
-        patch.object(row_launch, "config", lambda variant, _: config(architecture, variant)),
+        patch.object(row_launcher, "config", lambda variant, _: config(architecture, variant)),
         patch.object(tuning, "PROGRAMS", programs),
     ):
         optimizer = getattr(triton_optim, name)([param], **kwargs, fused=True)

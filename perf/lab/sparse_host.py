@@ -17,7 +17,7 @@ from lab.machine import processor
 from lab.sparse_implementations import IMPLEMENTATIONS, TORCH_SPARSE, Implementation
 from lab.sparse_work import BATCHES, Candidate, Embeddings, Shape
 from lab.timing import Summary
-from triton_optim.launch import recorded
+from triton_optim.launch.launcher import recorded
 
 GIB = 1 << 30
 DRY_BATCH = 32  # ids a table: so few that torch's times are its host's

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 import triton_optim
 from lab.implementations import OURS, package_version
 from lab.sparse_work import Candidate, Embeddings, Reference, Shape
-from triton_optim import runtime
+from triton_optim.launch import backend
 
 FBGEMM_PACKAGES = ("fbgemm-gpu", "fbgemm-gpu-cpu")
 TORCH_SPARSE, TORCH_DENSE, FBGEMM = "torch sparse", "torch dense", "FBGEMM"
@@ -185,7 +185,7 @@ def _ours(rule: Rule) -> Callable[[Embeddings], Candidate]:
 
     def build(work: Embeddings) -> Candidate:
         # The kernels or an error, where kernels run.
-        fused = True if work.tables[0].device.type == runtime.DEVICE_TYPE else None
+        fused = True if work.tables[0].device.type == backend.DEVICE_TYPE else None
         make: Any = getattr(triton_optim, rule.optimizer)
         return Stepped(work, lambda params: make(params, **rule.kwargs, **extra, fused=fused))
 

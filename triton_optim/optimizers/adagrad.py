@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .fused import FusedStep
-from .ways import Group, State
+from ..optimizer import FusedStep
+from ..step.routing import Group, State
 
 
 class Adagrad(FusedStep, torch.optim.Adagrad):

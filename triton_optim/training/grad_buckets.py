@@ -11,11 +11,11 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from .checks import describe
-from .fused import FusedStep
-from .gated import Internals
-from .shards import local
-from .ways import Group
+from ..gated import Internals
+from ..optimizer import FusedStep
+from ..step.routing import Group
+from ..step.validation import describe
+from ..tensors.sharding import local
 
 Place = tuple[int, int]  # index of a group, position in it
 

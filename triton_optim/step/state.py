@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .cuts import Entry
-from .layout import picker
-from .ways import State
+from ..launch.chunking import Entry
+from ..tensors.layout import picker
+from .routing import State
 
 if TYPE_CHECKING:
-    from .fused import FusedStep
+    from ..optimizer import FusedStep
 
 get_step = itemgetter("step")
 

@@ -13,16 +13,24 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 
-from . import norm, runtime
-from .columns import addresses_of, as_tensor, column, is_aligned, on_device, real_numel
-from .gate import checked_max_norm
-from .norm import GradNorm, grad_launch
-from .runtime import GradVariant
-from .shards import bring_grad, local, spread
-from .ways import refusal
+from ..launch import backend
+from ..launch.backend import GradVariant
+from ..launch.pointer_tables import (
+    addresses_of,
+    as_tensor,
+    column,
+    is_aligned,
+    on_device,
+    real_numel,
+)
+from ..step import grad_norm
+from ..step.conditions import checked_max_norm
+from ..step.grad_norm import GradNorm, grad_launch
+from ..step.routing import refusal
+from ..tensors.sharding import bring_grad, local, spread
 
-if runtime.DEVICE_TYPE:
-    from .kernels.norm import scale_kernel
+if backend.DEVICE_TYPE:
+    from ..kernels.norm import scale_kernel
 
 
 @_disable_dynamo
@@ -81,7 +89,7 @@ def _kernels_take(grads: Sequence[Tensor]) -> bool:
     A replay would read tables that are gone.
     """
     shards = [local(grad) for grad in grads]
-    if len({shard.device for shard in shards}) != 1 or runtime.is_capturing(shards[0].device):
+    if len({shard.device for shard in shards}) != 1 or backend.is_capturing(shards[0].device):
         return False
     spans = sorted((s.data_ptr(), s.data_ptr() + s.nbytes) for s in shards if s.numel())
     apart = all(stop <= start for (_, stop), (start, _) in pairwise(spans))
@@ -94,17 +102,17 @@ def _clip(grads: list[Tensor], max_norm: float, error_if_nonfinite: bool) -> Ten
     addresses = addresses_of(shards)
     numels = [real_numel(shard) for shard in shards]
     variants = [
-        GradVariant(runtime.STORAGE_DTYPES[shard.dtype], is_aligned([address]))
+        GradVariant(backend.STORAGE_DTYPES[shard.dtype], is_aligned([address]))
         for shard, address in zip(shards, addresses, strict=True)
     ]
-    first, cuts = norm.cut(numels, variants, [spread(grad) for grad in grads], device)
-    rows = [x for n, f in zip(numels, first, strict=True) for x in runtime.row(n, 0, 0, (), f)]
+    first, cuts = grad_norm.cut(numels, variants, [spread(grad) for grad in grads], device)
+    rows = [x for n, f in zip(numels, first, strict=True) for x in backend.row(n, 0, 0, (), f)]
     columns = (column("q", rows), column("q", addresses), column("d", [max_norm]))
     lengths = [len(part) // 8 for part in columns]
     tables = on_device(as_tensor(b"".join(columns)), device).split(lengths)
-    squares = GradNorm(cuts, tables[0].view(-1, runtime.ROW_WIDTH), tables[1])
+    squares = GradNorm(cuts, tables[0].view(-1, backend.ROW_WIDTH), tables[1])
     squares.run({})
-    total = norm.total([squares], ())
+    total = grad_norm.total([squares], ())
     if error_if_nonfinite and not total.isfinite():
         raise RuntimeError(
             "The total norm of order 2.0 for gradients from `parameters` is non-finite, so it "

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .row_launch import rows_and_width
-from .ways import Group, State
+from ..launch.row_launcher import rows_and_width
+from ..step.routing import Group, State
 
 
 class RowwiseAdagradLoop(torch.optim.Optimizer):

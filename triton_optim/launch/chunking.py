@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from . import norm, runtime
-from .columns import addresses_of, as_tensor, column, is_aligned, owners, real_numel
-from .layout import Layout
-from .norm import GradCut
-from .row_launch import Kind
-from .runtime import GradVariant
-from .shards import Spread, local
+from ..step import grad_norm
+from ..step.grad_norm import GradCut
+from ..step.routing import State
+from ..tensors.layout import Layout
+from ..tensors.sharding import Spread, local
+from . import backend
+from .backend import GradVariant
+from .pointer_tables import addresses_of, as_tensor, column, is_aligned, owners, real_numel
+from .row_launcher import Kind
 from .tuning import Config
-from .ways import State
 
 if TYPE_CHECKING:
-    from .fused import FusedStep
+    from ..optimizer import FusedStep
 
 
 class Look(NamedTuple):
@@ -58,7 +59,7 @@ class Entry(NamedTuple):
 class Cut(NamedTuple):
     """What one update launch updates, cut into programs."""
 
-    variant: runtime.Variant
+    variant: backend.Variant
     config: Config
     owners: Tensor  # int32, one a program: the row of its tensor
     n_bytes: int
@@ -79,7 +80,7 @@ def cut(optimizer: FusedStep, entries: Sequence[Entry], states: Sequence[State])
         [local(s[name]) for name in e.state_names] for e, s in zip(entries, states, strict=True)
     ]
     addresses = [addresses_of([e.shard, *u]) for e, u in zip(entries, updated, strict=True)]
-    members: dict[runtime.Variant, list[int]] = defaultdict(list)
+    members: dict[backend.Variant, list[int]] = defaultdict(list)
     for i, entry in enumerate(entries):
         if numels[i]:
             members[_variant(optimizer, entry, updated[i], addresses[i])].append(i)
@@ -87,7 +88,7 @@ def cut(optimizer: FusedStep, entries: Sequence[Entry], states: Sequence[State])
     updates = []
     for variant, indices in members.items():
         sizes = [numels[i] for i in indices]
-        config = runtime.config(variant, sizes, entries[0].shard.device)
+        config = backend.config(variant, sizes, entries[0].shard.device)
         counts = [-(-size // config.chunk) for size in sizes]
         for i, place in zip(indices, accumulate(counts, initial=0), strict=False):
             first[i] = place
@@ -95,23 +96,23 @@ def cut(optimizer: FusedStep, entries: Sequence[Entry], states: Sequence[State])
         updates.append(Cut(variant, config, owners(indices, counts), n_bytes))
     spreads = [entry.spread for entry in entries]
     variants = [_grad_variant(entry) for entry in entries]
-    norm_first, grads = norm.cut(numels, variants, spreads, entries[0].shard.device)
+    norm_first, grads = grad_norm.cut(numels, variants, spreads, entries[0].shard.device)
     rows: list[int] = []
     for i, entry in enumerate(entries):
-        rows += runtime.row(numels[i], entry.group, first[i], addresses[i], norm_first[i])
-    return Cuts(as_tensor(column("q", rows)).view(-1, runtime.ROW_WIDTH), updates, grads)
+        rows += backend.row(numels[i], entry.group, first[i], addresses[i], norm_first[i])
+    return Cuts(as_tensor(column("q", rows)).view(-1, backend.ROW_WIDTH), updates, grads)
 
 
 def _variant(
     optimizer: FusedStep, entry: Entry, states: Sequence[Tensor], addresses: Sequence[int]
-) -> runtime.Variant:
+) -> backend.Variant:
     grad = _grad_variant(entry)
-    return runtime.Variant(
+    return backend.Variant(
         flags=entry.flags,
         n_states=len(states),
-        param_dtype=runtime.STORAGE_DTYPES[entry.shard.dtype],
+        param_dtype=backend.STORAGE_DTYPES[entry.shard.dtype],
         grad_dtype=grad.dtype,
-        state_dtype=runtime.STORAGE_DTYPES[(states[0] if states else entry.shard).dtype],
+        state_dtype=backend.STORAGE_DTYPES[(states[0] if states else entry.shard).dtype],
         aligned=grad.aligned and is_aligned(addresses),
         reads_step=not entry.flags.isdisjoint(optimizer._step_flags),
     )
@@ -120,4 +121,4 @@ def _variant(
 def _grad_variant(entry: Entry) -> GradVariant:
     assert entry.look.grad is not None
     aligned = entry.reordered or entry.look.is_aligned
-    return GradVariant(runtime.STORAGE_DTYPES[entry.look.grad.dtype], aligned)
+    return GradVariant(backend.STORAGE_DTYPES[entry.look.grad.dtype], aligned)

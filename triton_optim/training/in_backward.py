@@ -12,10 +12,10 @@ from torch.autograd.variable import Variable
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from .buckets import Bucket, Place, cut
-from .checks import describe
-from .fused import FusedStep
-from .plan import all_params
+from ..optimizer import FusedStep
+from ..step.plan import all_params
+from ..step.validation import describe
+from .grad_buckets import Bucket, Place, cut
 
 # Little beside a large model, in few launches: 209 for 7 billion bfloat16 parameters.
 BUCKET_BYTES = 64 * 2**20

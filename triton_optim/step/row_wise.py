@@ -10,21 +10,29 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import columns, row_cuts, row_launch, runtime
-from .buffer import Buffer
-from .checks import check_ids
-from .columns import addresses_of, column, grad_addresses_of, is_aligned
-from .cuts import Entry
-from .gate import Gate
-from .launch import checked_grid
-from .layout import Layout, LayoutGuard, is_plain
-from .row_launch import GRAD_COLUMNS, KeysLaunch, RowLaunch, RowVariant, address_of, kind_of
-from .states import get_step
-from .table import Copies, Current, Found, Table, present_of
-from .ways import State
+from ..launch import backend, pointer_tables, row_chunking, row_launcher
+from ..launch.chunking import Entry
+from ..launch.device_buffer import Buffer
+from ..launch.launcher import checked_grid
+from ..launch.pointer_tables import addresses_of, column, grad_addresses_of, is_aligned
+from ..launch.row_launcher import (
+    GRAD_COLUMNS,
+    MAX_COUNT,
+    KeysLaunch,
+    RowLaunch,
+    RowVariant,
+    address_of,
+    kind_of,
+)
+from ..tensors.layout import Layout, LayoutGuard, is_plain
+from .conditions import Gate
+from .launch_group import Copies, Current, Found, Table, present_of
+from .routing import State
+from .state import get_step
+from .validation import check_ids
 
 if TYPE_CHECKING:
-    from .fused import FusedStep
+    from ..optimizer import FusedStep
 
 
 class RowTable(Table):
@@ -50,7 +58,7 @@ class RowTable(Table):
         *,
         counts_on_device: bool,
     ) -> None:
-        members = row_cuts.grouped(optimizer, entries)
+        members = row_chunking.grouped(optimizer, entries)
         entries = [*chain.from_iterable(members.values())]
         reads_step = any(variant.reads_step for variant in members)
         super().__init__(
@@ -59,7 +67,7 @@ class RowTable(Table):
         self._rule = optimizer._row_rule or optimizer._rule
         complete = self._complete
         self._wheres = [entry.where for entry in entries]
-        self._shapes = [row_launch.rows_and_width(entry.param) for entry in entries]
+        self._shapes = [row_launcher.rows_and_width(entry.param) for entry in entries]
         self._kinds = [entry.look.kind for entry in entries]
         self._n_sparse = sum(variant.sparse for variant in members for _ in members[variant])
         params = [entry.param for entry in entries]
@@ -71,12 +79,12 @@ class RowTable(Table):
         n = len(entries)  # the first places are those of gradients, of which the kind is compared
         self._guard = LayoutGuard(layouts, [[i - n for i in row[1:]] for row in self._holders.rows])
         self._addresses = addresses_of([*found.written, *found.steps])
-        cut = row_cuts.cut(members, complete)
+        cut = row_chunking.cut(members, complete)
         self._cuts, self._key_dtype = cut.launches, cut.key_dtype
         buffer = Buffer(device, GRAD_COLUMNS * n, len(hypers), self._n_steps_sent)
         self._buffer = buffer
-        self._tables = runtime.Tables(
-            rows=columns.on_device(cut.tensors, device),
+        self._tables = backend.Tables(
+            rows=pointer_tables.on_device(cut.tensors, device),
             grads=buffer.grads,
             hypers=buffer.hypers.view(len(optimizer.param_groups), -1),
             steps=self._steps_read(buffer),
@@ -171,7 +179,7 @@ class RowTable(Table):
         sizes = []
         for variant, tensors in self._cuts:
             mine = counts[tensors.start : tensors.stop]
-            chunk = row_launch.config(variant, self.device).chunk(sum(mine))
+            chunk = row_launcher.config(variant, self.device).chunk(sum(mine))
             programs = [-(-count // chunk) for count in mine]
             first += accumulate(programs[:-1], initial=0)
             n_programs, *_ = checked_grid(sum(programs), 1)
@@ -206,14 +214,14 @@ class RowTable(Table):
         total = sum(counts)
         if total == 0:
             return {}
-        if total > row_launch.MAX_COUNT:
+        if total > MAX_COUNT:
             raise RuntimeError(
                 f"the sparse gradients of one step have {total} rows together, more than "
-                f"{row_launch.MAX_COUNT}; coalesce() them, or step parameters in several optimizers"
+                f"{MAX_COUNT}; coalesce() them, or step parameters in several optimizers"
             )
         assert self._keys is not None
         keys = torch.empty(total, dtype=self._key_dtype, device=self.device)
-        self._keys.grid = (-(-max(counts) // row_launch.KEYS_BLOCK), len(counts), 1)
+        self._keys.grid = (-(-max(counts) // row_launcher.KEYS_BLOCK), len(counts), 1)
         self._keys.run(keys_ptr=keys)
         keys, order = torch.sort(keys, stable=True)
         return {"keys_ptr": keys, "order_ptr": order}

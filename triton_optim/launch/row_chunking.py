@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import row_launch, runtime
-from .columns import addresses_of, as_tensor, column
-from .cuts import Entry
-from .row_launch import RowVariant, rows_and_width
-from .ways import State
+from ..step.routing import State
+from . import backend, row_launcher
+from .chunking import Entry
+from .pointer_tables import addresses_of, as_tensor, column
+from .row_launcher import RowVariant, rows_and_width
 
 if TYPE_CHECKING:
-    from .fused import FusedStep
+    from ..optimizer import FusedStep
 
 MAX_KEYS = 2**31  # of int32, which are sorted in half the time of int64
 
@@ -52,7 +52,7 @@ def cut(members: dict[RowVariant, list[Entry]], states: Sequence[State]) -> RowC
     for entry, state, (rows, width), key in zip(entries, states, shapes, first_keys, strict=False):
         own = addresses_of([entry.param, *(state[name] for name in entry.state_names)])
         row_state = 0 if entry.row_state is None else state[entry.row_state].data_ptr()
-        table += row_launch.tensor_row(entry.group, width, rows, key, own, row_state)
+        table += row_launcher.tensor_row(entry.group, width, rows, key, own, row_state)
         addresses.append(own)
     launches, start = [], 0
     for variant, mine in members.items():
@@ -62,7 +62,7 @@ def cut(members: dict[RowVariant, list[Entry]], states: Sequence[State]) -> RowC
         launches.append((variant.loading(everything, [shapes[i][1] for i in tensors]), tensors))
         start = tensors.stop
     key_dtype = torch.int32 if first_keys[-1] <= MAX_KEYS else torch.int64
-    on_host = as_tensor(column("q", table)).view(-1, row_launch.TENSOR_COLUMNS)
+    on_host = as_tensor(column("q", table)).view(-1, row_launcher.TENSOR_COLUMNS)
     return RowCuts(on_host, launches, key_dtype)
 
 
@@ -71,7 +71,7 @@ def _variant(optimizer: FusedStep, entry: Entry) -> RowVariant:
     assert kind is not None
     held = [state[name] for name in entry.state_names if name in state]
     by_row = entry.row_state is not None
-    storage = runtime.STORAGE_DTYPES
+    storage = backend.STORAGE_DTYPES
     return RowVariant(
         sparse=kind.layout == torch.sparse_coo,
         flags=entry.flags,
@@ -79,7 +79,7 @@ def _variant(optimizer: FusedStep, entry: Entry) -> RowVariant:
         param_dtype=storage[entry.param.dtype],
         grad_dtype=storage[kind.dtype],
         state_dtype=storage[(held or [entry.param])[0].dtype],
-        row_dtype=row_launch.dtype_name(optimizer._row_dtype(entry.param)) if by_row else None,
-        columns=row_launch.columns_for(rows_and_width(entry.param)[1]),
+        row_dtype=row_launcher.dtype_name(optimizer._row_dtype(entry.param)) if by_row else None,
+        columns=row_launcher.columns_for(rows_and_width(entry.param)[1]),
         reads_step=optimizer._rows_read_step or not entry.flags.isdisjoint(optimizer._step_flags),
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch.autograd.graph import increment_version
 
-from . import runtime
-from .fused import FusedStep
-from .plan import all_params, differ
-from .shards import local
+from ..launch import backend
+from ..optimizer import FusedStep
+from ..step.plan import all_params, differ
+from ..tensors.sharding import local
 
 
 class GraphedStep:
@@ -41,7 +41,7 @@ class GraphedStep:
         self._optimizer = optimizer
         self._graph = torch.cuda.CUDAGraph()
         param = next(iter(all_params(optimizer)))
-        with runtime.current(local(param).device), torch.cuda.graph(self._graph):
+        with backend.current(local(param).device), torch.cuda.graph(self._graph):
             optimizer.step()
         assert optimizer._internals.plan is not None
         self._plan, self._extras = optimizer._internals.plan, optimizer._extras

@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import runtime, tuning
-from .columns import is_aligned
-from .launch import Launch
-from .layout import is_plain
-from .runtime import ALIGNMENT, COMPILED, ITEM_SIZES, Tables
+from ..tensors.layout import is_plain
+from . import backend, tuning
+from .backend import ALIGNMENT, COMPILED, ITEM_SIZES, Tables
+from .launcher import Launch
+from .pointer_tables import is_aligned
 from .tuning import RowConfig
 
-if runtime.DEVICE_TYPE:
-    from .kernels import keys
-    from .kernels.rows import rows_kernel
+if backend.DEVICE_TYPE:
+    from ..kernels import keys
+    from ..kernels.rows import rows_kernel
 
     TENSOR_COLUMNS, GRAD_COLUMNS = keys.TENSOR_COLUMNS.value, keys.GRAD_COLUMNS.value
 else:
@@ -110,13 +110,13 @@ def config(variant: RowVariant, device: torch.device) -> RowConfig:
     """How a launch over rows is cut into programs."""
     if COMPILED:
         wide = variant.multiple > 2
-        return tuning.row_config(runtime.architecture(device), variant.columns, wide=wide)
+        return tuning.row_config(backend.architecture(device), variant.columns, wide=wide)
     return RowConfig(max(INTERPRETED_ELEMENTS // variant.columns, 1), num_warps=1)
 
 
 def constants(rule: str, variant: RowVariant, config: RowConfig, n_hypers: int) -> dict[str, Any]:
     """The kernel's compile-time arguments, by name, and its pointers that are None."""
-    dtype = runtime.triton_dtype
+    dtype = backend.triton_dtype
     used = {
         "steps_ptr": variant.reads_step,
         "keys_ptr": variant.sparse,
@@ -129,7 +129,7 @@ def constants(rule: str, variant: RowVariant, config: RowConfig, n_hypers: int) 
     }
     return {
         **dict.fromkeys(name for name, is_used in used.items() if not is_used),
-        **runtime.rule_constants(rule, variant.flags),
+        **backend.rule_constants(rule, variant.flags),
         "N_HYPERS": n_hypers,
         "N_STATES": variant.n_states,
         "PARAM_DTYPE": dtype(variant.param_dtype),
@@ -204,7 +204,7 @@ class RowLaunch(Launch):
             "chunk": cut.block_rows,
             **constants(rule, variant, cut, tables.hypers.shape[1]),
         }
-        chosen = options(variant, cut, runtime.architecture(device)) if COMPILED else {}
+        chosen = options(variant, cut, backend.architecture(device)) if COMPILED else {}
         super().__init__(rows_kernel, variant, 1, arguments, chosen, device)
 
 

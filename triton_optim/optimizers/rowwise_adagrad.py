@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .fused import FusedStep
-from .rowwise_loop import RowwiseAdagradLoop
-from .shards import is_dtensor
-from .ways import Group, State
+from ..optimizer import FusedStep
+from ..step.routing import Group, State
+from ..tensors.sharding import is_dtensor
+from .rowwise_fallback import RowwiseAdagradLoop
 
 
 class RowwiseAdagrad(FusedStep, RowwiseAdagradLoop):

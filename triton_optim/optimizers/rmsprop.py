@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .lazy import LazyRows
-from .ways import Group, State
+from ..step.routing import Group, State
+from .lazy_rows import LazyRows
 
 
 class RMSprop(LazyRows, torch.optim.RMSprop):

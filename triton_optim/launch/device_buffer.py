@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import columns, runtime
-from .columns import column
+from . import backend, pointer_tables
+from .pointer_tables import column
 
 AHEAD = 2  # float64 before the hyperparameters: the norm to clip to, and what aligns them
 
@@ -63,10 +63,10 @@ class Buffer:
         content = grads + self._float_column
         if steps:
             content += column("d", steps)
-        if runtime.is_capturing(self._device):
+        if backend.is_capturing(self._device):
             self._capture(content)
         elif content != self._sent or self._captured:  # a replay sends what was captured
-            host = columns.sendable(columns.as_tensor(content), self._device)
+            host = pointer_tables.sendable(pointer_tables.as_tensor(content), self._device)
             self.memory.copy_(host, non_blocking=True)
             self._sent = content
         for i, value in self._on_gpu.items():
@@ -74,6 +74,6 @@ class Buffer:
 
     def _capture(self, content: bytes) -> None:
         """Let every replay send this content, which stays where the graph reads it."""
-        host = columns.sendable(columns.as_tensor(content), self._device)
+        host = pointer_tables.sendable(pointer_tables.as_tensor(content), self._device)
         self._captured.append(host)
         self.memory.copy_(host, non_blocking=True)

@@ -12,18 +12,18 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from .buffer import Buffer
-from .columns import on_device
-from .counts import DeviceCounts, HostCounts, SeenCounts
-from .cuts import Entry
-from .gate import Gate
-from .launch import Launch
-from .layout import picker
-from .states import Holders, bring_together, get_step, states_of
-from .ways import State
+from ..launch.chunking import Entry
+from ..launch.device_buffer import Buffer
+from ..launch.launcher import Launch
+from ..launch.pointer_tables import on_device
+from ..tensors.layout import picker
+from .conditions import Gate
+from .routing import State
+from .state import Holders, bring_together, get_step, states_of
+from .step_counts import DeviceCounts, HostCounts, SeenCounts
 
 if TYPE_CHECKING:
-    from .fused import FusedStep
+    from ..optimizer import FusedStep
 
 
 Copies = list[tuple[int, Tensor]]  # what stands in for a gradient, by its index

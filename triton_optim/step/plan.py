@@ -15,8 +15,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import norm, runtime
-from .checks import (
+from ..launch import backend
+from ..launch.chunking import Entry, Look
+from ..launch.pointer_tables import is_aligned
+from ..launch.row_launcher import address_of, kind_of
+from ..tensors.layout import Layout, LayoutGuard, strides_agree
+from ..tensors.sharding import PLAIN_TYPES, bring_grad, is_dtensor, local, spread
+from . import grad_norm
+from .conditions import Gate
+from .dense import DenseTable
+from .launch_group import Copies, Current, Found, Table, present_of
+from .routing import Group, State, is_traced, moved, strays
+from .row_wise import RowTable
+from .validation import (
     check_apart,
     check_asked_for,
     check_ids,
@@ -25,19 +36,9 @@ from .checks import (
     check_writable,
     describe,
 )
-from .columns import is_aligned
-from .cuts import Entry, Look
-from .dense import DenseTable
-from .gate import Gate
-from .layout import Layout, LayoutGuard, strides_agree
-from .row_launch import address_of, kind_of
-from .rows import RowTable
-from .shards import PLAIN_TYPES, bring_grad, is_dtensor, local, spread
-from .table import Copies, Current, Found, Table, present_of
-from .ways import Group, State, is_traced, moved, strays
 
 if TYPE_CHECKING:
-    from .fused import FusedStep
+    from ..optimizer import FusedStep
 
 _PARAMS = itemgetter("params")
 
@@ -229,7 +230,7 @@ class Plan:
         )
         self._entries[shard.device, is_dtensor(param), by_rows].append(entry)
         self.uses_kernels = True
-        if shard.device.type in runtime.CAPTURABLE_DEVICE_TYPES:
+        if shard.device.type in backend.CAPTURABLE_DEVICE_TYPES:
             self.gpus.add(shard.device)
         return written
 
@@ -286,7 +287,7 @@ class Plan:
         """
         if not self.gpus:
             return False
-        captured = any(map(runtime.is_capturing, self.gpus))
+        captured = any(map(backend.is_capturing, self.gpus))
         if not (captured or torch.cuda.is_current_stream_capturing()):
             return False
         places = " and ".join(sorted(map(str, self.gpus)))
@@ -411,7 +412,7 @@ class Plan:
         dense = (table for table in self._tables if isinstance(table, DenseTable))
         norms = [table.sum_squares(gate) for table in dense]
         grads = (param.grad for param in rest if param.grad is not None)
-        return norm.total(norms, norm.square_sums(grads, gate.grad_scale))
+        return grad_norm.total(norms, grad_norm.square_sums(grads, gate.grad_scale))
 
     def run(self, found: list[Found], copies: list[Copies], gate: Gate) -> None:
         """Launch the updates and count the steps."""
@@ -464,7 +465,7 @@ def look_at(shard: Tensor, grad: Tensor, *, by_rows: bool) -> Look:
 
 def _check_insisting(param: Tensor, where: str, reason: str) -> None:
     message = f"`fused=True` cannot be kept for {where}: {reason}"
-    if not param.is_cpu or runtime.DEVICE_TYPE == "cpu":
+    if not param.is_cpu or backend.DEVICE_TYPE == "cpu":
         raise RuntimeError(f"{message}; leave `fused` out and torch's own way takes it")
     warnings.warn(f"{message}; torch's for-loop steps it", stacklevel=2)
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import runtime
-from .columns import as_tensor, column, on_device
-from .launch import Launch
-from .layout import picker
-from .row_launch import dtype_name
+from ..launch import backend
+from ..launch.launcher import Launch
+from ..launch.pointer_tables import as_tensor, column, on_device
+from ..launch.row_launcher import dtype_name
+from ..tensors.layout import picker
 
-if runtime.DEVICE_TYPE:
-    from .kernels.counts import count_kernel
+if backend.DEVICE_TYPE:
+    from ..kernels.counts import count_kernel
 
 COUNT_BLOCK = 256  # steps that a program of the kernel counts
 
@@ -165,12 +165,12 @@ class DeviceCounts:
             "found_inf_ptr": told["found_inf_ptr"] if "FOUND_INF" in kinds else None,
             "grad_norm_ptr": told["grad_norm_ptr"] if "SKIP_NONFINITE" in kinds else None,
             "n_tensors": self._n,
-            "DTYPE": runtime.triton_dtype(dtype_name(self._dtype)),
+            "DTYPE": backend.triton_dtype(dtype_name(self._dtype)),
             "GRAD_COLUMNS": grads.shape[1],
             "SKIP_NONFINITE": "SKIP_NONFINITE" in kinds,
             "BLOCK_SIZE": COUNT_BLOCK,
         }
-        options = {"num_warps": 4, "enable_fp_fusion": True} if runtime.COMPILED else {}
+        options = {"num_warps": 4, "enable_fp_fusion": True} if backend.COMPILED else {}
         n_programs = -(-self._n // COUNT_BLOCK)
         return Launch(count_kernel, None, n_programs, arguments, options, grads.device)
 

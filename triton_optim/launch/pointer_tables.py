@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from . import runtime
+from . import backend
 
-NOWHERE = runtime.ALIGNMENT  # of a gradient without elements: 0 says that there is no gradient
+NOWHERE = backend.ALIGNMENT  # of a gradient without elements: 0 says that there is no gradient
 
-_IS_ALIGNED = bytes(low % runtime.ALIGNMENT == 0 for low in range(256))
+_IS_ALIGNED = bytes(low % backend.ALIGNMENT == 0 for low in range(256))
 
 
 def owners(tensors: Sequence[int], counts: Sequence[int]) -> Tensor:
@@ -37,7 +37,7 @@ def real_numel(tensor: Tensor) -> int:
 
 
 def is_aligned(addresses: Iterable[int]) -> bool:
-    return not any(address % runtime.ALIGNMENT for address in addresses)
+    return not any(address % backend.ALIGNMENT for address in addresses)
 
 
 def column(typecode: str, values: Sequence[float]) -> bytes:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import runtime, tuning
-from .layout import is_dense, same_order
-from .row_launch import MAX_COUNT, few_enough, rows_and_width
-from .shards import PLAIN_TYPES, is_dtensor, local, sharding_refusal
+from ..launch import backend, tuning
+from ..launch.row_launcher import MAX_COUNT, few_enough, rows_and_width
+from ..tensors.layout import is_dense, same_order
+from ..tensors.sharding import PLAIN_TYPES, is_dtensor, local, sharding_refusal
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -52,7 +52,7 @@ def refusal(param: Tensor, grad: Tensor, *, by_rows: bool = False) -> str | None
     if by_rows and is_dtensor(param):
         return "it is a DTensor, and updated by rows"
     param, grad = local(param), local(grad)
-    if param.device.type != runtime.DEVICE_TYPE:
+    if param.device.type != backend.DEVICE_TYPE:
         return f"it is on {param.device}, where the kernels do not run"
     if type(param) not in PLAIN_TYPES or type(grad) not in PLAIN_TYPES:
         return f"it is a {type(param).__name__} with a {type(grad).__name__} gradient"
@@ -60,8 +60,8 @@ def refusal(param: Tensor, grad: Tensor, *, by_rows: bool = False) -> str | None
     if param.layout != torch.strided or grad.layout not in layouts:
         return f"its gradient is {grad.layout}"
     for tensor in (param, grad):
-        if tensor.dtype not in runtime.STORAGE_DTYPES:
-            return f"{tensor.dtype} is none of {list(runtime.STORAGE_DTYPES)}"
+        if tensor.dtype not in backend.STORAGE_DTYPES:
+            return f"{tensor.dtype} is none of {list(backend.STORAGE_DTYPES)}"
     if param.is_complex() != grad.is_complex():
         return f"it is {param.dtype} with a {grad.dtype} gradient"
     if not is_dense(param) or param.is_conj() or param.is_neg():
@@ -81,8 +81,8 @@ def _row_refusal(param: Tensor, grad: Tensor) -> str | None:
     if width > most:
         return f"its rows have {width} elements, more than {most}"
     sparse = grad.layout == torch.sparse_coo
-    if sparse and runtime.COMPILED and runtime.architecture(param.device).startswith(RDNA):
-        return f"its gradient is sparse, on {runtime.architecture(param.device)}"
+    if sparse and backend.COMPILED and backend.architecture(param.device).startswith(RDNA):
+        return f"its gradient is sparse, on {backend.architecture(param.device)}"
     if sparse and grad.sparse_dim() != 1:
         return f"its gradient has {grad.sparse_dim()} sparse dims"
     if rows > MAX_COUNT or (sparse and not few_enough(grad)):

@@ -10,21 +10,28 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import columns, cuts, runtime
-from .buffer import Buffer
-from .columns import NOWHERE, addresses_of, alignment, column, grad_addresses_of
-from .cuts import Entry
-from .gate import Gate
-from .launch import UpdateLaunch
-from .layout import Layout, LayoutGuard
-from .norm import GradNorm
-from .shards import bring_grad, is_dtensor, local_of, same_sharding, spec_of
-from .states import get_step
-from .table import Copies, Current, Found, Table, present_of
-from .ways import State
+from ..launch import backend, chunking
+from ..launch.chunking import Entry
+from ..launch.device_buffer import Buffer
+from ..launch.launcher import UpdateLaunch
+from ..launch.pointer_tables import (
+    NOWHERE,
+    addresses_of,
+    alignment,
+    column,
+    grad_addresses_of,
+    on_device,
+)
+from ..tensors.layout import Layout, LayoutGuard
+from ..tensors.sharding import bring_grad, is_dtensor, local_of, same_sharding, spec_of
+from .conditions import Gate
+from .grad_norm import GradNorm
+from .launch_group import Copies, Current, Found, Table, present_of
+from .routing import State
+from .state import get_step
 
 if TYPE_CHECKING:
-    from .fused import FusedStep
+    from ..optimizer import FusedStep
 
 
 _grad_of = attrgetter("grad")
@@ -68,13 +75,13 @@ class DenseTable(Table):
         self._has_empty = not all(shard.numel() for shard in found.shards)
         self._alignment = alignment(column("q", [not e.look.is_aligned for e in entries]))
         self._keep_grads(grad_addresses_of(found.grads))
-        cut = cuts.cut(optimizer, entries, complete)
-        self._cuts = [c._replace(owners=columns.on_device(c.owners, device)) for c in cut.updates]
+        cut = chunking.cut(optimizer, entries, complete)
+        self._cuts = [c._replace(owners=on_device(c.owners, device)) for c in cut.updates]
         self._grad_cuts = cut.grads
         buffer = Buffer(device, len(entries), len(hypers), self._n_steps_sent)
         self._buffer = buffer
-        self.tables = runtime.Tables(
-            rows=columns.on_device(cut.rows, device),
+        self.tables = backend.Tables(
+            rows=on_device(cut.rows, device),
             grads=buffer.grads,
             hypers=buffer.hypers.view(len(optimizer.param_groups), -1),
             steps=self._steps_read(buffer),

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import columns, runtime
-from .launch import Launch
-from .runtime import GradVariant
-from .shards import Spread, is_dtensor
+from ..launch import backend, pointer_tables
+from ..launch.backend import GradVariant
+from ..launch.launcher import Launch
+from ..tensors.sharding import Spread, is_dtensor
 
-if runtime.DEVICE_TYPE:
-    from .kernels.norm import norm_kernel
+if backend.DEVICE_TYPE:
+    from ..kernels.norm import norm_kernel
 
 
 MAX_PROGRAMS = 16384  # that one tensor or many are cut into: the last program adds all their sums
@@ -52,14 +52,16 @@ def cut(
     first = [0] * len(numels)
     cuts = []
     for (variant, spread), indices in members.items():
-        config = runtime.grad_config(variant.dtype, device)
+        config = backend.grad_config(variant.dtype, device)
         sizes = [numels[i] for i in indices]
         blocks = max(config.blocks, -(-sum(sizes) // (config.block_size * MAX_PROGRAMS)))
         counts = [-(-size // (config.block_size * blocks)) for size in sizes]
         for i, place in zip(indices, accumulate(counts, initial=0), strict=False):
             first[i] = place
-        n_bytes = runtime.ITEM_SIZES[variant.dtype] * sum(sizes)
-        cuts.append(GradCut(variant, spread, columns.owners(indices, counts), blocks, n_bytes))
+        n_bytes = backend.ITEM_SIZES[variant.dtype] * sum(sizes)
+        cuts.append(
+            GradCut(variant, spread, pointer_tables.owners(indices, counts), blocks, n_bytes)
+        )
     return first, cuts
 
 
@@ -82,7 +84,7 @@ class GradNorm:
     ) -> None:
         device, self.rows = rows.device, rows
         self.cuts = [
-            cut._replace(owners=columns.on_device(cut.owners, device))
+            cut._replace(owners=pointer_tables.on_device(cut.owners, device))
             for cut in cuts
             if len(cut.owners)
         ]
@@ -127,17 +129,17 @@ def grad_launch(
     kernel: object, cut: GradCut, tensors: Mapping[str, Tensor | None], constants: dict[str, bool]
 ) -> Launch:
     """A launch of a kernel of kernels/norm.py."""
-    config = runtime.grad_config(cut.variant.dtype, cut.owners.device)
+    config = backend.grad_config(cut.variant.dtype, cut.owners.device)
     arguments = {
         **tensors,
         "n_bytes": float(cut.n_bytes),
         "blocks": cut.blocks,
-        "DTYPE": runtime.triton_dtype(cut.variant.dtype),
+        "DTYPE": backend.triton_dtype(cut.variant.dtype),
         "ALIGNED": cut.variant.aligned,
         **constants,
         "BLOCK_SIZE": config.block_size,
     }
-    options = {"num_warps": config.num_warps, "enable_fp_fusion": True} if runtime.COMPILED else {}
+    options = {"num_warps": config.num_warps, "enable_fp_fusion": True} if backend.COMPILED else {}
     return Launch(kernel, cut.variant, len(cut.owners), arguments, options, cut.owners.device)
 
 

@@ -14,13 +14,13 @@ from torch._C._autograd import _profiler_enabled
 from torch._compile import _disable_dynamo
 from torch.optim import lr_scheduler
 
-from . import runtime
-from .gate import Extras, Gate
 from .gated import Internals
+from .launch import backend
 from .loading import StatefulOptimizer
-from .plan import Plan
-from .table import Found
-from .ways import Group, is_traced
+from .step.conditions import Extras, Gate
+from .step.launch_group import Found
+from .step.plan import Plan
+from .step.routing import Group, is_traced
 
 
 class FusedStep(StatefulOptimizer):
@@ -234,6 +234,6 @@ def _scalar(value: float | Tensor) -> float | Tensor:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"a hyperparameter has {value.numel()} elements; give it one")
-        if value.device.type in runtime.CAPTURABLE_DEVICE_TYPES:
+        if value.device.type in backend.CAPTURABLE_DEVICE_TYPES:
             return value
     return float(value)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from .checks import describe
-from .cuts import Entry
-from .fused import FusedStep
-from .loading import step_dtype
-from .plan import look_at
-from .rows import RowTable
-from .ways import Group, State, moved, refusal, strays
+from ..launch.chunking import Entry
+from ..loading import step_dtype
+from ..optimizer import FusedStep
+from ..step.plan import look_at
+from ..step.routing import Group, State, moved, refusal, strays
+from ..step.row_wise import RowTable
+from ..step.validation import describe
 
 LAST_STEP = "last_step"  # int32 [rows]: the step up to which a row's averages are
 

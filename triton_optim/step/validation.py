@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import runtime
-from .layout import is_dense, is_plain
-from .shards import (
+from ..launch import backend
+from ..tensors.layout import is_dense, is_plain
+from ..tensors.sharding import (
     PLAIN_TYPES,
     device_types,
     is_dtensor,
@@ -20,7 +20,7 @@ from .shards import (
     sharding_refusal,
     spec_of,
 )
-from .ways import Group, State
+from .routing import Group, State
 
 
 def describe(group: Group, index: int, position: int) -> str:
@@ -198,7 +198,7 @@ def check_state(
             found = f"has a shard of {tuple(value.shape)}, the parameter of {tuple(shard.shape)}"
         elif value.layout != torch.strided:
             found = f"is {value.layout}"
-        elif value.dtype not in runtime.STORAGE_DTYPES or value.is_complex() != param.is_complex():
+        elif value.dtype not in backend.STORAGE_DTYPES or value.is_complex() != param.is_complex():
             found = f"is {value.dtype}, the parameter {param.dtype}"
         elif value.is_meta or (value.device != shard.device and not follows):
             found = f"is on {value.device}, the parameter on {shard.device}"

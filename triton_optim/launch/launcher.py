@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import runtime
-from .runtime import COMPILED, Tables, Variant
+from . import backend
+from .backend import COMPILED, Tables, Variant
 from .tuning import Config
 
-if runtime.DEVICE_TYPE:
+if backend.DEVICE_TYPE:
     import triton
 
-    from .kernels import multi_tensor
+    from ..kernels import multi_tensor
 
 
 Grid = tuple[int, int, int]
@@ -56,7 +56,7 @@ class Launch:
         kernel = self.kernel
         if not COMPILED:
             return lambda changed: kernel[self.grid](**{**self.arguments, **changed})
-        with runtime.current(self.device):
+        with backend.current(self.device):
             compiled = kernel.warmup(**self.arguments, **self.options, grid=self.grid)
             compiled[self.grid]  # loads it
         # Addresses: Triton would ask the driver whose memory a tensor's is, at every launch.
@@ -93,7 +93,7 @@ class Launch:
 
     def run(self, **changed: Tensor | int) -> None:
         """Launch on the device's current stream, with these arguments in place of those bound."""
-        with runtime.current(self.device):
+        with backend.current(self.device):
             self._start(changed)
 
 
@@ -135,10 +135,10 @@ class UpdateLaunch(Launch):
             "max_norm_ptr": tables.max_norm,
             "happened_ptr": tables.happened,
             "n_bytes": float(n_bytes),
-            **dict.fromkeys(runtime.unused_pointers(variant)),
-            **runtime.constants(rule, variant, config, tables.hypers.shape[1]),
+            **dict.fromkeys(backend.unused_pointers(variant)),
+            **backend.constants(rule, variant, config, tables.hypers.shape[1]),
         }
-        options = runtime.options(variant, config, runtime.architecture(device)) if COMPILED else {}
+        options = backend.options(variant, config, backend.architecture(device)) if COMPILED else {}
         kernel = multi_tensor.multi_tensor_kernel
         super().__init__(kernel, variant, len(owners), arguments, options, device)
 

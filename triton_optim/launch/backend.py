@@ -18,7 +18,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .kernels import chunks, multi_tensor, rules
+    from ..kernels import chunks, multi_tensor, rules
 except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] != "triton":
         raise
