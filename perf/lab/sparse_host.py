@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -61,18 +60,6 @@ class Host(Device):
     def free_bytes(self) -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])  # resident
         return self._memory - pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def machine() -> str:
-    """The processor, and how many threads torch takes of it."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    threads = torch.get_num_threads()
-    return f"{models[0] if models else name}, {threads} thread{'s' * (threads > 1)}"
 
 
 def dry_shape(tables: int) -> Shape:
