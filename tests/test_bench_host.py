@@ -79,7 +79,7 @@ def _rows() -> list[Row]:
 
 
 def test_the_report_shows_each_time_in_its_place() -> None:
-    text = host_report.report(_rows())
+    text = host_report.report(_rows()).replace("\n", " ")
     assert "| SGD | 300 | 300 | 1,300 | 2,300 | 3,300 | 4,300 |" in text
     assert "| Adagrad | 300 DTensors | 210,300 | 211,300 | 212,300 | 213,300 | 214,300 |" in text
     assert "| changing | 20,000 DTensors | 330,000 | 331,000 |" in text

@@ -41,7 +41,7 @@ def report(rows: Sequence[Row]) -> str:
             markdown.table(("", *HEAD), fresh),
             "RMSprop, by what its gradients do:",
             markdown.table(("gradients", *HEAD), changes),
-            " ".join((_groups(rows), _launches(rows), _cold(rows))),
+            markdown.paragraph(" ".join((_groups(rows), _launches(rows), _cold(rows)))),
         )
     )
 

@@ -99,7 +99,7 @@ def table(rows: Sequence[Row]) -> str:
         f"Host time: {cost:.2f} us a tensor, measured over {row.tensors:,} DTensors on "
         f"{row.machine}. It exceeds the time at the peak, float32, of {'; '.join(longer)} ranks on."
     )
-    return f"{markdown.table(head, lines)}\n\n{measured}"
+    return f"{markdown.table(head, lines)}\n\n{markdown.paragraph(measured)}"
 
 
 def _line(layout: Layout, ranks: int, cost: float) -> list[str]:
