@@ -32,9 +32,10 @@ if __name__ == "__main__" and not torch.cuda.is_available():
 
 from lab.device import Device
 from lab.implementations import COPY, OURS, package_version
+from lab.machine import processor_and_threads
 from lab.rows import FAILED, NO_ROOM, OK, WRONG
 from lab.sparse_group import Group
-from lab.sparse_host import DRY_TABLES, GIB, Host, dry_shape, dry_times, machine
+from lab.sparse_host import DRY_TABLES, GIB, Host, dry_shape, dry_times
 from lab.sparse_implementations import RULES
 from lab.sparse_rows import Row, append, print_goals, print_rows
 from lab.sparse_work import DISTRIBUTIONS, Shape
@@ -57,7 +58,7 @@ def run(device: Device, args: argparse.Namespace) -> list[Row]:
     stop = time.monotonic() + 60 * args.minutes
     base = Row(
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        machine=machine(),
+        machine=processor_and_threads(),
         gpu=device.name,
         driver=device.driver(),
         torch=torch.__version__,

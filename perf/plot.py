@@ -1,10 +1,10 @@
-"""Draws the CSV files of bench_step.py: time against torch, and a roofline.
+"""Draws CSV files: of bench_step.py time against torch and a roofline, of bench_host.py host time.
 
     python perf/plot.py
     python perf/plot.py perf/results/step-sweep-nvidia-h200-20260101-000000.csv
 
 Reads nothing but the files, by default all of perf/results, and draws one picture a kind, GPU and
-storage beside them. Of two measurements of the same thing, the later counts.
+storage beside them, and one a host-*.csv. Of two measurements of the same thing, the later counts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lab import host_plot, host_rows
 from lab.implementations import (
     COPIES,
     COPY,
@@ -32,6 +33,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
+HOST = "host-"  # how the names of bench_host.py's files begin
 Picture = dict[tuple[str, str, str], Row]  # by layout, rule and implementation
 # "tab20" has ten colors, a dark and a light one of each in turn: the dark ones come first.
 ORDER = (*range(0, 20, 2), *range(1, 20, 2))
@@ -141,8 +143,11 @@ def _finish(figure: Figure, panels: Any) -> None:
 
 def draw(files: Sequence[Path], folder: Path) -> list[Path]:
     """Write the PNG files; returns their paths."""
-    rows = [row for file in files for row in read(file)]
-    written = []
+    hosts = [file for file in files if file.name.startswith(HOST)]
+    written = [folder / file.with_suffix(".png").name for file in hosts]
+    for file, path in zip(hosts, written, strict=True):
+        host_plot.draw(host_rows.read(file), path)
+    rows = [row for file in files if file not in hosts for row in read(file)]
     for (gpu, storage), picture in pictures(rows).items():
         row = next(iter(picture.values()))
         for kind, make in (("time-against-torch", time_against_torch), ("roofline", roofline)):
@@ -156,12 +161,15 @@ def draw(files: Sequence[Path], folder: Path) -> list[Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("files", nargs="*", type=Path, help="default: perf/results/step-*.csv")
+    parser.add_argument("files", nargs="*", type=Path, help="default: all of perf/results")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the pictures go")
     args = parser.parse_args(argv)
-    files = args.files or sorted(RESULTS.glob("step-*.csv"))
+    files = args.files or [
+        file for kind in ("step-", HOST) for file in sorted(RESULTS.glob(f"{kind}*.csv"))
+    ]
     if not files:
-        print(f"No step-*.csv in {RESULTS}: bench_step.py writes them, on a GPU.", file=sys.stderr)
+        message = "bench_step.py writes them, on a GPU, and bench_host.py"
+        print(f"No step-*.csv or host-*.csv in {RESULTS}: {message}.", file=sys.stderr)
         return 1
     try:
         written = draw(files, args.folder)

@@ -36,6 +36,8 @@ SGD, MOMENTUM, ADAGRAD, RMSPROP, RMSPROP_CM = RULES
     [
         (suites.gpt2(), 148, 124_439_808),
         (suites.llama3_8b(), 291, 8_030_261_248),
+        (suites.llama3_70b(), 723, 70_553_706_496),
+        (suites.qwen3_30b_a3b(), 18_867, 30_532_122_624),
         (suites.resnet50(), 161, 25_557_032),
         (suites.moe(), 3219, 6_919_161_856),
         (suites.dlrm(cap=40_000_000), 42, 187_767_399 * 128 + 2_368_897),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import subprocess
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lab import host_rows
 
 import triton_optim
 from triton_optim import __main__ as self_check
@@ -61,16 +61,14 @@ def test_host_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         *("perf/bench_host.py", "--tensors", "10", "100", "--repeats", "3", "--rules", *rules),
         *("--out", str(tmp_path / "host.csv")),
     )
-    assert "one launch directly" in printed and "by Triton's launcher" in printed
-    assert printed.count("none") == 6  # there is no fused RMSprop
-    assert re.search(r"empty Triton cache.*sgd \d+\.\d+ s, rmsprop \d+\.\d+ s", printed)
-    with (tmp_path / "host.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 6 * 5 + 6 * 4
-    assert {(row["tensors"], row["groups"]) for row in rows} == {
-        ("10", "1"), ("100", "1"), ("100", "20"),
-    }  # fmt: skip
-    assert all(float(row["p20"]) <= float(row["median"]) <= float(row["p80"]) for row in rows)
+    assert "\nlaunch: " in printed and "launch by Triton: " in printed
+    assert re.search(r"  triton_optim: sgd \d+\.\d+ s, rmsprop \d+\.\d+ s", printed)
+    rows = host_rows.read(tmp_path / "host.csv")
+    stepped = [row for row in rows if row.implementation in host_rows.SERIES and row.repeats > 1]
+    # two counts and four kinds of gradients, each by 4 or 5; and 100 plain tensors in 20 groups
+    assert len(stepped) == 2 * 4 * ((5 + 4) + (4 + 4)) + 5 + 4
+    assert {(row.tensors, row.groups) for row in stepped} == {(10, 1), (100, 1), (100, 20)}
+    assert len(rows) == len(stepped) + 2 + 2 * len(rules)
     assert (tmp_path / "host.png").read_bytes().startswith(b"\x89PNG")
 
 

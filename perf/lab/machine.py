@@ -29,6 +29,14 @@ def processor() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
+def processor_and_threads() -> str:
+    """The CPU, and how many threads torch takes of it."""
+    import torch
+
+    threads = torch.get_num_threads()
+    return f"{processor()}, {threads} thread{'s' * (threads > 1)}"
+
+
 def _printed(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -13,7 +13,6 @@ import torch
 from lab.device import Device
 from lab.dry_gpu import dry_gpu
 from lab.implementations import OURS
-from lab.machine import processor
 from lab.sparse_implementations import IMPLEMENTATIONS, TORCH_SPARSE, Implementation
 from lab.sparse_work import BATCHES, Candidate, Embeddings, Shape
 from lab.timing import Summary
@@ -61,12 +60,6 @@ class Host(Device):
     def free_bytes(self) -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])  # resident
         return self._memory - pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def machine() -> str:
-    """The processor, and how many threads torch takes of it."""
-    threads = torch.get_num_threads()
-    return f"{processor()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def dry_shape(tables: int) -> Shape:

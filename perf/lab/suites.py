@@ -49,7 +49,16 @@ def llama3_8b() -> Layout:
 
     Grattafiori et al., "The Llama 3 herd of models", 2024: 8,030,261,248 parameters.
     """
-    vocabulary, width, key_width, hidden, layers = 128256, 4096, 1024, 14336, 32
+    return _llama3("llama3-8b", width=4096, hidden=14336, layers=32)
+
+
+def llama3_70b() -> Layout:
+    """Llama 3 70B, of the same paper: 70,553,706,496 parameters."""
+    return _llama3("llama3-70b", width=8192, hidden=28672, layers=80)
+
+
+def _llama3(name: str, width: int, hidden: int, layers: int) -> Layout:
+    vocabulary, key_width = 128256, 1024
     tensors: Tensors = [("embed_tokens", (vocabulary, width))]
     for i in range(layers):
         tensors += [
@@ -63,7 +72,7 @@ def llama3_8b() -> Layout:
             (f"{i}.input_layernorm", (width,)),
             (f"{i}.post_attention_layernorm", (width,)),
         ]
-    return Layout("llama3-8b", [*tensors, ("norm", (width,)), ("lm_head", (vocabulary, width))])
+    return Layout(name, [*tensors, ("norm", (width,)), ("lm_head", (vocabulary, width))])
 
 
 def resnet50() -> Layout:
@@ -134,14 +143,43 @@ def moe() -> Layout:
         tensors += [(f"{i}.{name}_proj", (width, width)) for name in "qkvo"]
         norms = ("q_norm", "k_norm", "input_layernorm", "post_attention_layernorm")
         tensors += [(f"{i}.{name}", (width,)) for name in norms]
-        tensors.append((f"{i}.gate", (experts, width)))
-        for expert in range(experts):
-            tensors += [
-                (f"{i}.{expert}.gate_proj", (hidden, width)),
-                (f"{i}.{expert}.up_proj", (hidden, width)),
-                (f"{i}.{expert}.down_proj", (width, hidden)),
-            ]
+        tensors += _experts(i, experts, width, hidden)
     return Layout("moe", [*tensors, ("norm", (width,)), ("lm_head", (vocabulary, width))])
+
+
+def qwen3_30b_a3b() -> Layout:
+    """Qwen3-30B-A3B: 128 experts a layer, three matrices each, a tensor of its own for every one.
+
+    Yang et al., "Qwen3 technical report", 2025, and the configuration of the released checkpoint:
+    30,532,122,624 parameters in 18,867 tensors.
+    """
+    vocabulary, width, hidden, layers, experts = 151936, 2048, 768, 48, 128
+    query_width, key_width, head_width = 4096, 512, 128
+    tensors: Tensors = [("embed_tokens", (vocabulary, width))]
+    for i in range(layers):
+        tensors += [
+            (f"{i}.q_proj", (query_width, width)),
+            (f"{i}.k_proj", (key_width, width)),
+            (f"{i}.v_proj", (key_width, width)),
+            (f"{i}.o_proj", (width, query_width)),
+            (f"{i}.q_norm", (head_width,)),
+            (f"{i}.k_norm", (head_width,)),
+        ]
+        tensors += _experts(i, experts, width, hidden)
+        tensors += [(f"{i}.{n}_layernorm", (width,)) for n in ("input", "post_attention")]
+    return Layout("qwen3-30b-a3b", [*tensors, ("norm", (width,)), ("lm_head", (vocabulary, width))])
+
+
+def _experts(layer: int, experts: int, width: int, hidden: int) -> Tensors:
+    """The router of a layer, and its experts' matrices."""
+    tensors: Tensors = [(f"{layer}.gate", (experts, width))]
+    for expert in range(experts):
+        tensors += [
+            (f"{layer}.{expert}.gate_proj", (hidden, width)),
+            (f"{layer}.{expert}.up_proj", (hidden, width)),
+            (f"{layer}.{expert}.down_proj", (width, hidden)),
+        ]
+    return tensors
 
 
 def shard(layout: Layout, ranks: int, rank: int = 0) -> Layout:
