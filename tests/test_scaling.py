@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim.launch import UpdateLaunch, recorded
+from triton_optim.launch.launcher import UpdateLaunch, recorded
 
 ROWS = [
     Row("made-up", "rmsprop", "dtensor", n, 1, "fresh", "triton_optim", 5, us * n, 1.0, 1.0)
