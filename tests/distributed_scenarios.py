@@ -74,7 +74,7 @@ def missing_gradients(way: Way, case: Case, world: World) -> None:
     for step, without in enumerate(subsets):
         train(spread, optimizer, [step], partial(leave_out, spread.model, without))
         train(whole, reference, [step], partial(clip, whole.model, without))
-        plans.append(optimizer._internals.plan)
+        plans.append(optimizer._stepper.plan)
     values = full_values(whole.model, reference)
     assert_equal(full_values(spread.model, optimizer), values)
     assert all(plan is plans[0] for plan in plans)

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import triton_optim
 from triton_optim.launch import backend
-from triton_optim.launch.launcher import recorded
+from triton_optim.launch.launcher import record_launches
 from triton_optim.step import plan
 
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
@@ -160,7 +160,7 @@ def test_nothing_is_compiled_or_bound_for_another_set(case: Case) -> None:
     for without in (0, 1, 2):
         for i, param in enumerate(params):
             param.grad = None if i == without else torch.randn_like(param)
-        with recorded() as ran:
+        with record_launches() as ran:
             optimizer.step()
         launches.append(ran)
     assert all(ran == launches[0] and len(ran) == 1 for ran in launches)
@@ -412,8 +412,8 @@ def test_flags_changed_while_a_gradient_is_missing(fused: bool | None) -> None:
     optimizer.param_groups[0]["fused"] = fused
     optimizer.step()
     params[1].grad = grad
-    with recorded() as launches:
+    with record_launches() as launches:
         optimizer.step()
     assert len(launches) == 1
-    assert optimizer._internals.plan is not None
-    assert not optimizer._internals.plan.has_rest
+    assert optimizer._stepper.plan is not None
+    assert not optimizer._stepper.plan.has_fallback

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 import triton_optim
 from triton_optim.launch import row_chunking, tuning
-from triton_optim.launch.launcher import Launch, recorded
+from triton_optim.launch.launcher import Launch, record_launches
 from triton_optim.launch.row_launcher import RowLaunch, RowVariant
 from triton_optim.step import row_wise, validation
 
@@ -28,7 +28,7 @@ ADAGRAD = SPARSE_CASES[2]
 
 
 def _step(optimizer: Any) -> list[Launch]:
-    with recorded() as launches:
+    with record_launches() as launches:
         optimizer.step()
     return launches
 
@@ -104,7 +104,7 @@ def test_one_launch_for_all_tables(case: Case) -> None:
             run.new_gradients(counts, hot=10)
         assert _names(_step(ours)) == ["keys_kernel", "rows_kernel"]
         theirs.step()
-        plans.append(ours._internals.plan)
+        plans.append(ours._stepper.plan)
         for p, q in zip(runs[0].params, runs[1].params, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
     assert plans[0] is plans[1] is plans[2]
@@ -294,8 +294,8 @@ def test_rows_that_are_not_there_are_never_written(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where it cannot be known, as on a GPU: the others are stepped, of this table and the next."""
-    monkeypatch.setattr(row_wise, "check_ids", lambda *_: None)
-    monkeypatch.setattr("triton_optim.step.plan.check_ids", lambda *_: None)
+    monkeypatch.setattr(row_wise, "check_indices", lambda *_: None)
+    monkeypatch.setattr("triton_optim.step.planning.check_indices", lambda *_: None)
     bad = [-1, 12, 13, -(2**40), 2**40, 2**62, -(2**63)]
     good = [0, 11, 3, 3]
     runs = [Tables([(12, 3), (4, 3)]), Tables([(12, 3), (4, 3)])]
@@ -315,7 +315,7 @@ def test_rows_that_are_not_there_are_never_written(
 
 
 def test_one_row_that_is_not_there_within_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("triton_optim.step.plan.check_ids", lambda *_: None)
+    monkeypatch.setattr("triton_optim.step.planning.check_indices", lambda *_: None)
     runs = [Tables([(12, 3)]), Tables([(12, 3)])]
     for run, ids in zip(runs, ([3, 12, 11], [3, 11]), strict=True):
         (param,) = run.params
@@ -641,6 +641,6 @@ def test_more_rows_than_can_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_check_ids_knows_every_sparse_dim() -> None:
     ids = torch.tensor([[0, 2], [3, 4]])
-    validation.check_ids(ids, (3, 5, 7), "p")
+    validation.check_indices(ids, (3, 5, 7), "p")
     with pytest.raises(RuntimeError, match="p has a row 4, the parameter 4 rows"):
-        validation.check_ids(ids, (3, 4, 7), "p")
+        validation.check_indices(ids, (3, 4, 7), "p")
