@@ -86,16 +86,17 @@ def rmsprop_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     new_state = (square_avg,)
     variance = square_avg
     if CENTERED & FLAGS:
-        grad_avg = state[1] + beta * (grad - state[1])
+        grad_avg = state[2 if MOMENTUM & FLAGS else 1]
+        grad_avg += beta * (grad - grad_avg)
         variance = square_avg - grad_avg * grad_avg
         # Never negative but for rounding, as that of an average which was stored as 0.
         variance = tl.maximum(variance, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        new_state = new_state + (grad_avg,)
     update = div(grad, sqrt(variance) + eps.to(grad.dtype))
     if MOMENTUM & FLAGS:
-        momentum_buffer = state[2 if CENTERED & FLAGS else 1]
-        update = momentum.to(grad.dtype) * momentum_buffer + update
+        update = momentum.to(grad.dtype) * state[1] + update
         new_state = new_state + (update,)
+    if CENTERED & FLAGS:
+        new_state = new_state + (grad_avg,)
     return param - lr.to(param.dtype) * update, new_state
 
 

@@ -10,8 +10,8 @@ from cases import CASES, DEVICE, Case, skip_without_late_state
 from pair import Pair, every_state, two_groups
 from torch.nn import Parameter
 
-import triton_optim.optimizer
 from triton_optim.launch import backend
+from triton_optim.step import view
 
 
 @every_state
@@ -162,7 +162,7 @@ def test_a_rate_on_the_device_that_becomes_a_number(
 ) -> None:
     """The number is sent, though it is the one that stood in the tensor's place before."""
     if DEVICE == "cpu":  # a tensor here stands for one on a GPU
-        monkeypatch.setattr(triton_optim.optimizer, "_scalar", lambda value: value)
+        monkeypatch.setattr(view, "as_scalar", lambda value: value)
     param = Parameter(torch.ones(5, device=DEVICE))
     param.grad = torch.ones_like(param)
     optimizer = case.ours([param])

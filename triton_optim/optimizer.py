@@ -342,6 +342,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             if "_loaded" in vars(self):
                 restore_row_state(view, vars(self)["_loaded"])
         super().__setstate__(state)
+        if self._torch_class is None:
+            self.defaults.pop("differentiable", None)  # torch adds it to any defaults
         self._stepper.plan = None
         if loads:
             check_groups(self.param_groups, self.defaults.keys() - names)

@@ -25,8 +25,8 @@ RULE = Rule(
     rules.rmsprop_rule,
     state=(
         StateTensor("square_avg"),
-        StateTensor("grad_avg", when=lambda group: group["centered"]),
         StateTensor("momentum_buffer", when=lambda group: group["momentum"] > 0),
+        StateTensor("grad_avg", when=lambda group: group["centered"]),
     ),
     hyperparameters=_hyperparameters,
     flags={
