@@ -47,3 +47,12 @@ def scalars(ptr, N: tl.constexpr):
     for i in tl.static_range(N):
         values = values + (tl.load(ptr + i),)
     return values
+
+
+@triton.jit
+def in_dtype(values, DTYPE: tl.constexpr):
+    """A tuple of scalars, each of this dtype."""
+    converted = ()
+    for i in tl.static_range(len(values)):
+        converted = converted + (values[i].to(DTYPE),)
+    return converted

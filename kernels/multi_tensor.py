@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .chunks import FIRST, GROUP, PARAM, STATES, find_chunk, pointer, scalars
+from .chunks import FIRST, GROUP, PARAM, STATES, find_chunk, in_dtype, pointer, scalars
 from .gate import clipping, happens, unscaling
 from .numerics import narrow, widen
 
@@ -49,6 +49,7 @@ def _update_block(
         value = tl.load(state_ptrs[i] + offsets, mask=mask, eviction_policy=EVICTION)
         state = state + (widen(value, COMPUTE_DTYPE),)
     param, state = RULE(param, grad, state, hyper, step, FLAGS)
+    tl.static_assert(len(state) == N_STATES, "a rule returns as many states as it has")
     tl.store(param_ptr + offsets, narrow(param, param_ptr.dtype.element_ty), mask=mask)
     for i in tl.static_range(N_STATES):
         ptr = state_ptrs[i] + offsets
@@ -78,6 +79,7 @@ def multi_tensor_kernel(
     STATE_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr,
+    DOUBLES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -103,7 +105,9 @@ def multi_tensor_kernel(
     - every address points to numel dense elements of its dtype, in the memory order of the
       parameter; ALIGNED promises that each is a multiple of 16 bytes.
 
-    EVICTION is the cache's policy for gradients and state: nothing reads them before the next step.
+    RULE is given hyperparameters and step as float64 scalars with DOUBLES, and otherwise in
+    arithmetic precision. EVICTION is the cache's policy for gradients and state: nothing reads them
+    before the next step.
     """
     CHUNK: tl.constexpr = BLOCKS * BLOCK_SIZE
     tensor, row_ptr, start, remaining = find_chunk(owners_ptr, rows_ptr, FIRST, CHUNK)
@@ -124,6 +128,10 @@ def multi_tensor_kernel(
     step = None
     if steps_ptr is not None:
         step = tl.load(steps_ptr + tensor).to(tl.float64)
+    if not DOUBLES:
+        hyper = in_dtype(hyper, COMPUTE_DTYPE)
+        if step is not None:
+            step = step.to(COMPUTE_DTYPE)
 
     param_ptr = pointer(tl.load(row_ptr + PARAM), start, PARAM_DTYPE, ALIGNED)
     grad_ptr = pointer(grad_address, start, GRAD_DTYPE, ALIGNED)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .chunks import pointer, scalars
+from .chunks import in_dtype, pointer, scalars
 from .gate import happens, unscaling
 from .keys import (
     COUNT,
@@ -144,6 +144,7 @@ def rows_kernel(
     chunk,
     RULE: tl.constexpr,
     FLAGS: tl.constexpr,
+    DOUBLES: tl.constexpr,
     N_HYPERS: tl.constexpr,
     N_STATES: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
@@ -195,6 +196,10 @@ def rows_kernel(
     step = None
     if steps_ptr is not None:
         step = tl.load(steps_ptr + tensor).to(tl.float64)
+    if not DOUBLES:
+        hyper = in_dtype(hyper, COMPUTE_DTYPE)
+        if step is not None:
+            step = step.to(COMPUTE_DTYPE)
 
     start = (program - first_program) * chunk
     stop = tl.minimum(start + chunk, count)

@@ -125,7 +125,7 @@ def _compile(architecture: str, step: Step) -> Any:
     kernel = multi_tensor.multi_tensor_kernel
     config = tuning.config(architecture, half=step.variant.half)
     constants = backend.constants(
-        Rule(getattr(backend.rules, step.rule)), step.variant, config, step.n_hypers
+        Rule(getattr(backend.rules, step.rule), doubles=True), step.variant, config, step.n_hypers
     )
     constants |= dict.fromkeys(backend.unused_pointers(step.variant))
     types = {name: ARGUMENTS[name] for name in kernel.arg_names if name not in constants}

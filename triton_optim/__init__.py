@@ -8,10 +8,13 @@ if not (Path(__file__).parent / "kernels" / "rules.py").is_file():
     if (_root / "kernels" / "rules.py").is_file():
         __path__.append(str(_root))
 
+from .launch.backend import flag
+from .optimizer import FusedOptimizer
 from .optimizers.adagrad import Adagrad
 from .optimizers.rmsprop import RMSprop
 from .optimizers.rowwise_adagrad import RowwiseAdagrad
 from .optimizers.sgd import SGD
+from .rule import RowWise, Rule, StateTensor
 from .training.clip_grad import clip_grad_norm_
 from .training.cuda_graphs import GraphedStep
 from .training.in_backward import step_in_backward
@@ -20,10 +23,15 @@ __version__ = "0.1.0"
 __all__ = [
     "SGD",
     "Adagrad",
+    "FusedOptimizer",
     "GraphedStep",
     "RMSprop",
+    "RowWise",
     "RowwiseAdagrad",
+    "Rule",
+    "StateTensor",
     "clip_grad_norm_",
+    "flag",
     "step_in_backward",
 ]
 OPTIMIZERS = ("SGD", "Adagrad", "RMSprop")

@@ -36,7 +36,7 @@ from .step.state import (
     widen_steps,
 )
 from .step.stepper import Stepper
-from .step.validation import check_entries, check_groups, check_values
+from .step.validation import check_entries, check_groups, check_rule, check_values
 from .step.view import OptimizerView
 from .tensors.sharding import local
 
@@ -89,6 +89,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             super().__init__(params, *args, **kwargs)
         else:
             super().__init__(params, *args or [self._defaults(kwargs)])
+            check_rule(self.rule, self.param_groups, backend.flag_names())
         # So that type(optimizer)(params, **optimizer.defaults) makes another one like it.
         self.defaults.update({name: getattr(self._stepper.options, name) for name in names})
         reasons = [*filter(None, map(self._stepper.options.unsupported, self.param_groups))]

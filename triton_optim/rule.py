@@ -14,6 +14,7 @@ from .options import Group, Options
 State = dict[str, Any]
 Scalars = tuple[float | Tensor, ...]
 
+N_ARGUMENTS = (6, 8)  # of a rule's function; one for rows has two more
 MAX_STATES = 3  # columns that the table of tensors has for them: kernels/chunks.py
 
 
@@ -95,9 +96,8 @@ class Rule:
         eager_state: state is made with the optimizer, and follows a parameter to another device.
 
     Raises:
-        TypeError: `function` is no jit function.
-        ValueError: more states than a kernel takes, a name twice, or a flag that `flag` did not
-            make.
+        TypeError: `function` is no jit function with these arguments.
+        ValueError: more states than a kernel takes, or a name twice.
     """
 
     function: Any
@@ -113,9 +113,11 @@ class Rule:
     eager_state: bool = False
 
     def __post_init__(self) -> None:
-        if self.function is not None and not hasattr(self.function, "arg_names"):
+        function = self.function
+        if function is not None and len(getattr(function, "arg_names", ())) not in N_ARGUMENTS:
             raise TypeError(
-                f"the function of a Rule is {self.function!r}; decorate it with @triton.jit"
+                f"the function of a Rule is {function!r}; give a @triton.jit function of (param, "
+                "grad, state, hyper, step, FLAGS)"
             )
         names = [state.name for state in self.states]
         if len(names) > MAX_STATES or len({*names, "step"}) <= len(names):

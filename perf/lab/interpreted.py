@@ -111,8 +111,8 @@ def flag_sets(name: str) -> list[dict[str, Any]]:
             except (ValueError, RuntimeError):  # such as Nesterov without momentum
                 continue
             group = optimizer.param_groups[0]
-            if optimizer._group_refusal(group) is None:
-                found.setdefault(optimizer._flags(group), kwargs)
+            if optimizer._stepper.options.unsupported(group) is None:
+                found.setdefault(optimizer.rule.active_flags(group), kwargs)
     return list(found.values())
 
 
@@ -147,7 +147,7 @@ def measure(
         optimizer.step()
         for param in params:
             state = optimizer.state[param]
-            for key in optimizer._state_names(optimizer.param_groups[0]):
+            for key in optimizer.rule.state_names(optimizer.param_groups[0]):
                 state[key] = state[key].to(state_dtype)
             assert param.grad is not None
             param.grad.data = param.grad.data.to(grad_dtype)
@@ -159,7 +159,7 @@ def measure(
     updates = [launch for launch in launches if isinstance(launch, UpdateLaunch)]
     variant, tables = updates[0].variant, updates[0].tables
     return Step(
-        optimizer._rule,
+        optimizer.rule.name,
         variant,
         tables.hypers.shape[1],
         (traffic.loaded + traffic.stored) / (TENSORS * numel),

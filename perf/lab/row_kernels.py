@@ -189,9 +189,8 @@ def compiled(architecture: str, kernel: Kernel) -> Any:
         options = {"num_warps": KEYS_WARPS, "enable_fp_fusion": True}
         return _compiled(architecture, keys_kernel, ARGUMENTS, constants, options)
     chosen = config(architecture, kernel.variant)
-    constants = row_launcher.constants(
-        Rule(getattr(backend.rules, kernel.rule)), kernel.variant, chosen, kernel.n_hypers
-    )
+    rule = Rule(getattr(backend.rules, kernel.rule), doubles=True)
+    constants = row_launcher.constants(rule, kernel.variant, chosen, kernel.n_hypers)
     options = row_launcher.options(kernel.variant, chosen, architecture)
     partials = "*fp64" if kernel.variant.compute_dtype == torch.float64 else "*fp32"
     types = {**ARGUMENTS, "partials_ptr": partials}

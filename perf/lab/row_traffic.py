@@ -122,8 +122,8 @@ def measure(
         with patch.object(Launch, "run", tally.launch(Launch.run)), watched(tally.watch):
             optimizer.step()
     storage = dtype_name(dtype).replace("float", "f")
-    flags = "+".join(sorted(optimizer._flags(optimizer.param_groups[0]))) or "-"
-    rule = (optimizer._row_rule or optimizer._rule).removesuffix("_rule")
+    flags = "+".join(sorted(optimizer.rule.active_flags(optimizer.param_groups[0]))) or "-"
+    rule = optimizer.rule.row_function.__name__.removesuffix("_rule")
     return tally.step(f"{rule} {flags} {storage} {width} {kind}", ids)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
@@ -37,12 +37,16 @@ except ModuleNotFoundError as error:
     DEVICE_TYPE = None
     ROW_WIDTH = 0
     rules: Any = _NoKernels()
+
+    def flag(name: str) -> Any:
+        """A flag of rules; there are none without Triton."""
+
 else:
     # A kernel reads addresses from a table, so an interpreted one must not be given a GPU's.
     COMPILED = isinstance(multi_tensor.multi_tensor_kernel, triton.runtime.JITFunction)
     DEVICE_TYPE = "cuda" if COMPILED else "cpu"
     ROW_WIDTH = chunks.ROW_WIDTH.value
-    rules = kernel_rules
+    rules, flag = kernel_rules, flags.flag
 
 # Storage dtypes; a complex tensor is stored as pairs of the real dtype beside it.
 STORAGE_DTYPES = {
@@ -180,15 +184,27 @@ def triton_dtype(name: str) -> Any:
     return getattr(tl, name)
 
 
-def rule_constants(function: Any, names: Iterable[str]) -> dict[str, Any]:
-    """A rule's function, and names of flags that are set."""
-    return {"RULE": function, "FLAGS": sum(flags.BITS[name] for name in names)}
+def flag_names() -> Collection[str]:
+    """Of all flags that were made."""
+    return flags.BITS.keys() if DEVICE_TYPE else ()
+
+
+def rule_constants(rule: Rule, function: Any, names: Iterable[str]) -> dict[str, Any]:
+    """What kernels know of a rule at compile time.
+
+    Args:
+        rule: whose function it is.
+        function: that of rows, or the other.
+        names: of the flags that are set.
+    """
+    bits = sum(flags.BITS[name] for name in names)
+    return {"RULE": function, "FLAGS": bits, "DOUBLES": rule.doubles}
 
 
 def constants(rule: Rule, variant: Variant, config: Config, n_hypers: int) -> dict[str, Any]:
     """The kernel's compile-time arguments, by name."""
     return {
-        **rule_constants(rule.function, variant.flags),
+        **rule_constants(rule, rule.function, variant.flags),
         "N_HYPERS": n_hypers,
         "N_STATES": variant.n_states,
         "PARAM_DTYPE": getattr(tl, variant.param_dtype),

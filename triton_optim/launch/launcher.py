@@ -16,6 +16,8 @@ from .tuning import Config
 
 if backend.DEVICE_TYPE:
     import triton
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import InterpreterError
 
     from ..kernels import multi_tensor
 
@@ -108,6 +110,9 @@ class UpdateLaunch(Launch):
         owners: int32, one a program: the row of its tensor.
         tables: on the device of `owners`.
         n_bytes: what the launch loads and stores of the tensors.
+
+    Raises:
+        RuntimeError: the rule's function does not compile; interpreted, when it is run.
     """
 
     variant: Variant
@@ -121,7 +126,7 @@ class UpdateLaunch(Launch):
         tables: Tables,
         n_bytes: int,
     ) -> None:
-        self.owners, self.tables = owners, tables
+        self.owners, self.tables, self._rule = owners, tables, rule
         device = owners.device
         arguments = {
             "owners_ptr": owners,
@@ -142,6 +147,35 @@ class UpdateLaunch(Launch):
         options = backend.options(variant, config, backend.architecture(device)) if COMPILED else {}
         kernel = multi_tensor.multi_tensor_kernel
         super().__init__(kernel, variant, len(owners), arguments, options, device)
+
+    def _bound(self) -> Callable[[Mapping[str, Tensor | int]], object]:
+        with self._explained():
+            start = super()._bound()
+        if COMPILED:
+            return start
+
+        def run(changed: Mapping[str, Tensor | int]) -> None:
+            with self._explained():
+                start(changed)
+
+        return run
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say what a rule's function is given, where it fails."""
+        try:
+            yield
+        except (CompilationError, InterpreterError) as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            step = "step" if self.arguments["steps_ptr"] is not None else "step=None"
+            raise RuntimeError(
+                f"{self._rule.name} failed: {cause}\nIt is given param, grad, a tuple of "
+                f"{self.variant.n_states} states, a tuple of {self.arguments['N_HYPERS']} "
+                f"hyperparameters, {step} and FLAGS {sorted(self.variant.flags)}, and returns "
+                "param and a tuple of as many states; see triton_optim.Rule."
+            ) from error
 
 
 def checked_grid(x: int, y: int) -> Grid:

@@ -130,7 +130,7 @@ def constants(rule: Rule, variant: RowVariant, config: RowConfig, n_hypers: int)
     }
     return {
         **dict.fromkeys(name for name, is_used in used.items() if not is_used),
-        **backend.rule_constants(rule.row_function, variant.flags),
+        **backend.rule_constants(rule, rule.row_function, variant.flags),
         "N_HYPERS": n_hypers,
         "N_STATES": variant.n_states,
         "PARAM_DTYPE": dtype(variant.param_dtype),

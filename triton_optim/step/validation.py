@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..launch import backend
 from ..options import Group, Options
-from ..rule import State
+from ..rule import Rule, State
 from ..tensors.layout import is_contiguous_resolved, is_non_overlapping_and_dense
 from ..tensors.sharding import (
     PLAIN_TYPES,
@@ -343,3 +343,35 @@ def _check_has_norm(options: Options, grad: Tensor, where: str) -> None:
             f"max_grad_norm takes no {grad.layout} gradient, as that of {where}; make the "
             "gradient dense, or give the parameter an optimizer of its own"
         )
+
+
+def check_rule(rule: Rule, groups: Iterable[Group], known_flags: Collection[str]) -> None:
+    """Refuse a rule that asks for what its optimizer has not.
+
+    Args:
+        rule: the optimizer's.
+        groups: its parameter groups.
+        known_flags: names that were given to `triton_optim.flag`.
+
+    Raises:
+        TypeError: it asks a group for a name that is no argument of the optimizer.
+        ValueError: a flag was not made by `triton_optim.flag`.
+    """
+    if unknown := sorted(rule.flags.keys() - {*known_flags}):
+        raise ValueError(
+            f"the flag {unknown[0]!r} of {rule.name} is unknown; make it beside the function: "
+            f"{unknown[0]} = triton_optim.flag({unknown[0]!r})"
+        )
+    for group in groups:
+        try:
+            rule.active_flags(group)
+            rule.values(group)
+            for state in rule.states:
+                if callable(state.initial):
+                    state.initial(group)
+            rule.state_names(group)
+        except KeyError as error:
+            raise TypeError(
+                f"{rule.name} asks a parameter group for {error}, which is no argument of its "
+                f"optimizer; there are {sorted(group.keys() - {'params'})}"
+            ) from error

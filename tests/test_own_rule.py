@@ -1,0 +1,197 @@
+"""A user's own rule has all that built-in ones have; a wrong one is an error before any write."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from cases import DEVICE, SPECS, Tensors, assert_no_worse, assert_same_bits, double, new_param
+from lion import Lion, lion_reference, lion_rule
+from torch.nn import Parameter
+
+import triton_optim
+from triton_optim import FusedOptimizer, Rule, StateTensor
+from triton_optim.launch.launcher import record_launches
+
+FEW = SPECS[:3]
+ROGUE = triton_optim.flag("ROGUE")
+
+
+class Reference(Lion):
+    """Steps in torch's operations."""
+
+    def __init__(self, params: Any, **kwargs: Any) -> None:
+        super().__init__(params, **{**kwargs, "fused": False})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_lion_is_its_reference(dtype: torch.dtype) -> None:
+    """No less exact, in one launch over groups with rates of their own."""
+    runs: Any = [Tensors(dtype), Tensors(dtype), Tensors(dtype, double(dtype))]
+    for tensors, make in zip(runs, (Lion, Reference, Reference), strict=True):
+        half = len(tensors.params) // 2
+        groups = [{"params": tensors.params[:half]}, {"params": tensors.params[half:], "lr": 0.05}]
+        optimizer = make(groups, lr=0.01, weight_decay=0.1)
+        with record_launches() as launches:
+            tensors.train(optimizer, 3)
+        aligned = {launch.variant for launch in launches}
+        assert len(launches) == (0 if make is Reference else 3 * len(aligned))
+    ours, theirs, exact = (tensors.params for tensors in runs)
+    assert_no_worse(ours, theirs, exact, "parameter")
+
+
+def test_clipping_and_scaler() -> None:
+    ours, theirs = Tensors(torch.float32, specs=FEW), Tensors(torch.float32, specs=FEW)
+    optimizer = Lion(ours.params, lr=0.01, fused=True, max_grad_norm=0.5)
+    reference = Reference(theirs.params, lr=0.01)
+    for skips in (False, True, False):
+        for tensors in (ours, theirs):
+            tensors.new_gradients()
+        torch.nn.utils.clip_grad_norm_(theirs.params, 0.5)
+        optimizer.grad_scale = torch.full((), 8.0, device=DEVICE)  # type: ignore[attr-defined]
+        optimizer.found_inf = torch.full((), float(skips), device=DEVICE)  # type: ignore[attr-defined]
+        for grad in ours.grads:
+            grad.mul_(8)
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+        if not skips:
+            reference.step()
+    for p, q in zip(ours.params, theirs.params, strict=True):
+        torch.testing.assert_close(p, q)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
+
+
+def test_state_dict_there_and_back() -> None:
+    ours, theirs = Tensors(torch.float32, specs=FEW), Tensors(torch.float32, specs=FEW)
+    first = Lion(ours.params, lr=0.01)
+    ours.train(first, 2)
+    theirs.train(Lion(theirs.params, lr=0.01), 2)
+    resumed, fallen_back = Lion(ours.params, lr=1.0), Reference(theirs.params, lr=1.0)
+    for optimizer in (resumed, fallen_back):
+        optimizer.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert [*first.state_dict()["state"][0]] == ["step", "exp_avg"]
+    assert resumed.param_groups[0]["lr"] == 0.01
+    ours.train(resumed, 2)
+    theirs.train(fallen_back, 2)
+    for p, q in zip(ours.params, theirs.params, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_step_in_backward() -> None:
+    model, other = (torch.nn.Linear(4, 3, device=DEVICE) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    triton_optim.step_in_backward(model, Lion(model.parameters(), lr=0.1))
+    optimizer = Lion(other.parameters(), lr=0.1)
+    for _ in range(3):
+        x = torch.randn(2, 4, device=DEVICE)
+        model(x).square().sum().backward()
+        other(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same_bits([*model.parameters()], [*other.parameters()])
+
+
+def test_copies_and_defaults() -> None:
+    param = new_param(5)
+    optimizer = Lion([param], lr=0.5, max_grad_norm=2.0)
+    again = type(optimizer)([param], **optimizer.defaults)
+    assert again.max_grad_norm == 2.0
+    assert again.param_groups[0]["lr"] == 0.5
+    assert {*optimizer.param_groups[0]} == {"params", "lr", "beta1", "beta2", "weight_decay"}
+    assert copy.deepcopy(optimizer).param_groups[0]["lr"] == 0.5
+
+
+def test_own_constructor_and_flag() -> None:
+    class Rogue(FusedOptimizer):
+        rule = Rule(_rogue_rule, (StateTensor("start", initial=3.0),), _rates, flags=_FLAGS)
+
+        def __init__(self, params: Any, lr: float, rogue: bool = False, **options: Any) -> None:
+            super().__init__(params, {"lr": lr, "rogue": rogue}, **options)
+
+    for rogue, expected in ((False, 1 - 0.25 * 3), (True, -1.0)):
+        param = Parameter(torch.ones(3, device=DEVICE))
+        param.grad = torch.ones_like(param)
+        optimizer = Rogue([param], lr=0.25, rogue=rogue)
+        optimizer.step()
+        assert param.tolist() == [expected] * 3
+
+
+def test_arguments_that_there_are_not() -> None:
+    with pytest.raises(TypeError, match=r"unexpected .* 'momentum'; its rule has .*lr"):
+        Lion([new_param(3)], momentum=0.9)
+    for function in (lion_reference, _too_few_arguments):
+        with pytest.raises(TypeError, match=r"give a @triton\.jit"):
+            Rule(function)
+    for state in (("a", "b", "c", "d"), ("a", "a"), ("step",)):
+        with pytest.raises(ValueError, match="takes up to 3, each named once"):
+            Rule(lion_rule, state)
+
+    class Nameless(FusedOptimizer):
+        rule = Rule(_rogue_rule, ("start",), _rates, flags=_FLAGS)
+
+    with pytest.raises(TypeError, match="_rogue_rule asks a parameter group for 'rogue'"):
+        Nameless([new_param(3)], {"lr": 1.0})
+
+    class Unflagged(FusedOptimizer):
+        rule = replace(Lion.rule, flags={"UNHEARD_OF": lambda _: True})
+
+    with pytest.raises(ValueError, match=r"UNHEARD_OF = triton_optim.flag\('UNHEARD_OF'\)"):
+        Unflagged([new_param(3)])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"state": ("exp_avg", "other")},
+        {"state": ()},
+        {"hyperparameters": {"lr": 0.1, "beta1": 0.9, "beta2": 0.99}},
+    ],
+    ids=["too few states returned", "no state", "too few hyperparameters"],
+)
+def test_functions_that_do_not_fit(wrong: dict[str, Any]) -> None:
+    class Wrong(FusedOptimizer):
+        rule = replace(Lion.rule, **wrong)
+
+    params = [new_param(5), new_param(7)]
+    before = [param.detach().clone() for param in params]
+    optimizer = Wrong(params)
+    with pytest.raises(RuntimeError, match=r"lion_rule failed: [\s\S]*It is given param, grad"):
+        optimizer.step()
+    assert_same_bits(params, before)
+    assert not optimizer.state
+
+
+def test_without_reference() -> None:
+    class Bare(FusedOptimizer):
+        rule = replace(Lion.rule, reference=None)
+
+    param = new_param(3)
+    optimizer = Bare([param], fused=False)
+    with pytest.raises(RuntimeError, match=r"no kernel can step parameter 0 .*Rule.reference"):
+        optimizer.step()
+
+
+_FLAGS = {"ROGUE": lambda group: group["rogue"]}
+
+
+def _rates(group: dict[str, Any]) -> tuple[float]:
+    return (group["lr"],)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rogue_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):  # type: ignore[no-untyped-def]
+    if ROGUE & FLAGS:
+        param = param * 0 - 1
+    else:
+        param -= hyper[0] * state[0]
+    return param, state
+
+
+@triton.jit
+def _too_few_arguments(param, grad):  # type: ignore[no-untyped-def]
+    return param
