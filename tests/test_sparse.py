@@ -624,7 +624,7 @@ def test_a_failing_sort_leaves_everything(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_more_rows_than_can_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("row_launch", "ways"):
+    for module in ("launch.row_launcher", "step.routing", "step.row_wise"):
         monkeypatch.setattr(f"triton_optim.{module}.MAX_COUNT", 10)
     param = Parameter(torch.ones(11, device=DEVICE))
     param.grad = torch.ones_like(param)
