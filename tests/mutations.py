@@ -24,7 +24,7 @@ class Mutation(NamedTuple):
     name: str
     old: str  # found once in kernels/ and triton_optim/
     new: str
-    test_file: str
+    test_file: str  # in one of the folders of tests/
     keyword: str  # of pytest -k
 
 
@@ -185,7 +185,8 @@ def main(words: list[str]) -> int:
 
 def _caught_by(mutation: Mutation, tree: Path) -> str | None:
     """The first test that fails, or None."""
-    sources = [*tree.glob("kernels/*.py"), *tree.glob("triton_optim/*.py")]
+    package = [path for path in tree.glob("triton_optim/**/*.py") if path.parent.name != "kernels"]
+    sources = [*tree.glob("kernels/*.py"), *package]
     places = [path for path in sources if mutation.old in path.read_text()]
     if len(places) != 1 or places[0].read_text().count(mutation.old) != 1:
         raise RuntimeError(f"{mutation.name}: {mutation.old!r} is not in exactly one place")
@@ -205,7 +206,7 @@ def _pytest(tree: Path, test_files: set[str], keyword: str) -> tuple[int, str]:
     """Exit code and output of pytest over the copy, before what is installed and without caches."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     arguments = ["-x", "-q", "-p", "no:cacheprovider", "-k", keyword]
-    files = [f"tests/{name}" for name in sorted(test_files)]
+    files = [str(path) for name in sorted(test_files) for path in tree.glob(f"tests/**/{name}")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *arguments, *files],
         cwd=tree, env=environment, capture_output=True, text=True, check=False,

@@ -222,7 +222,7 @@ def test_compute_sanitizer(tool: str) -> None:
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
         "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
     }
-    subprocess.run([*command, "tests/short_run.py"], check=True, cwd=root, env=environment)
+    subprocess.run([*command, "tests/helpers/short_run.py"], check=True, cwd=root, env=environment)
 
 
 def test_kernels_run_compiled() -> None:

@@ -42,7 +42,7 @@ from lab.sparse_work import CHECKED, Embeddings, Shape, check, tolerance
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = Shape(50, 8, 40, "zipf", tables=2)
 INSTALLED = [item for item in IMPLEMENTATIONS if item.version() is not None]
 

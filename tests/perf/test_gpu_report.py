@@ -22,7 +22,7 @@ from lab import implementations, parts
 from lab.parts import FAILED, OK, OUT_OF_TIME, SKIPPED, Part, Record
 from lab.suites import SUITES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NEVER = 1e9  # seconds
 SECONDS = 1 / 60  # of a part's minutes
 
@@ -53,7 +53,7 @@ def _on_a_stand_in(part: Part) -> Part:
     if part.name == "profile":
         arguments += ["--model", "gru", "--size", "16"]
     return part._replace(
-        arguments=("tests/stand_in.py", Path(script).name.removesuffix(".py"), *arguments)
+        arguments=("tests/helpers/stand_in.py", Path(script).name.removesuffix(".py"), *arguments)
     )
 
 

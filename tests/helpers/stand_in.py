@@ -1,6 +1,6 @@
 """Runs a program of perf/ over something tiny, with a stand-in for the GPU where there is none.
 
-    python tests/stand_in.py bench_step --short --out DIR
+    python tests/helpers/stand_in.py bench_step --short --out DIR
 
 Times are the host's, and say nothing.
 """

@@ -16,7 +16,7 @@ from lab import host_rows
 import triton_optim
 from triton_optim import __main__ as self_check
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def _run(*command: str, code: int = 0) -> str:

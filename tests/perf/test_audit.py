@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 import triton_optim
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BASELINE = ROOT / "perf/results/audit.json"
 REWRITE = "python perf/audit_kernels.py --json perf/results/audit.json"
 

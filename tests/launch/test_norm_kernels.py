@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 POINTERS = {
     "owners_ptr": "*i32",

@@ -23,11 +23,11 @@ from triton_optim.launch.tuning import Config
 
 @cache
 def _outcomes() -> dict[str, str | None]:
-    tests = Path(__file__).parent
-    paths = [str(tests), str(tests.parent / "perf"), os.environ.get("PYTHONPATH", "")]
+    tests = Path(__file__).parents[1]
+    paths = [str(tests / "helpers"), str(tests.parent / "perf"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(tests / "dry_scenarios.py")]
+    command = [sys.executable, str(tests / "helpers/dry_scenarios.py")]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     outcomes: dict[str, str | None] = json.loads(done.stdout)
     return outcomes

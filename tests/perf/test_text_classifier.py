@@ -12,7 +12,7 @@ import torch
 from train_text_classifier import OPTIMIZERS, TOLERANCE, Corpus, Run, arguments, report, sweep
 
 SCRIPT = "perf/train_text_classifier.py"
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = ("--modules", "10", "--size", "16", "--batch", "32")
 # For these sizes and 30 steps, by --sweep.
 SMALL_RATES = {"sgd": "5", "adagrad": "0.5"}

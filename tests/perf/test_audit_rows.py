@@ -16,7 +16,7 @@ from lab.row_code import Loop, RowAccess, main_loop, row_accesses
 from lab.row_report import Row, findings, step_findings
 from lab.row_traffic import Step, measure
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def _compiling() -> dict[str, str]:

@@ -22,12 +22,12 @@ RUNS = [
 
 @cache
 def _outcomes(backend: str, *sizes: int) -> dict[str, str | None]:
-    tests = Path(__file__).parent
-    paths = [str(tests), os.environ.get("PYTHONPATH", "")]
+    helpers = Path(__file__).parents[1] / "helpers"
+    paths = [str(helpers), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     if backend == "gloo":
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(tests / "distributed_scenarios.py"), backend, *map(str, sizes)]
+    command = [sys.executable, str(helpers / "distributed_scenarios.py"), backend, *map(str, sizes)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     outcomes: dict[str, str | None] = json.loads(done.stdout)

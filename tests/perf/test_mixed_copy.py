@@ -21,7 +21,7 @@ from lab.implementations import RULES, STORAGES, Rule, Storage, bytes_per_param
 from lab.mixed_copy import CONFIGS, MixedCopy
 from lab.traffic import Traffic, watched
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SGD, MOMENTUM, *_, RMSPROP_CM = RULES
 MIXES = [
     *product((SGD,), STORAGES[:2]),  # which has no state
@@ -98,7 +98,7 @@ def main() -> None:
 def test_compiled_for_a_gpu_its_loads_and_stores_are_whole_vectors() -> None:
     """Every thread moves the same, so that accesses times threads are the bytes of a step."""
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
-    paths = [str(ROOT), str(ROOT / "perf"), str(ROOT / "tests")]
+    paths = [str(ROOT), str(ROOT / "perf"), str(ROOT / "tests/helpers")]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     command = [sys.executable, __file__]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)

@@ -109,7 +109,7 @@ def test_lightning_resumes(case: Case, tmp_path: Path) -> None:
 
 def _run_readme(framework: str, names: dict[str, Any]) -> dict[str, Any]:
     """Run the README's lines for a framework, given what they take as given."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     blocks = re.findall(r"(\w+):\n\n```python\n(.*?)```", readme, re.DOTALL)
     given = {"RMSprop": triton_optim.RMSprop, "ExponentialLR": ExponentialLR, **names}
     exec(dict(blocks)[framework], given)

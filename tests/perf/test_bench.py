@@ -37,7 +37,7 @@ from lab.timing import Summary, measure
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FLOAT32, BFLOAT16, MIXED = STORAGES
 SGD, MOMENTUM, ADAGRAD, RMSPROP, RMSPROP_CM = RULES
 TINY = Layout("tiny", [("weight", (12, 15)), ("bias", (7,)), ("scale", (1,))])
