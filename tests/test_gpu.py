@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cases import STATEFUL_CASES, Case, Spec, Tensors, assert_same_bits, new_param, refused
-from tables import Tables
+from embedding_tables import Tables
 from torch.nn import Parameter
 
 import triton_optim

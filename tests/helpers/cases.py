@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from fences import fenced
+from guarded_memory import guarded
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -145,7 +145,7 @@ class Tensors:
     def draw(self, *shape: int) -> Tensor:
         kind = torch.complex128 if self._storage.is_complex else torch.float64
         values = torch.randn(shape, generator=self._generator, dtype=kind)
-        return fenced(values.to(self._storage).to(self._dtype).to(DEVICE))
+        return guarded(values.to(self._storage).to(self._dtype).to(DEVICE))
 
     def new_gradients(self) -> None:
         for spec, param in zip(self._specs, self.params, strict=True):
@@ -228,7 +228,7 @@ def refused(message: str, optimizer: Optimizer, tensors: Sequence[Tensor]) -> It
 
 
 def new_param(*shape: int, **kwargs: Any) -> Parameter:
-    param = Parameter(fenced(torch.randn(*shape, device=DEVICE, **kwargs)))
+    param = Parameter(guarded(torch.randn(*shape, device=DEVICE, **kwargs)))
     param.grad = torch.randn_like(param)
     return param
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from cases import Case
-from parallel import (
+from parallel_models import (
     SHARDED,
-    Spread,
-    Way,
+    Parallelism,
+    ParallelModel,
     assert_equal,
     assert_kernels,
     fsdp,
@@ -25,6 +25,7 @@ from parallel import (
     one_process,
     train,
 )
+from process_groups import Scenario, World
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -35,7 +36,6 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
-from worlds import Scenario, World
 
 STEPS = 2  # in each world
 
@@ -49,35 +49,35 @@ def resharded(case: Case, turns: str, world: World) -> None:
         world: this one.
     """
     turn = world.sizes.index(world.size)
-    spread = one_process(world) if world.size == 1 else fsdp(world)
+    parallel = one_process(world) if world.size == 1 else fsdp(world)
     ours = turns[turn % len(turns)] == "o"
-    optimizer = (case.ours if ours else case.theirs)(spread.model.parameters())
+    optimizer = (case.ours if ours else case.theirs)(parallel.model.parameters())
     path = f"{world.folder}/{case.name}-{turns}-{{}}"
     if turn:
-        _load(path.format(turn - 1), spread, optimizer)
-    updated = train(spread, optimizer, range(turn * STEPS, (turn + 1) * STEPS))
+        _load(path.format(turn - 1), parallel, optimizer)
+    updated = train(parallel, optimizer, range(turn * STEPS, (turn + 1) * STEPS))
     expected = in_one_process(case, world, (turn + 1) * STEPS)
-    values = full_values(spread.model, optimizer)
-    save(_state(spread, optimizer), checkpoint_id=path.format(turn))
+    values = full_values(parallel.model, optimizer)
+    save(_state(parallel, optimizer), checkpoint_id=path.format(turn))
     assert_equal(values, full_values(*expected))
     if ours:
         assert_kernels(optimizer, updated)
 
 
-def _state(spread: Spread, optimizer: Optimizer) -> dict[str, Any]:
-    model, state = get_state_dict(spread.model, optimizer)
+def _state(parallel: ParallelModel, optimizer: Optimizer) -> dict[str, Any]:
+    model, state = get_state_dict(parallel.model, optimizer)
     return {"model": model, "optimizer": state}
 
 
-def _load(path: str, spread: Spread, optimizer: Optimizer) -> None:
-    state = _state(spread, optimizer)
+def _load(path: str, parallel: ParallelModel, optimizer: Optimizer) -> None:
+    state = _state(parallel, optimizer)
     load(state, checkpoint_id=path)
-    _set(state, spread, optimizer)
+    _set(state, parallel, optimizer)
 
 
-def _set(state: dict[str, Any], spread: Spread, optimizer: Optimizer) -> None:
+def _set(state: dict[str, Any], parallel: ParallelModel, optimizer: Optimizer) -> None:
     set_state_dict(
-        spread.model,
+        parallel.model,
         optimizer,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
@@ -86,28 +86,28 @@ def _set(state: dict[str, Any], spread: Spread, optimizer: Optimizer) -> None:
 
 def back_to_a_checkpoint(case: Case, world: World) -> None:
     """Loaded by an optimizer that has stepped, into parameters that moved meanwhile."""
-    spread = fsdp(world)
-    optimizer = case.ours(spread.model.parameters())
-    train(spread, optimizer, range(2))
-    state = copy.deepcopy(_state(spread, optimizer))
-    train(spread, optimizer, [7])
-    before = [local(param).data_ptr() for param in spread.model.parameters()]
-    spread.model._apply(torch.clone)  # as `to()` does it, from a device and back
-    assert before != [local(param).data_ptr() for param in spread.model.parameters()]
-    _set(state, spread, optimizer)
-    updated = train(spread, optimizer, [2])
-    assert_equal(full_values(spread.model, optimizer), full_values(*in_one_process(case, world)))
+    parallel = fsdp(world)
+    optimizer = case.ours(parallel.model.parameters())
+    train(parallel, optimizer, range(2))
+    state = copy.deepcopy(_state(parallel, optimizer))
+    train(parallel, optimizer, [7])
+    before = [local(param).data_ptr() for param in parallel.model.parameters()]
+    parallel.model._apply(torch.clone)  # as `to()` does it, from a device and back
+    assert before != [local(param).data_ptr() for param in parallel.model.parameters()]
+    _set(state, parallel, optimizer)
+    updated = train(parallel, optimizer, [2])
+    assert_equal(full_values(parallel.model, optimizer), full_values(*in_one_process(case, world)))
     assert_kernels(optimizer, updated)
 
 
-def state_dict_is_torchs(way: Way, case: Case, world: World) -> None:
-    """The same names, and tensors spread in the same way."""
+def state_dict_is_torchs(parallelism: Parallelism, case: Case, world: World) -> None:
+    """The same names, and tensors of the same placements."""
     described = []
     for make in (case.ours, case.theirs):
-        spread = way(world)
-        optimizer = make(spread.model.parameters())
-        train(spread, optimizer, [0])
-        described.append(_described(get_optimizer_state_dict(spread.model, optimizer)))
+        parallel = parallelism(world)
+        optimizer = make(parallel.model.parameters())
+        train(parallel, optimizer, [0])
+        described.append(_described(get_optimizer_state_dict(parallel.model, optimizer)))
         described.append(_described(optimizer.state_dict()))
     ours, ours_plain, theirs, theirs_plain = described
     assert ours == theirs, f"{ours} is not {theirs}"
@@ -137,7 +137,7 @@ def checkpoint_scenarios(cases: Sequence[Case]) -> list[Scenario]:
             found.append(Scenario(f"resharded_{turns}-{case.name}", run, (2, 4, 1)))
         run = partial(back_to_a_checkpoint, case)
         found.append(Scenario(f"back_to_a_checkpoint-{case.name}", run, (2, 4)))
-        for way, sizes in SHARDED.items():
-            name = f"state_dict-{way.__name__}-{case.name}"
-            found.append(Scenario(name, partial(state_dict_is_torchs, way, case), sizes))
+        for parallelism, sizes in SHARDED.items():
+            name = f"state_dict-{parallelism.__name__}-{case.name}"
+            found.append(Scenario(name, partial(state_dict_is_torchs, parallelism, case), sizes))
     return found

@@ -8,9 +8,9 @@ from functools import partial
 
 import torch
 from cases import Case
-from parallel import (
+from parallel_models import (
     SHARDED,
-    Way,
+    Parallelism,
     assert_equal,
     assert_kernels,
     backward,
@@ -21,48 +21,48 @@ from parallel import (
     one_process,
     train,
 )
+from process_groups import Scenario, World
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
-from worlds import Scenario, World
 
 import triton_optim
 
 MAX_NORM = 1.5  # steps that descend start above, and come below
 
 
-def clipped_in_the_step(way: Way, case: Case, world: World) -> None:
+def clipped_in_the_step(parallelism: Parallelism, case: Case, world: World) -> None:
     """`max_grad_norm=`, and the norm of each step in `grad_norm`."""
-    spread = way(world)
-    optimizer = case.ours(spread.model.parameters(), max_grad_norm=MAX_NORM)
+    parallel = parallelism(world)
+    optimizer = case.ours(parallel.model.parameters(), max_grad_norm=MAX_NORM)
     norms, updated = [], []
     for step in range(3):
-        updated += train(spread, optimizer, [step])
+        updated += train(parallel, optimizer, [step])
         norm = optimizer.grad_norm
         assert type(norm) is Tensor
         assert (norm.shape, norm.device) == ((), world.device)
         norms.append(norm.clone())
     model, expected, expected_norms = _clipped_in_one_process(case, world)
     assert_equal(norms, expected_norms)
-    assert_equal(full_values(spread.model, optimizer), full_values(model, expected))
+    assert_equal(full_values(parallel.model, optimizer), full_values(model, expected))
     assert_kernels(optimizer, updated)
 
 
-def clipped_before_the_step(way: Way, case: Case, world: World) -> None:
+def clipped_before_the_step(parallelism: Parallelism, case: Case, world: World) -> None:
     """`clip_grad_norm_`, which leaves the clipped gradients."""
-    spread = way(world)
-    optimizer = case.ours(spread.model.parameters())
+    parallel = parallelism(world)
+    optimizer = case.ours(parallel.model.parameters())
     norms: list[Tensor] = []
 
     def clip() -> None:
-        params = spread.model.parameters()
+        params = parallel.model.parameters()
         norms.append(triton_optim.clip_grad_norm_(params, MAX_NORM))
 
-    updated = train(spread, optimizer, clip=clip)
+    updated = train(parallel, optimizer, clip=clip)
     model, expected, expected_norms = _clipped_in_one_process(case, world)
     assert_equal(list(map(full, norms)), expected_norms)
-    assert_equal(_gradients(spread.model), _gradients(model))
-    assert_equal(full_values(spread.model, optimizer), full_values(model, expected))
+    assert_equal(_gradients(parallel.model), _gradients(model))
+    assert_equal(full_values(parallel.model, optimizer), full_values(model, expected))
     assert_kernels(optimizer, updated)
 
 
@@ -87,9 +87,9 @@ def _gradients(model: Module) -> list[Tensor]:
 
 def one_process_has_an_infinity(world: World) -> None:
     """All of them raise, and no gradient is changed."""
-    spread = fsdp(world)
-    backward(spread, 0)
-    params = list(spread.model.parameters())
+    parallel = fsdp(world)
+    backward(parallel, 0)
+    params = list(parallel.model.parameters())
     gradients = [local(param.grad) for param in params if param.grad is not None]
     if world.rank == 0:
         gradients[1][0] = math.inf
@@ -105,11 +105,11 @@ def one_process_has_an_infinity(world: World) -> None:
 
 def most_processes_have_nothing(case: Case, world: World) -> None:
     """One process has the whole parameter; the others only take part in its norm."""
-    spread, whole = fsdp(world), one_process(world)
-    params = [model.get_parameter("scale") for model, _ in (spread, whole)]
+    parallel, whole = fsdp(world), one_process(world)
+    params = [model.get_parameter("scale") for model, _ in (parallel, whole)]
     limit, norms = 0.01, []
     optimizer = case.ours(params[:1], max_grad_norm=limit)
-    updated = train(spread, optimizer)
+    updated = train(parallel, optimizer)
     clip = partial(torch.nn.utils.clip_grad_norm_, params[1:], limit, foreach=False)
     train(whole, case.theirs(params[1:]), clip=lambda: norms.append(clip()))
     assert min(norms) > limit
@@ -124,10 +124,10 @@ def clipping_scenarios(cases: Sequence[Case]) -> list[Scenario]:
         Scenario(infinity, one_process_has_an_infinity, (2, 4)),
         Scenario("max_grad_norm-most_processes_have_nothing", nothing, (2, 4)),
     ]
-    for way, sizes in SHARDED.items():
-        for case in cases if way is fsdp else cases[:1]:
-            name = f"max_grad_norm-{way.__name__}-{case.name}"
-            found.append(Scenario(name, partial(clipped_in_the_step, way, case), sizes))
-        run = partial(clipped_before_the_step, way, cases[0])
-        found.append(Scenario(f"clip_grad_norm_-{way.__name__}", run, sizes))
+    for parallelism, sizes in SHARDED.items():
+        for case in cases if parallelism is fsdp else cases[:1]:
+            name = f"max_grad_norm-{parallelism.__name__}-{case.name}"
+            found.append(Scenario(name, partial(clipped_in_the_step, parallelism, case), sizes))
+        run = partial(clipped_before_the_step, parallelism, cases[0])
+        found.append(Scenario(f"clip_grad_norm_-{parallelism.__name__}", run, sizes))
     return found

@@ -21,10 +21,10 @@ import torch.distributed as dist
 from cases import STATEFUL_CASES, Case
 from checkpoint_scenarios import checkpoint_scenarios
 from clipping_scenarios import clipping_scenarios
-from interpreter import patch_once_a_launch
-from parallel import (
-    WAYS,
-    Way,
+from faster_interpreter import patch_once_a_launch
+from parallel_models import (
+    PARALLELISMS,
+    Parallelism,
     assert_equal,
     assert_kernels,
     ddp,
@@ -36,8 +36,8 @@ from parallel import (
     tp,
     train,
 )
+from process_groups import Scenario, World, outcomes
 from torch.nn import Module
-from worlds import Scenario, World, outcomes
 
 import triton_optim
 
@@ -46,19 +46,19 @@ CASES = [case for case in STATEFUL_CASES if case.name != "sgd"]  # which keeps n
 PRELOAD = ("torch._dynamo", "torch.distributed.optim", "triton.experimental.gluon")
 
 
-def the_same_as_in_one_process(way: Way, case: Case, world: World) -> None:
-    spread = way(world)
-    optimizer = case.ours(spread.model.parameters())
-    updated = train(spread, optimizer)
-    assert_equal(full_values(spread.model, optimizer), full_values(*in_one_process(case, world)))
+def the_same_as_in_one_process(parallelism: Parallelism, case: Case, world: World) -> None:
+    parallel = parallelism(world)
+    optimizer = case.ours(parallel.model.parameters())
+    updated = train(parallel, optimizer)
+    assert_equal(full_values(parallel.model, optimizer), full_values(*in_one_process(case, world)))
     assert_kernels(optimizer, updated)
 
 
-def missing_gradients(way: Way, case: Case, world: World) -> None:
+def missing_gradients(parallelism: Parallelism, case: Case, world: World) -> None:
     """On every rank alike; norms are over those that are there, and no plan is made anew."""
     subsets = [(), (0, 3), (1,), (2, 4, 5), (0, 1, 2, 3, 4, 5, 6), ()]
-    spread, whole = way(world), one_process(world)
-    optimizer = case.ours(spread.model.parameters(), max_grad_norm=0.1)
+    parallel, whole = parallelism(world), one_process(world)
+    optimizer = case.ours(parallel.model.parameters(), max_grad_norm=0.1)
     reference = case.theirs(whole.model.parameters())
     plans = []
 
@@ -72,48 +72,50 @@ def missing_gradients(way: Way, case: Case, world: World) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
 
     for step, without in enumerate(subsets):
-        train(spread, optimizer, [step], partial(leave_out, spread.model, without))
+        train(parallel, optimizer, [step], partial(leave_out, parallel.model, without))
         train(whole, reference, [step], partial(clip, whole.model, without))
         plans.append(optimizer._internals.plan)
     values = full_values(whole.model, reference)
-    assert_equal(full_values(spread.model, optimizer), values)
+    assert_equal(full_values(parallel.model, optimizer), values)
     assert all(plan is plans[0] for plan in plans)
 
 
 def zero(case: Case, world: World, **kwargs: Any) -> None:
     """Each process steps its own parameters and keeps their state."""
-    spread = ddp(world)
-    optimizer = _zero(spread.model, case, **kwargs)
-    updated = train(spread, optimizer)
+    parallel = ddp(world)
+    optimizer = _zero(parallel.model, case, **kwargs)
+    updated = train(parallel, optimizer)
     expected, _ = in_one_process(case, world)
-    assert_equal(list(spread.model.parameters()), list(expected.parameters()))
+    assert_equal(list(parallel.model.parameters()), list(expected.parameters()))
     assert_kernels(optimizer.optim, updated)
 
 
 def zero_with_nothing_to_do(case: Case, world: World) -> None:
     """Two parameters: with four processes, two have none."""
-    spread, whole = ddp(world), one_process(world)
-    optimizer = _zero(spread.model.get_submodule("module.down"), case)
+    parallel, whole = ddp(world), one_process(world)
+    optimizer = _zero(parallel.model.get_submodule("module.down"), case)
     assert len(optimizer.optim.param_groups[0]["params"]) == (1 if world.rank < 2 else 0)
-    train(spread, optimizer)
+    train(parallel, optimizer)
     train(whole, case.theirs(whole.model.get_submodule("down").parameters()))
-    assert_equal(list(spread.model.parameters()), list(whole.model.parameters()))
+    assert_equal(list(parallel.model.parameters()), list(whole.model.parameters()))
 
 
 def zero_from_a_checkpoint(case: Case, world: World) -> None:
-    spread = ddp(world)
-    optimizer = _zero(spread.model, case)
-    train(spread, optimizer, range(2))
+    parallel = ddp(world)
+    optimizer = _zero(parallel.model, case)
+    train(parallel, optimizer, range(2))
     optimizer.consolidate_state_dict()
     saved: list[Any] = [optimizer.state_dict() if world.rank == 0 else None]
     dist.broadcast_object_list(saved, device=world.device)
     _, expected = in_one_process(case, world, 2)
     # What was consolidated is on the CPU.
     assert_equal(saved[0]["state"], expected.state_dict()["state"], check_device=False)
-    optimizer = _zero(spread.model, case)
+    optimizer = _zero(parallel.model, case)
     optimizer.load_state_dict(saved[0])
-    train(spread, optimizer, [2])
-    assert_equal(list(spread.model.parameters()), list(in_one_process(case, world)[0].parameters()))
+    train(parallel, optimizer, [2])
+    assert_equal(
+        list(parallel.model.parameters()), list(in_one_process(case, world)[0].parameters())
+    )
 
 
 def _zero(model: Module, case: Case, **kwargs: Any) -> Any:
@@ -131,12 +133,12 @@ def _scenarios() -> list[Scenario]:
         Scenario("zero_bucket_view", partial(zero, CASES[0], parameters_as_bucket_view=True), both),
     ]
     for case in CASES:
-        for way, sizes in WAYS.items():
-            run = partial(the_same_as_in_one_process, way, case)
-            found.append(Scenario(f"{way.__name__}-{case.name}", run, sizes))
-        for way in [way for way in (fsdp, tp) if way in WAYS]:
-            name = f"missing_gradients-{way.__name__}-{case.name}"
-            found.append(Scenario(name, partial(missing_gradients, way, case), (2,)))
+        for parallelism, sizes in PARALLELISMS.items():
+            run = partial(the_same_as_in_one_process, parallelism, case)
+            found.append(Scenario(f"{parallelism.__name__}-{case.name}", run, sizes))
+        for parallelism in [each for each in (fsdp, tp) if each in PARALLELISMS]:
+            name = f"missing_gradients-{parallelism.__name__}-{case.name}"
+            found.append(Scenario(name, partial(missing_gradients, parallelism, case), (2,)))
         for make in (zero, zero_with_nothing_to_do, zero_from_a_checkpoint):
             found.append(Scenario(f"{make.__name__}-{case.name}", partial(make, case), both))
     return found + clipping_scenarios(CASES) + checkpoint_scenarios(CASES)

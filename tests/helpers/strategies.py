@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from cases import BLOCK
-from fences import fenced
+from guarded_memory import guarded
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
 from torch import Tensor
@@ -62,9 +62,9 @@ class Layout(NamedTuple):
         if self.order:
             Random(self.order).shuffle(dims)
         if self.gap:
-            return fenced(torch.stack([values, values], -1), self.offset)[..., 0]
+            return guarded(torch.stack([values, values], -1), self.offset)[..., 0]
         inverse = sorted(range(len(dims)), key=dims.__getitem__)
-        return fenced(values.permute(dims).contiguous(), self.offset).permute(inverse)
+        return guarded(values.permute(dims).contiguous(), self.offset).permute(inverse)
 
 
 class Slot(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, DEVICE, Case, Tensors, assert_same_bits
-from dry_scenarios import SCENARIOS
+from compiled_scenarios import SCENARIOS
 
 from triton_optim.launch import backend
 from triton_optim.launch.launcher import checked_grid
@@ -27,7 +27,7 @@ def _outcomes() -> dict[str, str | None]:
     paths = [str(tests / "helpers"), str(tests.parent / "perf"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(tests / "helpers/dry_scenarios.py")]
+    command = [sys.executable, str(tests / "helpers/compiled_scenarios.py")]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     outcomes: dict[str, str | None] = json.loads(done.stdout)
     return outcomes

@@ -1,6 +1,6 @@
 """Memory that must not be touched, and memory beyond 2^31 elements.
 
-Every other test is watched in the same way: see fences.py and sanitizer.py.
+Every other test is watched in the same way: see guarded_memory.py and sanitizer.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import BLOCK, DEVICE, STATEFUL_CASES, Case
-from fences import Fence, fenced, fences
+from guarded_memory import GuardedBuffer, guarded, guarded_buffers
 from torch.nn import Parameter
 
 import triton_optim
@@ -28,28 +28,28 @@ def test_nothing_beside_a_tensor_is_written(
     case: Case, numel: int, offset: int, dtype: torch.dtype
 ) -> None:
     """Parameter, gradient and state lie inside larger memory, at aligned and other addresses."""
-    param = Parameter(fenced(torch.ones(numel, dtype=dtype, device=DEVICE), offset))
-    param.grad = fenced(torch.ones_like(param), offset)
+    param = Parameter(guarded(torch.ones(numel, dtype=dtype, device=DEVICE), offset))
+    param.grad = guarded(torch.ones_like(param), offset)
     optimizer = case.ours([param], fused=True)
     optimizer.step()
     for key, value in optimizer.state.get(param, {}).items():
         if key != "step":
-            optimizer.state[param][key] = fenced(value, offset)
+            optimizer.state[param][key] = guarded(value, offset)
     optimizer.step()
-    assert len(fences) >= 2
-    assert all(fence.is_whole() for fence in fences)
+    assert len(guarded_buffers) >= 2
+    assert all(buffer.is_whole() for buffer in guarded_buffers)
 
 
-def test_a_broken_fence_is_seen() -> None:
-    inside = fenced(torch.zeros(5, device=DEVICE), 1)
+def test_a_damaged_guard_is_seen() -> None:
+    inside = guarded(torch.zeros(5, device=DEVICE), 1)
     assert inside.data_ptr() % 64 == 4
-    fence: Fence = fences[-1]
-    assert fence.is_whole()
+    buffer: GuardedBuffer = guarded_buffers[-1]
+    assert buffer.is_whole()
     for outside in (-1, 5):
         torch.as_strided(inside, (1,), (1,), inside.storage_offset() + outside).fill_(1)
-        assert not fence.is_whole()
-        fence.memory[: fence.start].fill_(0xA5)
-        fence.memory[fence.stop :].fill_(0xA5)
+        assert not buffer.is_whole()
+        buffer.memory[: buffer.start].fill_(0xA5)
+        buffer.memory[buffer.stop :].fill_(0xA5)
 
 
 def _step(monkeypatch: pytest.MonkeyPatch, programs: int, longer: int = 0) -> None:

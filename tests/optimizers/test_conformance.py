@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import cases
-import pair
+import paired_optimizers
 import pytest
 import torch
 from cases import BLOCK, DEVICE, Tensors, assert_same_bits, double
-from database import (
+from paired_optimizers import Pair
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch_optim_db import (
     Config,
     LeastSquares,
     Named,
@@ -21,9 +24,6 @@ from database import (
     scheduled,
     tensors_of,
 )
-from pair import Pair
-from torch.nn import Parameter
-from torch.optim import Optimizer
 
 from triton_optim.launch import backend
 
@@ -116,7 +116,7 @@ def test_groups_are_several_optimizers(case: Config) -> None:
         {"maximize": not case.kwargs.get("maximize", False)},
         {"lr": 1e-28, "fused": True},
     ]
-    together, apart = (Tensors(torch.float32, specs=pair.SPECS) for _ in range(2))
+    together, apart = (Tensors(torch.float32, specs=paired_optimizers.SPECS) for _ in range(2))
     groups = [{"params": p, **change} for p, change in zip(together.params, changes, strict=True)]
     optimizer = case.ours(groups)
     others = [case.ours([p], **change) for p, change in zip(apart.params, changes, strict=True)]

@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_same_bits, new_param
-from database import (
-    Config,
-    errors,
-    every_config,
-    every_optimizer,
-)
-from pair import Pair
+from paired_optimizers import Pair
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook as global_post_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook as global_pre_hook
 from torch.testing._internal.common_optimizers import ErrorOptimizerInput
+from torch_optim_db import (
+    Config,
+    errors,
+    every_config,
+    every_optimizer,
+)
 
 import triton_optim
 

@@ -11,7 +11,11 @@ import cases
 import pytest
 import torch
 from cases import DEVICE, Tensors, assert_same_bits
-from database import (
+from paired_optimizers import Pair
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch_optim_db import (
     Config,
     every_config,
     every_optimizer,
@@ -19,10 +23,6 @@ from database import (
     step_all,
     tensors_of,
 )
-from pair import Pair
-from torch import Tensor
-from torch.nn import Parameter
-from torch.optim import Optimizer
 
 from triton_optim.launch import backend
 
@@ -39,7 +39,7 @@ def test_rosenbrock_with_sparse_gradients(case: Config, constructors: Sequence[A
     """Uncoalesced, of x and of y in turn: as torch's, and as dense gradients.
 
     Two rows of one element, for torch writes a vector's sum elsewhere if the vector does not start
-    its memory, as between fences.
+    its memory, as between guard bytes.
     """
     maximize = case.kwargs.get("maximize", False)
     points = []

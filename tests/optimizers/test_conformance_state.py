@@ -11,7 +11,11 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_same_bits, new_param, skip_without_late_state
-from database import (
+from paired_optimizers import Pair
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ExponentialLR
+from torch_optim_db import (
     INFOS,
     Config,
     LeastSquares,
@@ -20,10 +24,6 @@ from database import (
     every_optimizer,
     tensors_of,
 )
-from pair import Pair
-from torch.nn import Parameter
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ExponentialLR
 
 from triton_optim.launch import backend
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, DEVICE, Case, assert_same_bits
-from pair import Pair, every_state, two_groups
+from paired_optimizers import Pair, every_state, two_groups
 from torch.nn import Parameter
 
 import triton_optim

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DEVICE, assert_same_bits, refused
-from tables import Tables, sparse, worst
+from embedding_tables import Tables, sparse, worst
 from torch.nn import Parameter
 
 import triton_optim

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cases import DEVICE, assert_same_bits, largest, refused
-from tables import Tables, sparse, worst
+from embedding_tables import Tables, sparse, worst
 from torch import Tensor, nn
 from torch.nn import Parameter
 

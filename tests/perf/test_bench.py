@@ -18,7 +18,7 @@ import bench_step
 import pytest
 import torch
 from cases import DEVICE
-from clockwork import Clockwork
+from fake_device import FakeDevice
 from lab import group, rows, suites, workload
 from lab.implementations import (
     COPIES,
@@ -161,7 +161,7 @@ def test_renewed_tensors_stay_where_they_are() -> None:
 def test_every_sample_finds_renewed_tensors() -> None:
     calls: list[str] = []
     steps = {name: partial(calls.append, name) for name in ("a", "b", COPY)}
-    times = measure(Clockwork(), steps, True, 3, math.inf, lambda: calls.append("renew"))
+    times = measure(FakeDevice(), steps, True, 3, math.inf, lambda: calls.append("renew"))
     assert [len(series.gpu) for series in times.values()] == [3, 3, 3]
     samples = "".join(name[0] for name in calls).split("r")
     assert [len({*sample}) for sample in samples] == [0] + [1] * (3 + 3 * 3)
@@ -171,7 +171,7 @@ def test_every_sample_finds_renewed_tensors() -> None:
 
 def test_copies_find_the_l2_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    device = Clockwork()
+    device = FakeDevice()
     monkeypatch.setattr(device, "empty_l2", lambda: calls.append("emptied"))
     steps = {name: partial(calls.append, name) for name in ("a", *COPIES)}
     measure(device, steps, True, 3, math.inf)
@@ -189,10 +189,10 @@ def test_what_runs_out_of_memory_while_it_is_timed(steps: int) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         left[0] -= 1
 
-    times = measure(Clockwork(), {"growing": growing, "a": lambda: None}, False, 3, math.inf)
+    times = measure(FakeDevice(), {"growing": growing, "a": lambda: None}, False, 3, math.inf)
     assert {name: len(series.gpu) for name, series in times.items()} == {"a": 3}
-    assert not measure(Clockwork(), {"growing": growing}, False, 3, math.inf)
-    assert not measure(Clockwork(), {}, False, 3, math.inf)
+    assert not measure(FakeDevice(), {"growing": growing}, False, 3, math.inf)
+    assert not measure(FakeDevice(), {}, False, 3, math.inf)
 
 
 class _NoRoom(torch.optim.SGD):
@@ -242,7 +242,7 @@ def whole_run(
     )
     monkeypatch.setitem(suites.SUITES, "sweep", lambda: [TINY, small, huge])
     options = ["--rules", "momentum", "--storages", "float32", "--repeats", "4"]
-    path = bench_step.run(Clockwork(), bench_step.arguments(options), tmp_path)
+    path = bench_step.run(FakeDevice(), bench_step.arguments(options), tmp_path)
     assert path.parent == tmp_path
     assert path.name.startswith("step-sweep-no-gpu-2-20")
     return rows.read(path), capsys.readouterr().out
@@ -287,13 +287,13 @@ def _assert_shares_of_the_copies_and_of_the_peak(small: dict[str, rows.Row]) -> 
         )
         assert row.percent_of_peak == pytest.approx(100 * rate / 4000)
     # Of a parameter, its gradient and momentum in float32: whole blocks of 4,096.
-    moved = Clockwork().copied.nbytes
+    moved = FakeDevice().copied.nbytes
     assert small[MIXED_COPY].step_bytes == moved // 20 // 4096 * 4096 * 20
 
 
 def test_without_a_known_peak_there_is_no_share_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group, "IMPLEMENTATIONS", IMPLEMENTATIONS[:1])
-    device = Clockwork()
+    device = FakeDevice()
     device.peak_bandwidth = None
     item = group.Group("", Layout("small", [("weight", (400,))]), SGD, FLOAT32)
     ours = group.bench(device, item, rows.Row(), 3, math.inf)[0]
@@ -328,7 +328,7 @@ def test_what_has_no_time_says_why(whole_run: Run) -> None:
 
 def test_a_run_ends_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = bench_step.arguments(["--suite", "gpt2", "moe", "--minutes", "0"])
-    assert rows.read(bench_step.run(Clockwork(), options, tmp_path)) == []
+    assert rows.read(bench_step.run(FakeDevice(), options, tmp_path)) == []
     assert "the time was up before 28 groups, the first of them gpt2, sgd, float32" in (
         capsys.readouterr().out
     )

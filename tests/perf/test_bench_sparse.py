@@ -1,6 +1,6 @@
 """The benchmark of sparse gradients without its GPU: what is made, checked, timed and judged.
 
-No time is asserted. What stands in for the GPU is clockwork.py.
+No time is asserted. What stands in for the GPU is fake_device.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import bench_sparse
 import pytest
 import torch
 from cases import DEVICE
-from clockwork import Clockwork
+from fake_device import FakeDevice
 from lab import rows, sparse_group, sparse_host, sparse_work
 from lab.implementations import COPY, OURS
 from lab.sparse_implementations import (
@@ -287,7 +287,7 @@ def _run(
     monkeypatch.setattr(sparse_group, "IMPLEMENTATIONS", (*IMPLEMENTATIONS, *added))
     sizes = ("--rows", "50", "--dim", "8", "--batch", "40", "--distributions", "zipf")
     args = bench_sparse.arguments([*sizes, "--repeats", "3", "--minutes", "9", *options])
-    return bench_sparse.run(Clockwork(), args)
+    return bench_sparse.run(FakeDevice(), args)
 
 
 def _added(
@@ -322,7 +322,7 @@ def test_a_whole_run(
     for rule, row in zip(RULES, ours, strict=True):
         assert row.step_bytes == rule.step_bytes(TINY, row.unique_rows or 0)
         assert row.gb_per_s == pytest.approx((row.step_bytes or 0) / (row.gpu_us or 0) / 1e3)
-        assert row.l2 == "exceeded"  # clockwork's are 1,024 bytes
+        assert row.l2 == "exceeded"  # the fake device's are 1,024 bytes
         share = 100 * (row.gb_per_s or 0) / (row.copy_gb_per_s or 0)
         assert row.percent_of_copy == pytest.approx(share)
     printed = capsys.readouterr().out
@@ -384,7 +384,7 @@ def test_no_room_while_all_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_there_keeps_room_for_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 1 MiB, clockwork's memory, 300 tables of 1,600 bytes fit, or a step that takes 400."""
+    """Of 1 MiB of memory, 300 tables of 1,600 bytes fit, or a step that takes 400."""
     large = _added("large", _torch(ADAGRAD), tables=300)
     for name, statuses in (("large step", [rows.OK, rows.NO_ROOM]), ("none", [rows.OK] * 2)):
         first = _added(name, _torch(ADAGRAD), passing=400 if name == "large step" else 0)
@@ -411,7 +411,7 @@ def test_a_run_ends_in_time(
 def test_small_steps_find_the_l2_emptied_and_have_no_share(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Clockwork, "may_cache", lambda *_: True)
+    monkeypatch.setattr(FakeDevice, "may_cache", lambda *_: True)
     found = _run(monkeypatch, "--rules", "sgd")
     ours, copy = (next(r for r in found if r.implementation == n) for n in (OURS, COPY))
     assert (ours.l2, ours.percent_of_copy) == ("emptied", None)

@@ -16,7 +16,7 @@ import bench_step
 import gpu_report
 import pytest
 import torch
-from clockwork import Clockwork
+from fake_device import FakeDevice
 from gpu_report import PARTS, is_here, report
 from lab import implementations, parts
 from lab.parts import FAILED, OK, OUT_OF_TIME, SKIPPED, Part, Record
@@ -53,7 +53,11 @@ def _on_a_stand_in(part: Part) -> Part:
     if part.name == "profile":
         arguments += ["--model", "gru", "--size", "16"]
     return part._replace(
-        arguments=("tests/helpers/stand_in.py", Path(script).name.removesuffix(".py"), *arguments)
+        arguments=(
+            "tests/helpers/tiny_programs.py",
+            Path(script).name.removesuffix(".py"),
+            *arguments,
+        )
     )
 
 
@@ -177,7 +181,7 @@ def test_a_benchmark_that_left_something_out_is_not_done(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = bench_step.arguments(["--suite", "gpt2", "--minutes", "0"])
-    bench_step.run(Clockwork(), args, tmp_path)
+    bench_step.run(FakeDevice(), args, tmp_path)
     printed = capsys.readouterr().out
     records = _report(tmp_path, _part("step", f"print({printed!r})"))
     assert records["step"]["outcome"] == OUT_OF_TIME

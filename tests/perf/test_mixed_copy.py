@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import DEVICE
-from clockwork import Clockwork
+from fake_device import FakeDevice
 from lab.copy_kernel import mixed_copy_kernel
 from lab.implementations import RULES, STORAGES, Rule, Storage, bytes_per_param
 from lab.mixed_copy import CONFIGS, MixedCopy
@@ -66,7 +66,7 @@ def test_a_run_moves_a_steps_bytes(rule: Rule, storage: Storage) -> None:
 def test_the_fastest_config_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     mix = MixedCopy(torch.randn(MEMORY, device=DEVICE), SGD, STORAGES[0])
     times = dict(zip(CONFIGS, (3.0, 2.0, 1.0, 5.0), strict=True))
-    device = Clockwork()
+    device = FakeDevice()
     monkeypatch.setattr(mix, "run", lambda: None)
     monkeypatch.setattr(device, "between", lambda *_: times[mix.config])
     mix.tune(device)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tune
-from clockwork import Clockwork
+from fake_device import FakeDevice
 from lab.implementations import RULES, STORAGES
 from lab.suites import Layout
 from lab.workload import Workload
@@ -37,7 +37,7 @@ def _tuner(monkeypatch: pytest.MonkeyPatch) -> Tuner:
     monkeypatch.setattr(tune, "LAYOUTS", (Layout("tiny", [("weight", (10, 20))]),))
     monkeypatch.setattr(tune, "RULES", (RULES[1],))
     monkeypatch.setattr(tune, "sizes", lambda *_: [DEFAULT, Config(128, 1), Config(256, 1)])
-    return Tuner(Clockwork(), STORAGES[0], DEFAULT, 2, time.monotonic())
+    return Tuner(FakeDevice(), STORAGES[0], DEFAULT, 2, time.monotonic())
 
 
 def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_where_every_config_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_mean_is_over_everything() -> None:
-    tuner = Tuner(Clockwork(), STORAGES[0], DEFAULT, 2, 0.0)
+    tuner = Tuner(FakeDevice(), STORAGES[0], DEFAULT, 2, 0.0)
     other = Config(128, 1)
     for layout, relative in (("a", 0.5), ("b", 1.0)):
         tuner.trials.append(Trial("float32", layout, "sgd", DEFAULT, 1.0, 1.0))
@@ -97,7 +97,7 @@ def test_the_mean_is_over_everything() -> None:
 
 def test_a_forced_config_is_launched() -> None:
     layout = Layout("tiny", [("weight", (10, 20))])
-    workload = Workload(layout, RULES[0], STORAGES[0], Clockwork.type)
+    workload = Workload(layout, RULES[0], STORAGES[0], FakeDevice.type)
     with recorded() as launches:
         for config in (Config(64, 1, blocks=2), Config(64, 1)):
             with tune.forced(config):

@@ -11,7 +11,7 @@ import os
 import pickle
 from typing import Any
 
-import fences
+import guarded_memory
 import torch
 from cases import DEVICE, double
 from hypothesis import HealthCheck, settings
@@ -225,7 +225,7 @@ class Programs(RuleBasedStateMachine):
         self.compare()
 
     def teardown(self) -> None:
-        broken = fences.taken_down()
+        broken = guarded_memory.pop_damaged()
         assert not broken
 
 

@@ -23,7 +23,7 @@ from cases import (
     refused,
     twins_of,
 )
-from fences import fenced
+from guarded_memory import guarded
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -75,7 +75,7 @@ def _setting(case: Case) -> tuple[Any, list[Parameter], list[Tensor]]:
 
     def draw(offset: int) -> Tensor:
         values = torch.randn(3, generator=generator, dtype=torch.float64)
-        return fenced(values.to(DEVICE), offset)
+        return guarded(values.to(DEVICE), offset)
 
     params = [Parameter(draw(0)), Parameter(draw(1))]
     return case.ours(params), params, [draw(i % 2) for i in range(6)]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from cases import DEVICE, STATEFUL_CASES, Case, assert_same_bits, main_state, new_param
-from pair import SPECS, Pair
-from tables import SPARSE_CASES, Tables
+from embedding_tables import SPARSE_CASES, Tables
+from paired_optimizers import SPECS, Pair
 from torch.nn import Parameter
 from torch.profiler import ProfilerActivity, profile
 

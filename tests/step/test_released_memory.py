@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DEVICE, STATEFUL_CASES, Case, new_param
-from tables import SPARSE_CASES
+from embedding_tables import SPARSE_CASES
 from torch import Tensor, nn
 from torch.nn import Parameter
 

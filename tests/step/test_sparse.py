@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from cases import DEVICE, TORCH, Case, assert_same_bits, largest, refused
-from fences import fenced
+from embedding_tables import SPARSE_CASES, Tables, sparse, worst
+from guarded_memory import guarded
 from lab.traffic import Traffic, watched
-from tables import SPARSE_CASES, Tables, sparse, worst
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -391,7 +391,7 @@ def test_values_in_other_layouts(kind: str) -> None:
     values = {
         "expanded": tables.draw(1, 1).expand(5, 4),
         "strided": tables.draw(4, 5).t(),
-        "misaligned": fenced(tables.draw(5, 4), 1),
+        "misaligned": guarded(tables.draw(5, 4), 1),
         "int32 ids": tables.draw(5, 4),
         "other dtype": tables.draw(5, 4),
     }[kind]

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from cases import CASES, DEVICE, Case, skip_without_late_state
-from pair import Pair, every_state, two_groups
+from paired_optimizers import Pair, every_state, two_groups
 from torch.nn import Parameter
 
 import triton_optim.optimizer

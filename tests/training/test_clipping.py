@@ -6,7 +6,7 @@ import copy
 import math
 from typing import Any
 
-import pair
+import paired_optimizers
 import pytest
 import torch
 from cases import (
@@ -30,7 +30,7 @@ from triton_optim.launch.launcher import recorded
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
-FEW = pair.SPECS
+FEW = paired_optimizers.SPECS
 
 
 @interpreted

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DEVICE, STATEFUL_CASES, TORCH, Case
-from pair import Pair, every_state
+from paired_optimizers import Pair, every_state
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn import Linear, Sequential, Tanh

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, DEVICE, Case
-from pair import every_state
+from paired_models import MOMENTUM, Net, PairedModels
+from paired_optimizers import every_state
 from torch import Tensor, nn
-from twins import MOMENTUM, Net, Twins
 
 import triton_optim
 from triton_optim import step_in_backward
@@ -22,36 +22,36 @@ from triton_optim.training.grad_buckets import cut
 @every_state
 def test_same_bits(case: Case) -> None:
     """With a scheduler, `step()` called by habit, state loaded in mid-run, and to the end of it."""
-    twins = Twins(case)
-    schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in twins.optimizers]
-    twins.step()
-    saved = [copy.deepcopy(optimizer.state_dict()) for optimizer in twins.optimizers]
+    pair = PairedModels(case)
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in pair.optimizers]
+    pair.step()
+    saved = [copy.deepcopy(optimizer.state_dict()) for optimizer in pair.optimizers]
     for scheduler in schedulers:
         scheduler.step()
-    twins.step()
-    twins.optimizers[0].step()
-    for optimizer, state_dict in zip(twins.optimizers, saved, strict=True):
+    pair.step()
+    pair.optimizers[0].step()
+    for optimizer, state_dict in zip(pair.optimizers, saved, strict=True):
         optimizer.load_state_dict(state_dict)
-    twins.step()
-    with twins.handle:
-        twins.each(lambda model, o: o.state.pop(model.head.weight, None))
-        twins.step()
-    twins.as_ever()
+    pair.step()
+    with pair.handle:
+        pair.each(lambda model, o: o.state.pop(model.head.weight, None))
+        pair.step()
+    pair.as_ever()
 
 
 @pytest.mark.parametrize(("bucket_bytes", "n_buckets"), [(0, 8), (200, 4), (1 << 20, 1)])
 def test_a_launch_a_bucket(bucket_bytes: int, n_buckets: int) -> None:
-    twins = Twins(MOMENTUM, bucket_bytes=bucket_bytes)
-    twins.step()
-    plans = [bucket._part._internals.plan for bucket in twins.handle._buckets]
-    first = twins.handle._buckets[0].params
-    assert any(param is twins.models[0].head.bias for param in first)
+    pair = PairedModels(MOMENTUM, bucket_bytes=bucket_bytes)
+    pair.step()
+    plans = [bucket._part._internals.plan for bucket in pair.handle._buckets]
+    first = pair.handle._buckets[0].params
+    assert any(param is pair.models[0].head.bias for param in first)
     with recorded() as launches:
-        twins.models[0](torch.ones(4, 6, device=DEVICE)).sum().backward()
-        twins.optimizers[0].step()
+        pair.models[0](torch.ones(4, 6, device=DEVICE)).sum().backward()
+        pair.optimizers[0].step()
     assert len(launches) == len(plans) == n_buckets
     assert None not in plans
-    assert plans == [bucket._part._internals.plan for bucket in twins.handle._buckets]
+    assert plans == [bucket._part._internals.plan for bucket in pair.handle._buckets]
 
 
 def test_cut() -> None:
@@ -87,22 +87,22 @@ def test_live_gradients_are_bounded() -> None:
 @pytest.mark.parametrize("head", [True, False])
 def test_checkpoints(reentrant: bool, head: bool, launches: list[backend.Variant]) -> None:
     """Passes of reentrant checkpoints, inside the model's, end without stepping half a bucket."""
-    twins = Twins(MOMENTUM, bucket_bytes=1 << 20)
-    twins.step(reentrant=reentrant, head=head)
+    pair = PairedModels(MOMENTUM, bucket_bytes=1 << 20)
+    pair.step(reentrant=reentrant, head=head)
     assert len(launches) == 2
-    for model in twins.models:  # without what sees the model's pass, each checkpoint is a pass
+    for model in pair.models:  # without what sees the model's pass, each checkpoint is a pass
         model._forward_hooks.clear()
-    twins.step(reentrant=reentrant, head=head)
+    pair.step(reentrant=reentrant, head=head)
 
 
 def test_a_gradient_that_comes_in_pieces() -> None:
     """Of a module that two reentrant checkpoints use: refused if the first was used already."""
     model: Any = Net()
     model.blocks[2] = model.blocks[1]
-    twins = Twins(MOMENTUM, model, bucket_bytes=1 << 20)
-    twins.step(reentrant=True)
-    twins.handle.remove()
-    step_in_backward(model, twins.optimizers[0], bucket_bytes=0)
+    pair = PairedModels(MOMENTUM, model, bucket_bytes=1 << 20)
+    pair.step(reentrant=True)
+    pair.handle.remove()
+    step_in_backward(model, pair.optimizers[0], bucket_bytes=0)
     x = torch.ones(4, 6, device=DEVICE, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"1 \('blocks\.1\.bias'\) of group 0 .*use_reentrant=F"):
         model(x, reentrant=True).sum().backward()
@@ -112,32 +112,32 @@ def test_shared_unused_and_frozen_parameters() -> None:
     model: Any = Net()
     model.blocks[1].weight = model.blocks[0].weight
     model.blocks[0].requires_grad_(False)
-    twins = Twins(MOMENTUM, model)
-    twins.step()
-    twins.each(lambda model, _: model.blocks[0].requires_grad_())
-    twins.step(2)
+    pair = PairedModels(MOMENTUM, model)
+    pair.step()
+    pair.each(lambda model, _: model.blocks[0].requires_grad_())
+    pair.step(2)
     for blocks in (2, 3, 0):
-        twins.step(blocks=blocks)
-    twins.each(lambda model, _: model.head.requires_grad_(False))
-    twins.step()
+        pair.step(blocks=blocks)
+    pair.each(lambda model, _: model.head.requires_grad_(False))
+    pair.step()
 
 
 def test_every_backward_is_a_step() -> None:
-    twins = Twins(MOMENTUM)
+    pair = PairedModels(MOMENTUM)
     x = torch.randn(4, 6, device=DEVICE)
     for _ in range(2):
-        for model in twins.models:
+        for model in pair.models:
             model(x).square().sum().backward()
-        twins.check()
-    for model in twins.models:  # through what needs no value of a parameter, the same graph twice
+        pair.check()
+    for model in pair.models:  # through what needs no value of a parameter, the same graph twice
         loss = torch.stack([param.sum() for param in model.parameters()]).sum()
         loss.backward(retain_graph=True)
         model.loss = loss
-    twins.check()
-    for model in twins.models:
+    pair.check()
+    for model in pair.models:
         model.loss.backward()
-    twins.check()
-    loss = twins.models[0](x).square().sum()
+    pair.check()
+    loss = pair.models[0](x).square().sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -145,22 +145,22 @@ def test_every_backward_is_a_step() -> None:
 
 def test_gradients_given_by_hand() -> None:
     """Wait for `optimizer.step()` where a pass brings none to their bucket."""
-    twins = Twins(MOMENTUM, bucket_bytes=0)
-    for model in twins.models:
+    pair = PairedModels(MOMENTUM, bucket_bytes=0)
+    for model in pair.models:
         model.head.bias.grad = torch.ones_like(model.head.bias)
         model(torch.ones(4, 6, device=DEVICE), head=False).sum().backward()
-    assert twins.models[0].head.bias.grad is not None
-    twins.optimizers[0].step()
-    twins.optimizers[0].zero_grad()
-    twins.check()
+    assert pair.models[0].head.bias.grad is not None
+    pair.optimizers[0].step()
+    pair.optimizers[0].zero_grad()
+    pair.check()
 
 
 @pytest.mark.parametrize("where", [0, 2])
 def test_an_exception_inside_backward(where: int) -> None:
     """What waited is dropped: the next pass is the same as from here without the exception."""
-    twins = Twins(MOMENTUM, bucket_bytes=300)
-    twins.step()
-    ours = twins.models[0]
+    pair = PairedModels(MOMENTUM, bucket_bytes=300)
+    pair.step()
+    ours = pair.models[0]
     before = copy.deepcopy(ours.state_dict())
 
     def fail(grad: Tensor) -> None:
@@ -173,9 +173,9 @@ def test_an_exception_inside_backward(where: int) -> None:
     assert all(param.grad is None for param in ours.parameters())
     stepped = [not torch.equal(before[name], p) for name, p in ours.named_parameters()]
     assert any(stepped) == (where == 0) and not all(stepped)
-    twins.models[1].load_state_dict(ours.state_dict())
-    twins.optimizers[1].load_state_dict(copy.deepcopy(twins.optimizers[0].state_dict()))
-    twins.step(2)
+    pair.models[1].load_state_dict(ours.state_dict())
+    pair.optimizers[1].load_state_dict(copy.deepcopy(pair.optimizers[0].state_dict()))
+    pair.step(2)
 
 
 def test_torchs_way() -> None:
@@ -190,5 +190,5 @@ def test_torchs_way() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.linear(self.embedding(x.argmax(1)))  # type: ignore[no-any-return]
 
-    twins = Twins(case, Embedded().to(DEVICE))
-    twins.step(3)
+    pair = PairedModels(case, Embedded().to(DEVICE))
+    pair.step(3)

@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import DEVICE, assert_same_bits, refused
+from paired_models import MOMENTUM, Net, PairedModels
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from twins import MOMENTUM, Net, Twins
 
 from triton_optim import SGD, step_in_backward
 
@@ -90,8 +90,8 @@ def test_a_second_registration() -> None:
 @pytest.mark.parametrize("change", ["add", "replace", "clip", "hook"])
 def test_what_is_changed_later(change: str) -> None:
     """Refused by the next pass, which drops its gradients."""
-    twins = Twins(MOMENTUM, bucket_bytes=0)
-    model, optimizer = twins.models[0], twins.optimizers[0]
+    pair = PairedModels(MOMENTUM, bucket_bytes=0)
+    model, optimizer = pair.models[0], pair.optimizers[0]
     added = nn.Parameter(torch.ones(2, device=DEVICE))
     groups = [{**group, "params": [*group["params"]]} for group in optimizer.param_groups]
     if change == "add":
@@ -109,14 +109,14 @@ def test_what_is_changed_later(change: str) -> None:
     optimizer.max_grad_norm = None
     if change == "hook":
         hook.remove()
-    twins.step()
+    pair.step()
 
 
 def test_errors_of_a_step_name_the_parameter() -> None:
     """Where it stands in the optimizer, not in its bucket."""
-    twins = Twins(MOMENTUM)
-    twins.step()
-    model, optimizer = twins.models[0], twins.optimizers[0]
+    pair = PairedModels(MOMENTUM)
+    pair.step()
+    model, optimizer = pair.models[0], pair.optimizers[0]
     optimizer.state[model.blocks[1].bias]["momentum_buffer"] = torch.ones(2, device=DEVICE)
     with pytest.raises(RuntimeError, match=r"parameter 1 \('blocks\.1\.bias'\) of group 0"):
         _backward(model)
@@ -124,11 +124,11 @@ def test_errors_of_a_step_name_the_parameter() -> None:
 
 
 def test_hooks_of_the_optimizer_run_in_step() -> None:
-    twins, calls = Twins(MOMENTUM), []
-    twins.optimizers[0].register_step_post_hook(lambda *_: calls.append("post"))
-    twins.step()
+    pair, calls = PairedModels(MOMENTUM), []
+    pair.optimizers[0].register_step_post_hook(lambda *_: calls.append("post"))
+    pair.step()
     assert not calls
-    twins.optimizers[0].step()
+    pair.optimizers[0].step()
     assert calls == ["post"]
 
 

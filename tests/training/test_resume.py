@@ -14,7 +14,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import pytest
-import resume
+import resumable_training
 import torch
 from cases import assert_same_bits
 
@@ -41,7 +41,9 @@ def _training(
 ) -> Iterator[tuple[ForkServerProcess, Connection]]:
     """A process that trains, and where it reports."""
     reports, report = context.Pipe(duplex=False)
-    process = context.Process(target=resume.train, args=(path, steps, report), daemon=True)
+    process = context.Process(
+        target=resumable_training.train, args=(path, steps, report), daemon=True
+    )
     process.start()
     report.close()
     with reports:

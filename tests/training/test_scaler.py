@@ -6,7 +6,7 @@ import copy
 import math
 from typing import Any
 
-import pair
+import paired_optimizers
 import pytest
 import torch
 from cases import (
@@ -99,7 +99,7 @@ def test_unscaling_in_the_update(case: Case, storage: torch.dtype) -> None:
 def test_a_skipped_step_leaves_everything(
     case: Case, grad_scale: float | None, found_inf: float
 ) -> None:
-    tensors = Tensors(torch.float32, specs=pair.SPECS)
+    tensors = Tensors(torch.float32, specs=paired_optimizers.SPECS)
     optimizer = case.ours(tensors.params)
     tensors.train(optimizer, 2)
     tensors.new_gradients()
@@ -115,7 +115,7 @@ def test_a_skipped_step_leaves_everything(
 @every_state
 def test_a_first_step_that_is_skipped_is_none(case: Case) -> None:
     """State is as if it had not been, also in a checkpoint and after a new plan."""
-    skipped, plain = (Tensors(torch.float64, specs=pair.SPECS) for _ in range(2))
+    skipped, plain = (Tensors(torch.float64, specs=paired_optimizers.SPECS) for _ in range(2))
     optimizer, other = case.ours(skipped.params), case.ours(plain.params)
     skipped.new_gradients()
     _told(optimizer, 1.0, None)

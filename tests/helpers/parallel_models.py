@@ -1,4 +1,4 @@
-"""A small model, the ways to spread it over processes, and what it becomes in one process."""
+"""A small model, the ways to train it in several processes, and what it becomes in one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from cases import TORCH, Case
+from process_groups import World
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,7 +24,6 @@ from torch.nn import LayerNorm, Linear, Module, Parameter, Sequential, Tanh
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from worlds import World
 
 from triton_optim.kernels.chunks import PARAM
 from triton_optim.launch.launcher import UpdateLaunch, recorded
@@ -54,7 +54,7 @@ def new_net(device: torch.device) -> Net:
     return Net().to(device, torch.float64)
 
 
-class Spread(NamedTuple):
+class ParallelModel(NamedTuple):
     """A model that a world trains, and this process's rows of every batch."""
 
     model: Module
@@ -65,52 +65,52 @@ def _rows(part: int, parts: int) -> slice:
     return slice(part * ROWS // parts, (part + 1) * ROWS // parts)
 
 
-def one_process(world: World) -> Spread:
-    return Spread(new_net(world.device), slice(None))
+def one_process(world: World) -> ParallelModel:
+    return ParallelModel(new_net(world.device), slice(None))
 
 
-def ddp(world: World) -> Spread:
+def ddp(world: World) -> ParallelModel:
     model = DistributedDataParallel(new_net(world.device))
-    return Spread(model, _rows(world.rank, world.size))
+    return ParallelModel(model, _rows(world.rank, world.size))
 
 
-def ddp_bucket_view(world: World) -> Spread:
+def ddp_bucket_view(world: World) -> ParallelModel:
     """Gradients lie side by side in one buffer."""
     model = DistributedDataParallel(new_net(world.device), gradient_as_bucket_view=True)
-    return Spread(model, _rows(world.rank, world.size))
+    return ParallelModel(model, _rows(world.rank, world.size))
 
 
-def fsdp(world: World) -> Spread:
+def fsdp(world: World) -> ParallelModel:
     mesh = init_device_mesh(world.device.type, (world.size,))
-    return Spread(_sharded(new_net(world.device), mesh), _rows(world.rank, world.size))
+    return ParallelModel(_sharded(new_net(world.device), mesh), _rows(world.rank, world.size))
 
 
-def hsdp(world: World) -> Spread:
+def hsdp(world: World) -> ParallelModel:
     """Shards, and copies of them."""
     mesh = init_device_mesh(world.device.type, (2, 2), mesh_dim_names=("copy", "shard"))
-    return Spread(_sharded(new_net(world.device), mesh), _rows(world.rank, world.size))
+    return ParallelModel(_sharded(new_net(world.device), mesh), _rows(world.rank, world.size))
 
 
-def tp(world: World) -> Spread:
+def tp(world: World) -> ParallelModel:
     """`norm` is whole everywhere, each process sees a part of the sequence; `scale` is plain."""
     return _tp(world, shard_head=world.size == 2)
 
 
-def tp_few_rows(world: World) -> Spread:
+def tp_few_rows(world: World) -> ParallelModel:
     """Shards of 1, 1, 1 and 0 rows: torch gives every process the whole gradient."""
     return _tp(world, shard_head=True)
 
 
-def _tp(world: World, *, shard_head: bool) -> Spread:
+def _tp(world: World, *, shard_head: bool) -> ParallelModel:
     mesh = init_device_mesh(world.device.type, (world.size,))
     model = _tensor_parallel(new_net(world.device), mesh, shard_head=shard_head)
-    return Spread(model, slice(None))
+    return ParallelModel(model, slice(None))
 
 
-def fsdp_tp(world: World) -> Spread:
+def fsdp_tp(world: World) -> ParallelModel:
     mesh = init_device_mesh(world.device.type, (2, 2), mesh_dim_names=("dp", "tp"))
     model = _tensor_parallel(new_net(world.device), mesh["tp"], shard_head=True)
-    return Spread(_sharded(model, mesh["dp"]), _rows(mesh.get_local_rank("dp"), 2))
+    return ParallelModel(_sharded(model, mesh["dp"]), _rows(mesh.get_local_rank("dp"), 2))
 
 
 def _sharded(model: Net, mesh: DeviceMesh) -> Net:
@@ -135,27 +135,27 @@ def _tensor_parallel(model: Net, mesh: DeviceMesh, *, shard_head: bool) -> Net:
     return model
 
 
-Way = Callable[[World], Spread]
+Parallelism = Callable[[World], ParallelModel]
 # With the sizes of the worlds that each makes sense in.
-SHARDED: dict[Way, tuple[int, ...]] = {fsdp: (2, 4), hsdp: (4,)}
-WAYS = {ddp: (2, 4), **SHARDED}
+SHARDED: dict[Parallelism, tuple[int, ...]] = {fsdp: (2, 4), hsdp: (4,)}
+PARALLELISMS = {ddp: (2, 4), **SHARDED}
 if TORCH >= (2, 13):  # in 2.11 the backward of these models fails in torch
     SHARDED |= {tp: (2, 4), fsdp_tp: (4,)}
-    WAYS |= {tp: (2, 4), fsdp_tp: (4,), tp_few_rows: (4,)}
+    PARALLELISMS |= {tp: (2, 4), fsdp_tp: (4,), tp_few_rows: (4,)}
 
 
-def backward(spread: Spread, step: int) -> None:
+def backward(parallel: ParallelModel, step: int) -> None:
     """Leave the gradients of one step's loss."""
-    spread.model.zero_grad()
-    device = next(spread.model.parameters()).device
+    parallel.model.zero_grad()
+    device = next(parallel.model.parameters()).device
     generator = torch.Generator().manual_seed(step)
     data = torch.randn(ROWS, POSITIONS, 5 + 3, generator=generator, dtype=torch.float64)
-    x, y = data.to(device)[spread.rows].split((5, 3), dim=-1)
-    mse_loss(spread.model(x), y).backward()
+    x, y = data.to(device)[parallel.rows].split((5, 3), dim=-1)
+    mse_loss(parallel.model(x), y).backward()
 
 
 def train(
-    spread: Spread,
+    parallel: ParallelModel,
     optimizer: Optimizer,
     steps: Sequence[int] = range(3),
     clip: Callable[[], object] = lambda: None,
@@ -167,7 +167,7 @@ def train(
     """
     updated = []
     for step in steps:
-        backward(spread, step)
+        backward(parallel, step)
         clip()
         with recorded() as launches:
             optimizer.step()

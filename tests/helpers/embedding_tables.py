@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from cases import DEVICE, Case, largest
-from fences import fenced
+from guarded_memory import guarded
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -42,7 +42,7 @@ class Tables:
 
     def draw(self, *shape: int) -> Tensor:
         values = torch.randn(shape, generator=self._generator, dtype=torch.float64)
-        return fenced(values.to(self._storage).to(self._dtype).to(DEVICE))
+        return guarded(values.to(self._storage).to(self._dtype).to(DEVICE))
 
     def new_gradients(self, counts: Sequence[int], hot: int = 0) -> None:
         """Uncoalesced ones of so many rows each, `hot` of them the same."""
@@ -54,8 +54,8 @@ class Tables:
 
 
 def sparse(ids: Any, values: Tensor, param: Tensor) -> Tensor:
-    """A sparse gradient, its ids and values between fences."""
-    ids = fenced(torch.as_tensor(ids, dtype=torch.int64).view(1, -1).to(DEVICE))
+    """A sparse gradient, its ids and values between guard bytes."""
+    ids = guarded(torch.as_tensor(ids, dtype=torch.int64).view(1, -1).to(DEVICE))
     return torch.sparse_coo_tensor(ids, values, param.shape, check_invariants=False)
 
 

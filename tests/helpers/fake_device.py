@@ -10,7 +10,7 @@ from lab.device import Device
 from lab.implementations import Step
 
 
-class Clockwork(Device):
+class FakeDevice(Device):
     """Stands in for a GPU: its moments are those of the host's clock."""
 
     type = DEVICE

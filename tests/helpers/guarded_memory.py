@@ -13,7 +13,7 @@ PATTERN = 0xA5
 ALLOCATIONS = ("empty_like", "zeros_like", "ones_like", "full_like", "randn_like")
 
 
-class Fence(NamedTuple):
+class GuardedBuffer(NamedTuple):
     """Bytes of a buffer, of which those from `start` to `stop` are a tensor's."""
 
     memory: Tensor
@@ -25,10 +25,10 @@ class Fence(NamedTuple):
         return all(bool((margin == PATTERN).all()) for margin in margins)
 
 
-fences: list[Fence] = []
+guarded_buffers: list[GuardedBuffer] = []
 
 
-def fenced(tensor: Tensor, offset: int = 0) -> Tensor:
+def guarded(tensor: Tensor, offset: int = 0) -> Tensor:
     """A copy of `tensor`, strides and all, inside a larger buffer.
 
     Args:
@@ -44,23 +44,23 @@ def fenced(tensor: Tensor, offset: int = 0) -> Tensor:
     start = MARGIN + offset * size
     stop = start + tensor.numel() * size
     memory = torch.full((stop + MARGIN,), PATTERN, dtype=torch.uint8, device=tensor.device)
-    fences.append(Fence(memory, start, stop))
+    guarded_buffers.append(GuardedBuffer(memory, start, stop))
     inside = memory.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), start // size)
     return inside.copy_(tensor.detach()).requires_grad_(tensor.requires_grad)
 
 
-def fencing(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An allocation of torch's whose tensors lie between fences; none that Dynamo would trace."""
+def guarding(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An allocation of torch's, untraced by Dynamo, whose tensors lie between guard bytes."""
 
     def allocation(*args: Any, **kwargs: Any) -> Tensor:
-        return fenced(allocate(*args, **kwargs))
+        return guarded(allocate(*args, **kwargs))
 
     untraced: Callable[..., Tensor] = torch.compiler.disable(allocation)
     return untraced
 
 
-def taken_down() -> list[Fence]:
-    """Forget all fences. Returns those that are not whole."""
-    broken = [fence for fence in fences if not fence.is_whole()]
-    fences.clear()
-    return broken
+def pop_damaged() -> list[GuardedBuffer]:
+    """Forget all guarded buffers. Returns those whose guard bytes were written."""
+    damaged = [buffer for buffer in guarded_buffers if not buffer.is_whole()]
+    guarded_buffers.clear()
+    return damaged

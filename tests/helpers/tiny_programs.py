@@ -1,6 +1,6 @@
 """Runs a program of perf/ over something tiny, with a stand-in for the GPU where there is none.
 
-    python tests/helpers/stand_in.py bench_step --short --out DIR
+    python tests/helpers/tiny_programs.py bench_step --short --out DIR
 
 Times are the host's, and say nothing.
 """
@@ -23,16 +23,16 @@ PROPERTIES = SimpleNamespace(
 )  # fmt: skip
 
 
-def _on_clockwork(module: Any) -> None:
+def _on_fake_device(module: Any) -> None:
     """One rule on a tiny layout, timed by the host's clock; nothing that torch would compile."""
-    from clockwork import Clockwork
+    from fake_device import FakeDevice
     from lab import group, implementations
     from lab.suites import Layout
 
     from triton_optim.launch import backend
 
     tiny = Layout("tiny", [("weight", (12, 15))])
-    module.Device = Clockwork
+    module.Device = FakeDevice
     module.RULES = module.RULES[1:2]
     module.LAYOUTS = (tiny,)
     module.SUITES = {"sweep": lambda: [tiny], "gpt2": lambda: [tiny]}
@@ -42,7 +42,7 @@ def _on_clockwork(module: Any) -> None:
 
 
 def _few_configs(module: Any) -> None:
-    _on_clockwork(module)
+    _on_fake_device(module)
     module.sizes = lambda default, _: [default]
     module.loops = lambda _: []
 
@@ -63,7 +63,7 @@ def _small_tables(module: Any) -> None:
 
 
 SMALLER = {
-    "bench_step": _on_clockwork,
+    "bench_step": _on_fake_device,
     "triton_optim.__main__": _one_rule,
     "tune": _few_configs,
     "bench_host": _few_tensors,

@@ -34,7 +34,7 @@ class Net(nn.Module):
         return self.head(x) if head else x
 
 
-class Twins:
+class PairedModels:
     """A model that steps in backward, and one that steps as ever."""
 
     def __init__(self, case: Case, model: Any = None, bucket_bytes: int = 200) -> None:
