@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from cases import DEVICE, Case, largest
 from guarded_memory import guarded
 from torch import Tensor
 from torch.nn import Parameter
+
+from triton_optim.launch.launcher import Launch, recorded
 
 SPARSE_CASES = (
     Case("sgd", "SGD", {"lr": 0.1}),
@@ -19,6 +22,8 @@ SPARSE_CASES = (
     Case("adagrad-initial", "Adagrad", {"lr": 0.1, "initial_accumulator_value": 0.5, "eps": 1e-3}),
     Case("adagrad-maximize", "Adagrad", {"lr": 0.1, "maximize": True}),
 )
+ADAGRAD = SPARSE_CASES[2]
+every_sparse_case = pytest.mark.parametrize("case", SPARSE_CASES, ids=lambda case: case.name)
 
 
 class Tables:
@@ -62,3 +67,10 @@ def sparse(ids: Any, values: Tensor, param: Tensor) -> Tensor:
 def worst(tensors: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """The largest error."""
     return max(largest(t.double() - e) for t, e in zip(tensors, exact, strict=True))
+
+
+def launches_of(optimizer: Any) -> list[Launch]:
+    """Step, and return what was launched."""
+    with recorded() as launches:
+        optimizer.step()
+    return launches
