@@ -19,16 +19,17 @@ Rules that know of rows are given two more, after state, and return the first of
 import triton
 import triton.language as tl
 
+from .flags import flag
 from .numerics import div, power, reciprocal, sqrt
 
-MAXIMIZE = tl.constexpr(1)
-MOMENTUM = tl.constexpr(2)
-NESTEROV = tl.constexpr(4)
-CENTERED = tl.constexpr(8)
-LR_DECAY = tl.constexpr(16)
-DAMPENING = tl.constexpr(32)
-DECOUPLED = tl.constexpr(64)
-CATCH_UP = tl.constexpr(128)  # parameters are not stored
+MAXIMIZE = flag("MAXIMIZE")
+MOMENTUM = flag("MOMENTUM")
+NESTEROV = flag("NESTEROV")
+CENTERED = flag("CENTERED")
+LR_DECAY = flag("LR_DECAY")
+DAMPENING = flag("DAMPENING")
+DECOUPLED = flag("DECOUPLED")
+CATCH_UP = flag("CATCH_UP")  # parameters are not stored
 
 
 @triton.jit

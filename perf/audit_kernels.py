@@ -37,6 +37,7 @@ from triton.compiler import ASTSource
 import triton_optim
 from triton_optim.kernels import multi_tensor
 from triton_optim.launch import backend, tuning
+from triton_optim.rule import Rule
 
 WORKERS = 2
 BATCH = 12  # kernels that are disassembled together
@@ -123,7 +124,9 @@ def _compile(architecture: str, step: Step) -> Any:
     """The kernel that `UpdateLaunch` would have compiled."""
     kernel = multi_tensor.multi_tensor_kernel
     config = tuning.config(architecture, half=step.variant.half)
-    constants = backend.constants(step.rule, step.variant, config, step.n_hypers)
+    constants = backend.constants(
+        Rule(getattr(backend.rules, step.rule)), step.variant, config, step.n_hypers
+    )
     constants |= dict.fromkeys(backend.unused_pointers(step.variant))
     types = {name: ARGUMENTS[name] for name in kernel.arg_names if name not in constants}
     place = {name: (i,) for i, name in enumerate(kernel.arg_names)}

@@ -18,7 +18,7 @@ import guarded_memory
 
 from triton_optim.launch import backend, row_launcher, tuning
 from triton_optim.launch.launcher import Launch, UpdateLaunch
-from triton_optim.step.launch_group import Table
+from triton_optim.step.launch_group import LaunchGroup
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -82,9 +82,9 @@ def _sanitizer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from sanitizer import Sanitizer
 
     sanitizer = Sanitizer()
-    update = Table.update
+    update = LaunchGroup.update
     monkeypatch.setattr(
-        Table, "update", lambda table, *args: sanitizer.update(update, table, *args)
+        LaunchGroup, "update", lambda table, *args: sanitizer.update(update, table, *args)
     )
     launch = Launch.run
     monkeypatch.setattr(Launch, "run", lambda self, **more: sanitizer.launch(launch, self, more))

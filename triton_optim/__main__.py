@@ -15,7 +15,7 @@ from torch import Tensor
 
 import triton_optim
 from triton_optim.launch import backend
-from triton_optim.launch.launcher import UpdateLaunch, recorded
+from triton_optim.launch.launcher import UpdateLaunch, record_launches
 
 # class, keyword arguments beside lr
 RULES: list[tuple[str, dict[str, Any]]] = [
@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def _row(name: str, kwargs: dict[str, Any], dtype: torch.dtype) -> tuple[Any, ...]:
-    with recorded() as launches:
+    with record_launches() as launches:
         ours = _train(getattr(triton_optim, name), dtype, dtype, kwargs)
     update = launches[-1]
     assert isinstance(update, UpdateLaunch)

@@ -1,44 +1,142 @@
-"""How a torch optimizer's `step()` becomes a plan and its launches."""
+"""The base of all optimizers: torch's `Optimizer`, stepped in one launch."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
-from numbers import Real
-from typing import Any
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
+from functools import partial
+from types import FrameType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from torch._compile import _disable_dynamo
 from torch.optim import lr_scheduler
+from torch.optim.optimizer import (
+    ParamsT,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
 
-from .gated import Internals
 from .launch import backend
-from .loading import StatefulOptimizer
-from .step.conditions import Extras, Gate
-from .step.launch_group import Found
-from .step.plan import Plan
-from .step.routing import Group, is_traced
+from .options import Group, Options
+from .rule import Rule
+from .step.catch_up import catch_up
+from .step.conditions import StepConditions
+from .step.fallback import make_missing_state, reference_step
+from .step.state import (
+    adopt_steps,
+    check_loaded,
+    restore_row_state,
+    step_dtype,
+    widen_steps,
+)
+from .step.stepper import Stepper
+from .step.validation import check_entries, check_groups, check_values
+from .step.view import OptimizerView
+from .tensors.sharding import local
+
+_OPTIONS = frozenset(field.name for field in fields(Options))
 
 
-class FusedStep(StatefulOptimizer):
-    """Steps a torch optimizer in one launch; what the kernels cannot take goes torch's own way.
+class FusedOptimizer(torch.optim.Optimizer):
+    """A torch optimizer whose step is one kernel launch; what no kernel takes falls back.
 
-    A class derives from this and from the torch optimizer whose constructor, state and messages it
-    keeps, and says what `StatefulOptimizer` leaves open.
+    A class has a `rule`. It derives from this alone, and then takes the rule's hyperparameters as
+    keyword arguments, or also from the torch optimizer whose constructor, state and messages it
+    keeps. Every optimizer takes these keyword arguments too:
+
+    Args:
+        params: tensors, dicts of groups or `named_parameters()`; any shape, float32, bfloat16,
+            float16, float64, complex64 or complex128.
+        fused: True insists on the kernels, and lets a `GradScaler` leave unscaling and skipping to
+            them, without waiting for the device. None decides parameter by parameter, and the
+            scaler unscales and skips by itself. False takes the fallback.
+        capturable: let a CUDA graph capture the step; see the guide. Parameters must be on a GPU.
+        max_grad_norm: clip the gradients of a step to this norm, all together, as
+            `torch.nn.utils.clip_grad_norm_` would, without writing them. None clips nothing.
+        error_if_nonfinite: raise where that norm is infinite or NaN; waits for the device.
+        skip_nonfinite: leave everything as it was where that norm is infinite or NaN, and count it
+            in `skipped_steps`.
+
+    Raises:
+        TypeError: an argument that there is not.
+        ValueError: an option that is for the whole optimizer in a group, or options that exclude
+            one another.
+
+    Example:
+        >>> class Lion(FusedOptimizer):
+        ...     rule = Rule(lion_rule, state=("exp_avg",), hyperparameters={"lr": 1e-4, ...})
+        >>> optimizer = Lion(model.parameters(), lr=3e-4, max_grad_norm=1.0)
     """
 
-    def __init__(self, *args: Any, options: Mapping[str, Any], **kwargs: Any) -> None:
-        self._internals = Internals(Extras(**options), frozenset(options))
-        super().__init__(*args, **kwargs)
+    rule: Rule
+    _stepper: Stepper
+    _torch_class: ClassVar[type[torch.optim.Optimizer] | None] = None  # from which it also derives
+    _without_options: ClassVar[frozenset[str]] = frozenset({"sparse"})
+
+    def __init__(self, params: ParamsT, *args: Any, **kwargs: Any) -> None:
+        torchs = self._torch_class
+        taken = inspect.signature(torchs.__init__).parameters if torchs is not None else {}
+        names = _OPTIONS - self._without_options - taken.keys()
+        given = {name: kwargs.pop(name) for name in [*kwargs] if name in names}
+        self._stepper = Stepper(Options(**given), names)
+        if torchs is not None:
+            super().__init__(params, *args, **kwargs)
+        else:
+            super().__init__(params, *args or [self._defaults(kwargs)])
         # So that type(optimizer)(params, **optimizer.defaults) makes another one like it.
-        self.defaults.update({name: getattr(self._extras, name) for name in options})
-        reasons = [*filter(None, map(self._group_refusal, self.param_groups))]
-        if self._extras.capturable and reasons:
+        self.defaults.update({name: getattr(self._stepper.options, name) for name in names})
+        reasons = [*filter(None, map(self._stepper.options.unsupported, self.param_groups))]
+        if self._stepper.options.capturable and reasons:
             raise RuntimeError(f"`capturable` does not support {reasons[0]}")
-        self._adopt_steps(replaces=False)
+        adopt_steps(self._view(), replaces=False)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in cls.__mro__:
+            if issubclass(base, torch.optim.Optimizer) and not issubclass(base, FusedOptimizer):
+                cls._torch_class = None if base is torch.optim.Optimizer else base
+                break
+
+    def _defaults(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Hyperparameters of the rule, where the class has no constructor of its own.
+
+        Raises:
+            TypeError: one that the rule has not.
+        """
+        known = self.rule.hyperparameters
+        defaults: dict[str, Any] = {} if callable(known) else {**known}
+        if unknown := sorted(given.keys() - defaults.keys()):
+            raise TypeError(
+                f"{type(self).__name__}() got an unexpected keyword argument {unknown[0]!r}; its "
+                f"rule has the hyperparameters {[*defaults]}"
+            )
+        return {**defaults, **given}
+
+    def _view(
+        self,
+        groups: list[Group] | None = None,
+        state: Any = None,
+        stepper: Stepper | None = None,
+    ) -> OptimizerView:
+        """What the layers below see of it, or of some of its parameters."""
+        stepper = stepper or self._stepper
+        return OptimizerView(
+            self.rule,
+            self.param_groups if groups is None else groups,
+            self.state if state is None else state,
+            self.defaults,
+            stepper.options,
+            stepper.option_names,
+            stepper.counters,
+            stepper.may_skip,
+            self.rule.reference is not None or self._torch_class is not None,
+        )
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`.
@@ -46,34 +144,46 @@ class FusedStep(StatefulOptimizer):
         Raises:
             ValueError: the group has an option that is for the whole optimizer.
         """
-        if misplaced := sorted(Extras.OF_THE_WHOLE & param_group.keys()):
+        if misplaced := sorted(Options.OF_THE_WHOLE & param_group.keys()):
             raise ValueError(
                 f"{misplaced[0]} is for the whole optimizer and not for a group; give it to "
                 f"{type(self).__name__}(params, ...)"
             )
-        from_defaults = self._internals.options - param_group.keys()
+        from_defaults = self._stepper.option_names - param_group.keys()
         super().add_param_group(param_group)
         for name in from_defaults:
             param_group.pop(name, None)  # groups are torch's, and so are state dicts
 
-    def _closure_step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def _step_with_closure(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        enabled = torch.is_grad_enabled()
+        self._step()
+        return loss
+
+    def _step(
+        self,
+        groups: list[Group] | None = None,
+        state: Any = None,
+        stepper: Stepper | None = None,
+    ) -> None:
+        """Step its groups, or some of its parameters."""
+        enabled, told, stepper = torch.is_grad_enabled(), vars(self), stepper or self._stepper
         try:
             torch.set_grad_enabled(self.defaults.get("differentiable", False))
-            self._planned_step()
+            conditions = StepConditions.read(told, stepper.options)
+            stepper.may_skip |= conditions.may_skip
+            view = self._view(groups, state, stepper)
+            stepper.step(view, conditions, partial(self._fallback, view), type(self).__name__)
         except BaseException:
             for name in ("grad_scale", "found_inf"):  # GradScaler would multiply by the old one
-                vars(self).pop(name, None)
+                told.pop(name, None)
             raise
         finally:
             torch.set_grad_enabled(enabled)
-        return loss
 
-    _watched_step = torch.optim.Optimizer.profile_hook_step(_closure_step)
+    _hooked_step = torch.optim.Optimizer.profile_hook_step(_step_with_closure)
 
     # A compiled program breaks here: traced, it would fix addresses and recompile by optimizer.
     @_disable_dynamo
@@ -90,150 +200,232 @@ class FusedStep(StatefulOptimizer):
             TypeError: a hyperparameter is no number.
             RuntimeError: a gradient or a state tensor does not fit its parameter, parameters that a
                 kernel would write share memory, or `fused=True` asks for kernels where there are
-                none. Nothing has been written then. What torch refuses on its own way it may refuse
-                after it has stepped other parameters.
+                none. Nothing has been written then. If torch's implementation raises, other
+                parameters that fall back to it may be updated already.
         """
         # torch wraps a step in a profiler's range and a loop over hooks: 9 us where there are none.
-        if (self._hooks or _profiler_enabled()) and not self._is_wrapped():
-            return self._watched_step(*args, **kwargs)
-        return self._closure_step(*args, **kwargs)
+        if (self._has_hooks or _profiler_enabled()) and not self._is_wrapped():
+            return self._hooked_step(*args, **kwargs)
+        return self._step_with_closure(*args, **kwargs)
+
+    step.__signature__ = inspect.signature(_step_with_closure)  # type: ignore[attr-defined]
+    step.hooked = True  # type: ignore[attr-defined]
+
+    @property
+    def _has_hooks(self) -> bool:
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+        )
 
     def _is_wrapped(self) -> bool:
         """Whether torch has wrapped the class's step: one that overrides ours."""
         step: Any = type(self).step
         while step is not None:
-            if getattr(step, "__code__", None) is FusedStep._watched_step.__code__:
+            if getattr(step, "__code__", None) is FusedOptimizer._hooked_step.__code__:
                 return True
             step = getattr(step, "__wrapped__", None)
         return False
 
     def _is_overridden(self) -> bool:
+        """Whether calling `step` runs another one: a subclass's, or one put on the instance."""
         step: Any = vars(self).get("step", type(self).step)
         # A scheduler's patch only tells it that the step was called.
         while getattr(step, "__globals__", None) is vars(lr_scheduler):
             step = step.__wrapped__
-        return type(self).step is not FusedStep.step or (
-            getattr(step, "__func__", step) is not FusedStep.step
+        return type(self).step is not FusedOptimizer.step or (
+            getattr(step, "__func__", step) is not FusedOptimizer.step
         )
 
-    step.__signature__ = inspect.signature(_closure_step)  # type: ignore[attr-defined]
-    step.hooked = True  # type: ignore[attr-defined]
+    def _fallback(self, view: OptimizerView, params: Iterable[Tensor]) -> None:
+        """Step these parameters with torch's implementation, or the rule's reference.
 
-    def _planned_step(self) -> None:
-        gate, internals, traced = self._gate(), self._internals, is_traced()
-        internals.may_skip |= gate.may_skip
-        if traced:
-            self._drop_plan()  # the one that is made now is of nothing that lasts
-        plan = internals.plan
-        found = plan.find(self) if plan is not None else None
-        if plan is None or found is None:
-            if plan is not None and plan.is_captured():
-                self._check_capture(plan, gate, ready=False)
-            self._drop_plan()
-            plan = Plan(self, plan)
-        if plan.is_captured():
-            self._check_capture(plan, gate, ready=found is not None and plan.is_prepared(gate))
-            internals.captured = (*internals.captured, plan)
-        if found is None:
-            plan.move_strays()
-            found = plan.make_tables(self)
-        self._gated_step(plan, found, gate)
-        if internals.plan is None and not traced:
-            plan.keep(self)
-            internals.plan = plan
-
-    def _gated_step(self, plan: Plan, found: list[Found], gate: Gate) -> None:
-        copies = plan.prepare(found, gate)
-        rest = plan.rest(self)
-        norm = None
-        if gate.max_norm is not None:
-            norm = plan.norm(rest, gate)
-            self._keep_norm(norm, gate)
-        rest_happens = True
-        if rest:
-            rest_happens = gate.does_happen(norm)
-            if rest_happens:
-                gate.apply([param.grad for param in rest if param.grad is not None], norm)
-                self._torch_step({id(param) for param in rest})
-        plan.run(found, copies, gate)
-        if gate.skip_nonfinite:
-            skipped = plan.skipped()
-            self._count_skipped(torch.tensor(1.0 - rest_happens) if skipped is None else skipped)
-
-    def _scalars(self, groups: Iterable[Group] | None = None) -> list[float | Tensor]:
-        """Every group's hyperparameters, one after another; tensors only where they are on a GPU.
-
-        Args:
-            groups: those that stand in for the optimizer's.
-
-        Raises:
-            ValueError: a tensor has more elements than one.
+        Gradients are unscaled. torch's step is unwrapped: hooks have run, and the gradient mode is
+        set.
         """
-        groups = self.param_groups if groups is None else groups
-        values = chain.from_iterable(map(self._hyperparameters, groups))
-        return [value if type(value) is float else _scalar(value) for value in values]
-
-    def _check_hyperparameters(self) -> None:
-        """Refuse values in groups that only look like numbers.
-
-        Raises:
-            TypeError: there is one, such as a learning rate that is a string.
-        """
-        numbers = [
-            name
-            for name, value in self.defaults.items()
-            if isinstance(value, Real | Tensor) and not isinstance(value, bool)
+        step, ids = inspect.unwrap(super().step), {*map(id, params)}
+        groups = [
+            {
+                **group,
+                "params": [param for param in group["params"] if id(param) in ids],
+                # torch's fused CPU kernels skip and garble elements; its for-loop does not
+                "fused": None if group.get("fused") is None else False,
+            }
+            for group in view.groups
         ]
-        for index, group in enumerate(self.param_groups):
-            for name in numbers:
-                if not hasattr(group.get(name, 0), "__float__"):
-                    raise TypeError(
-                        f"{name} of group {index} is {group[name]!r}; give it a number, or a "
-                        "tensor of one element"
-                    )
-
-    def _torch_step(self, rest: set[int]) -> None:
-        """torch's own `step()` over the parameters with these ids.
-
-        Unwrapped: hooks have run, and the gradient mode is set. Gradients are unscaled.
-        """
-        step = inspect.unwrap(super().step)
-        groups, told = self.param_groups, vars(self)
+        if self._torch_class is None:
+            reference_step(view, groups)
+            return
+        if view.rule.eager_state:
+            make_missing_state(view, groups)
+        kept, told = (self.param_groups, self.state), vars(self)
         names: list[str] = [name for name in ("grad_scale", "found_inf") if name in told]
         scaler = {name: told.pop(name) for name in names}
         try:
-            self.param_groups = [
-                {
-                    **group,
-                    "params": [param for param in group["params"] if id(param) in rest],
-                    # torch's fused CPU kernels skip and garble elements; its for-loop does not
-                    "fused": None if group.get("fused") is None else False,
-                }
-                for group in groups
-            ]
+            self.param_groups, self.state = groups, view.state  # type: ignore[assignment]
             step(self)
         finally:
-            self.param_groups = groups
+            self.param_groups, self.state = kept
             told.update(scaler)
 
-    def _groups_key(self) -> list[tuple[object, ...]]:
-        """What decides, beside the tensors, which way they go and which kernel they get."""
-        return [
-            (
-                self._flags(group),
-                self._group_refusal(group),
-                self._fused(group),
-                self._capturable(group),
-                self._row_refusal(group),
-            )
-            for group in self.param_groups
-        ]
+    @_disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the groups, in torch's format; see `torch.optim.Optimizer.state_dict`.
+
+        Rows that were left out of steps are brought up to date first, and their last step is not in
+        it. What it returns is of this step then: save it, or load it, before the next one.
+
+        Raises:
+            RuntimeError: state of such rows does not fit its parameter, or no kernel runs there.
+        """
+        view, rows, state = self._view(), self.rule.row_wise, self.state
+        if self._stepper.plan is not None:
+            self._stepper.plan.forget_skipped(view)
+        if rows is None or rows.lazy is None:
+            return super().state_dict()
+        catch_up(view, self._stepper.lazy_values or [])
+        try:
+            self.state = defaultdict(dict)
+            for param, values in state.items():
+                step = {"step": values["step"].to(step_dtype())} if rows.state in values else {}
+                kept = {k: v for k, v in values.items() if k != rows.state}
+                self.state[param] = {**kept, **step}
+            return super().state_dict()
+        finally:
+            self.state = state
+
+    @_disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of an optimizer over the same parameters, torch's or this one.
+
+        Args:
+            state_dict: what `state_dict()` returned. Its groups replace this optimizer's.
+
+        Raises:
+            ValueError: the groups differ in number or size.
+            RuntimeError: a state tensor or a hyperparameter is missing, or does not fit its
+                parameter. The optimizer is as it was then, as after any exception of a hook.
+        """
+        groups, state = self.param_groups, self.state
+        keep = self.register_load_state_dict_pre_hook(_keep_for_setstate)
+        try:
+            super().load_state_dict(state_dict)
+        except BaseException as error:
+            self.param_groups, self.state = groups, state
+            if isinstance(error, NotImplementedError):  # torch cannot copy from the meta device
+                check_values(state_dict["state"])
+            raise
+        finally:
+            keep.remove()
+            vars(self).pop("_loaded", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        stepper = self._stepper
+        if stepper.plan is not None:
+            stepper.plan.forget_skipped(self._view())
+        kept = Stepper(stepper.options, stepper.option_names)
+        kept.skipped, kept.lazy_values = stepper.skipped, stepper.lazy_values
+        return {**super().__getstate__(), "_stepper": kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        loads = "defaults" not in state  # by load_state_dict; a copy brings everything
+        names = (self._stepper if loads else state["_stepper"]).option_names
+        if "fused" in (self.defaults if loads else state["defaults"]) and "fused" not in names:
+            for group in state["param_groups"]:
+                group.setdefault("fused", None)  # torch sets False, which would refuse the kernels
+        if loads:
+            groups, counts = state["param_groups"], self.rule.counts_step
+            check_entries(state["state"], groups, counts_steps=counts)
+            view = self._view(groups, state["state"])
+            if "_loaded" in vars(self):
+                restore_row_state(view, vars(self)["_loaded"])
+        super().__setstate__(state)
+        self._stepper.plan = None
+        if loads:
+            check_groups(self.param_groups, self.defaults.keys() - names)
+            check_loaded(self._view())
+        adopt_steps(self._view(), replaces=loads)
+        widen_steps(self._view())
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler leaves unscaling and skipping to the step.
+
+        As with torch, `fused=True` asks for it. Not where no kernel runs, nor where something
+        stands between the scaler and the step, which would see scaled gradients, or take the step's
+        call for a step: a hook, another `step`, a wrapper to which the scaler was given.
+        """
+        options = self._stepper.options
+        return (
+            self._stepper.amp_scaling
+            and all(options.is_fused(g) and not options.unsupported(g) for g in self.param_groups)
+            and any(local(p).device.type == backend.DEVICE_TYPE for p in self._view().params)
+            and not self._has_hooks
+            and not self._is_overridden()
+            and not _is_scaled_through_wrapper(self)
+        )
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, supports: bool) -> None:
+        self._stepper.amp_scaling = supports
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The norm to which a step clips its gradients, all of them together; None for none.
+
+        May be set between steps.
+
+        Raises:
+            ValueError: set to something negative or to NaN.
+        """
+        return self._stepper.options.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, max_norm: float | None) -> None:
+        stepper = self._stepper
+        before = stepper.options.max_grad_norm
+        stepper.options = replace(stepper.options, max_grad_norm=max_norm)
+        self.defaults["max_grad_norm"] = stepper.options.max_grad_norm
+        if (before is None) != (max_norm is None):
+            stepper.drop_plan(self._view())
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of the last step's gradients before clipping, on the device: [].
+
+        float64 where a parameter is, otherwise float32. Of unscaled gradients under a GradScaler;
+        over all ranks where parameters are DTensors. None without `max_grad_norm` and before the
+        first step.
+        """
+        norm = self._stepper.norm
+        if norm is None or self.max_grad_norm is None:
+            return None
+        dtypes = (param.dtype for param in self._view().params)
+        double = any(dtype in (torch.float64, torch.complex128) for dtype in dtypes)
+        return norm.to(torch.float64 if double else torch.float32, copy=True)
+
+    @property
+    def skipped_steps(self) -> Tensor | None:
+        """How many steps `skip_nonfinite=True` has skipped, on the device: int64 []; None without.
+
+        Those count too that a GradScaler skipped.
+        """
+        if not self._stepper.options.skip_nonfinite:
+            return None
+        skipped = self._stepper.skipped
+        return torch.zeros(()).long() if skipped is None else skipped.long()
 
 
-def _scalar(value: float | Tensor) -> float | Tensor:
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"a hyperparameter has {value.numel()} elements; give it one")
-        if value.device.type in backend.CAPTURABLE_DEVICE_TYPES:
-            return value
-    return float(value)
+def _is_scaled_through_wrapper(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a GradScaler asks on behalf of another object, where it will leave its numbers."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not torch.amp.GradScaler.step.__code__:
+        frame = frame.f_back
+    return frame is not None and frame.f_locals.get("optimizer") is not optimizer
+
+
+def _keep_for_setstate(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """A hook that runs after all others."""
+    vars(optimizer)["_loaded"] = state_dict

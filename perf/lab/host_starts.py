@@ -31,7 +31,7 @@ def launch_rows(rule: str) -> list[Row]:
     host_tensors.new_gradients(params, params)
     optimizer = getattr(triton_optim, RULES[rule].optimizer)(params, **RULES[rule].kwargs)
     optimizer.step()
-    launch = optimizer._internals.plan._tables[0]._launches[frozenset()][0]
+    launch = optimizer._stepper.plan.launch_groups[0]._launches[frozenset()][0]
     by_triton = partial(multi_tensor_kernel[launch.grid], **launch.arguments, **launch.options)
     works = dict(zip(LAUNCHES, (launch.run, by_triton), strict=True))
     series: dict[str, list[float]] = {name: [] for name in works}

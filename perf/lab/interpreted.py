@@ -26,8 +26,8 @@ from torch.nn import Parameter
 import triton_optim
 from lab.traffic import Traffic, watched
 from triton_optim.launch import backend, tuning
-from triton_optim.launch.launcher import UpdateLaunch, recorded
-from triton_optim.step.launch_group import Table
+from triton_optim.launch.launcher import UpdateLaunch, record_launches
+from triton_optim.step.launch_group import LaunchGroup
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # parameter, gradient, state
@@ -133,7 +133,7 @@ def measure(
     def config(variant: backend.Variant, *_: object) -> tuning.Config:
         return tuning.config(architecture, half=variant.half)
 
-    with patch.object(backend, "config", config), recorded() as launches:
+    with patch.object(backend, "config", config), record_launches() as launches:
         numel = CHUNKS * max(tuning.config(architecture, half=half).chunk for half in (False, True))
         params = [Parameter(torch.randn(numel).to(param_dtype)) for _ in range(TENSORS)]
         make = getattr(triton_optim, name)
@@ -151,7 +151,9 @@ def measure(
                 state[key] = state[key].to(state_dtype)
             assert param.grad is not None
             param.grad.data = param.grad.data.to(grad_dtype)
-        with patch.object(Table, "update", _counted(Table.update, traffic := Traffic())):
+        with patch.object(
+            LaunchGroup, "update", _counted(LaunchGroup.update, traffic := Traffic())
+        ):
             launches.clear()
             optimizer.step()
     updates = [launch for launch in launches if isinstance(launch, UpdateLaunch)]
@@ -166,9 +168,9 @@ def measure(
 
 
 def _counted(update: Callable[..., None], traffic: Traffic) -> Callable[..., None]:
-    """`Table.update`, its traffic counted."""
+    """`LaunchGroup.update`, its traffic counted."""
 
-    def counted(table: Table, *args: Any) -> None:
+    def counted(table: LaunchGroup, *args: Any) -> None:
         with watched(traffic.count):
             update(table, *args)
 

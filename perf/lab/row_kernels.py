@@ -20,10 +20,11 @@ from lab.gpus import GPUS
 from triton_optim.kernels.keys import keys_kernel
 from triton_optim.kernels.rows import rows_kernel
 from triton_optim.launch import backend, row_chunking, row_launcher
-from triton_optim.launch.chunking import Entry
+from triton_optim.launch.chunking import PlannedParam
+from triton_optim.launch.grad_signature import GradSignature
 from triton_optim.launch.row_launcher import RowVariant
 from triton_optim.launch.tuning import RowConfig
-from triton_optim.step.plan import look_at
+from triton_optim.rule import Rule
 
 OPTIMIZERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("SGD", {}),
@@ -154,20 +155,21 @@ def kernel_of(
     param = Parameter(torch.empty(2, width, dtype=param_dtype))
     optimizer = getattr(triton_optim, name)([param], **kwargs)
     (group,) = optimizer.param_groups
-    names = optimizer._state_names(group)
+    names = optimizer.rule.state_names(group)
     optimizer.state[param] = {n: torch.empty_like(param, dtype=state_dtype) for n in names}
     grad = torch.empty_like(param, dtype=grad_dtype)
     if sparse:
         ids = torch.zeros(1, 2, dtype=torch.int64)
         grad = torch.sparse_coo_tensor(ids, grad, param.shape, check_invariants=False)
-    flags = optimizer._flags(group)
-    look = look_at(param, grad, by_rows=True)
-    entry = Entry(
-        0, param, param, grad, look, (), 0, flags, names, row_state=optimizer._row_state
+    rule = optimizer.rule
+    signature = GradSignature.of(param, grad, row_wise=True)
+    planned = PlannedParam(
+        0, param, param, grad, signature, (), 0, rule.active_flags(group), names,
+        row_state=rule.row_state,
     )  # fmt: skip
-    (variant,) = row_chunking.grouped(optimizer, [entry])
-    rule: str = optimizer._row_rule or optimizer._rule
-    return Kernel(rule, variant.loading([0], [width]), len(optimizer._hyperparameters(group)))
+    (variant,) = row_chunking.grouped(rule, optimizer.state, [planned])
+    function: str = rule.row_function.__name__
+    return Kernel(function, variant.loading([0], [width]), len(rule.values(group)))
 
 
 _config = row_launcher.config
@@ -187,7 +189,9 @@ def compiled(architecture: str, kernel: Kernel) -> Any:
         options = {"num_warps": KEYS_WARPS, "enable_fp_fusion": True}
         return _compiled(architecture, keys_kernel, ARGUMENTS, constants, options)
     chosen = config(architecture, kernel.variant)
-    constants = row_launcher.constants(kernel.rule, kernel.variant, chosen, kernel.n_hypers)
+    constants = row_launcher.constants(
+        Rule(getattr(backend.rules, kernel.rule)), kernel.variant, chosen, kernel.n_hypers
+    )
     options = row_launcher.options(kernel.variant, chosen, architecture)
     partials = "*fp64" if kernel.variant.compute_dtype == torch.float64 else "*fp32"
     types = {**ARGUMENTS, "partials_ptr": partials}

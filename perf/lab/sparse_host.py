@@ -16,7 +16,7 @@ from lab.implementations import OURS
 from lab.sparse_implementations import IMPLEMENTATIONS, TORCH_SPARSE, Implementation
 from lab.sparse_work import BATCHES, Candidate, Embeddings, Shape
 from lab.timing import Summary
-from triton_optim.launch.launcher import recorded
+from triton_optim.launch.launcher import record_launches
 
 GIB = 1 << 30
 DRY_BATCH = 32  # ids a table: so few that torch's times are its host's
@@ -86,7 +86,7 @@ def dry_times(
             try:
                 candidate = item.build(work)
                 candidate.load(0)
-                with recorded() as launches:
+                with record_launches() as launches:
                     candidate.step()
             except Exception as error:
                 yield item, f"{type(error).__name__}: {error}".splitlines()[0]

@@ -72,7 +72,7 @@ def a_launch_is_what_triton_would_launch(gpu: DryGPU) -> None:
     for name, kwargs in OPTIMIZERS:
         optimizer = getattr(triton_optim, name)(_params(5000, 3), **kwargs)
         optimizer.step()
-        launches = optimizer._internals.plan._tables[0]._launches[frozenset()]
+        launches = optimizer._stepper.plan.launch_groups[0]._launches[frozenset()]
         assert len(launches) == 1
         ours, launch = gpu.launches[-1], launches[0]
         multi_tensor_kernel[launch.grid](**launch.arguments, **launch.options)

@@ -74,7 +74,7 @@ def missing_gradients(parallelism: Parallelism, case: Case, world: World) -> Non
     for step, without in enumerate(subsets):
         train(parallel, optimizer, [step], partial(leave_out, parallel.model, without))
         train(whole, reference, [step], partial(clip, whole.model, without))
-        plans.append(optimizer._internals.plan)
+        plans.append(optimizer._stepper.plan)
     values = full_values(whole.model, reference)
     assert_equal(full_values(parallel.model, optimizer), values)
     assert all(plan is plans[0] for plan in plans)

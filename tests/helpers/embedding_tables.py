@@ -12,7 +12,7 @@ from guarded_memory import guarded
 from torch import Tensor
 from torch.nn import Parameter
 
-from triton_optim.launch.launcher import Launch, recorded
+from triton_optim.launch.launcher import Launch, record_launches
 
 SPARSE_CASES = (
     Case("sgd", "SGD", {"lr": 0.1}),
@@ -71,6 +71,6 @@ def worst(tensors: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 
 def launches_of(optimizer: Any) -> list[Launch]:
     """Step, and return what was launched."""
-    with recorded() as launches:
+    with record_launches() as launches:
         optimizer.step()
     return launches

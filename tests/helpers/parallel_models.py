@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from triton_optim.kernels.chunks import PARAM
-from triton_optim.launch.launcher import UpdateLaunch, recorded
+from triton_optim.launch.launcher import UpdateLaunch, record_launches
 
 ROWS = 4  # of a batch, shared out evenly among 1, 2 or 4 processes
 POSITIONS = 5  # of a sequence
@@ -169,7 +169,7 @@ def train(
     for step in steps:
         backward(parallel, step)
         clip()
-        with recorded() as launches:
+        with record_launches() as launches:
             optimizer.step()
         updated.append(
             set(
@@ -230,8 +230,8 @@ def assert_kernels(optimizer: Any, updated: Sequence[set[int]]) -> None:
         updated: what `train` returned.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    assert optimizer._internals.plan is not None
-    rest = len(optimizer._internals.plan.rest(optimizer))
+    assert optimizer._stepper.plan is not None
+    rest = len(optimizer._stepper.plan.rest(optimizer))
     assert not rest, f"{rest} of {len(params)} parameters went torch's way"
     shards = {local(param).data_ptr() for param in params if local(param).numel()}
     assert all(addresses == shards for addresses in updated)

@@ -17,9 +17,9 @@ from triton_optim.kernels.keys import PARAM as ROW_PARAM
 from triton_optim.launch import backend
 from triton_optim.launch.launcher import Launch, UpdateLaunch
 from triton_optim.launch.row_launcher import KeysLaunch, RowLaunch
-from triton_optim.step.conditions import Gate
-from triton_optim.step.launch_group import Copies, Found, Table
-from triton_optim.step.row_wise import RowTable
+from triton_optim.step.conditions import StepConditions
+from triton_optim.step.launch_group import GradCopies, LaunchGroup, StepTensors
+from triton_optim.step.row_wise import RowWiseLaunchGroup
 
 Span = tuple[int, int]  # first byte, and the one after the last
 
@@ -40,16 +40,21 @@ class Sanitizer:
         self._stored: list[Span] = []
 
     def update(
-        self, update: Callable[..., None], table: Table, found: Found, copies: Copies, gate: Gate
+        self,
+        update: Callable[..., None],
+        table: LaunchGroup,
+        found: StepTensors,
+        copies: GradCopies,
+        gate: StepConditions,
     ) -> None:
-        """`Table.update`, watched; under capture nothing runs."""
+        """`LaunchGroup.update`, watched; under capture nothing runs."""
         if backend.is_capturing(table.device):
             update(table, found, copies, gate)
             return
         replaced = dict(copies)
         grads = ((i, grad) for i, grad in enumerate(found.grads) if grad is not None)
         self._grads = _spans(replaced.get(i, grad) for i, grad in grads)
-        if isinstance(table, RowTable):
+        if isinstance(table, RowWiseLaunchGroup):
             self._writable = touched(table, found)
         else:
             self._writable = _spans(found.written)
@@ -59,7 +64,7 @@ class Sanitizer:
         try:
             update(table, found, copies, gate)
             assert sorted(self._stored) == _merged(self._stored), "stored twice"
-            happened = table.happened
+            happened = table.step_status
             skipped = gate.may_skip and happened is not None and not happened[0]
             assert _size(self._stored) == (0 if skipped else _size(self._writable)), "not stored"
         finally:
@@ -90,8 +95,8 @@ class Sanitizer:
             self._readable = _merged([*bound, *grads])
         else:
             _check_alignment(launch)
-            happened = launch.tables.happened
-            self._scratch = _spans([happened] if happened is not None else [])
+            step_status = launch.tables.step_status
+            self._scratch = _spans([step_status] if step_status is not None else [])
             self._readable = _merged([*bound, *self._grads, *self._writable])
         try:
             run(launch, **changed)
@@ -110,7 +115,7 @@ class Sanitizer:
             assert _inside(spans, start, stop), f"{start:#x} to {stop:#x} is out of bounds"
 
 
-def touched(table: RowTable, found: Found) -> list[Span]:
+def touched(table: RowWiseLaunchGroup, found: StepTensors) -> list[Span]:
     """The rows of parameters and state that a step must write, found without the kernels."""
     spans = []
     for variant, tensors in table._cuts:

@@ -15,6 +15,7 @@ import triton_optim
 from triton_optim.launch import backend, chunking
 from triton_optim.launch.launcher import Launch, UpdateLaunch
 from triton_optim.launch.tuning import Config
+from triton_optim.optimizers.adagrad import RULE
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="watches Triton's interpreter")
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
@@ -100,7 +101,7 @@ def test_beyond_two_to_the_31_elements(dtype: torch.dtype) -> None:
     expected[2].abs_()
     config = Config(BLOCK, num_warps=1)
     owners = torch.zeros(-(-real // BLOCK), dtype=torch.int32)
-    UpdateLaunch("adagrad_rule", variant, config, owners, tables, 0).run()
+    UpdateLaunch(RULE, variant, config, owners, tables, 0).run()
     param, grad, total = (m.double() for m in expected)
     total += grad * grad
     param -= 0.1 * grad / (total.sqrt() + 1e-10)

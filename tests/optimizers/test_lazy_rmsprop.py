@@ -15,7 +15,7 @@ from embedding_tables import Tables, sparse, worst
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim.launch.launcher import recorded
+from triton_optim.launch.launcher import record_launches
 
 centered_or_not = pytest.mark.parametrize("centered", [False, True], ids=["plain", "centered"])
 
@@ -84,7 +84,7 @@ def test_only_touched_rows_are_written_in_one_launch() -> None:
     """The sanitizer sees every other store."""
     runs, optimizers = _pair(shapes=((30, 4), (10, 4)))
     for _ in range(3):
-        with recorded() as launches:
+        with record_launches() as launches:
             _step(runs, optimizers)
         assert [launch.name for launch in launches] == ["keys_kernel", "rows_kernel"]
     state = optimizers[0].state[runs[0].params[0]]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from triton_optim import RowwiseAdagrad
-from triton_optim.launch.launcher import recorded
+from triton_optim.launch.launcher import record_launches
 
 KWARGS: tuple[dict[str, Any], ...] = (
     {},
@@ -116,12 +116,12 @@ def test_launches_are_shared() -> None:
     ]
     optimizer = RowwiseAdagrad(groups, fused=True)
     tables.new_gradients([30, 9, 5, 3])
-    with recorded() as launches:
+    with record_launches() as launches:
         optimizer.step()
     assert [launch.name for launch in launches] == ["keys_kernel", "rows_kernel"]
     for param in tables.params[:3:2]:
         param.grad = torch.ones_like(param)
-    with recorded() as launches:
+    with record_launches() as launches:
         optimizer.step()
     assert [launch.name for launch in launches] == ["keys_kernel", "rows_kernel", "rows_kernel"]
 
@@ -184,7 +184,7 @@ def test_what_the_kernels_do_not_take_goes_without_them(kind: str) -> None:
         params = [Parameter(torch.ones(5, 3, device=DEVICE).t())]
     optimizer = RowwiseAdagrad(params, lr=0.1)
     params[0].grad = torch.full_like(params[0], 2.0)
-    with recorded() as launches:
+    with record_launches() as launches:
         optimizer.step()
     assert not launches
     torch.testing.assert_close(params[0].detach(), torch.full_like(params[0], 0.9))

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,14 @@ def test_self_check_fails_when_a_rule_is_worse(
     monkeypatch.setattr(self_check, "RULES", self_check.RULES[:1])
     monkeypatch.setattr(self_check, "DTYPES", (torch.float32,))
     assert self_check.main() == 0
-    hyperparameters = triton_optim.SGD._hyperparameters
+    rule = triton_optim.SGD.rule
 
-    def slightly_wrong(self: triton_optim.SGD, group: dict[str, Any]) -> tuple[Any, ...]:
-        lr, *others = hyperparameters(self, group)
+    def slightly_wrong(group: dict[str, Any]) -> tuple[Any, ...]:
+        lr, *others = rule.values(group)
         return lr * 1.001, *others
 
-    monkeypatch.setattr(triton_optim.SGD, "_hyperparameters", slightly_wrong)
+    wrong = replace(rule, hyperparameters=slightly_wrong)
+    monkeypatch.setattr(triton_optim.SGD, "rule", wrong)
     assert self_check.main() == 1
     assert "WORSE" in capsys.readouterr().out
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim.launch.launcher import UpdateLaunch, recorded
+from triton_optim.launch.launcher import UpdateLaunch, record_launches
 
 ROWS = [
     Row("made-up", "rmsprop", "dtensor", n, 1, "fresh", "triton_optim", 5, us * n, 1.0, 1.0)
@@ -62,7 +62,7 @@ def test_launches_and_all_reduces_are_those_of_the_optimizer(layout: Layout, ran
         params.append(Parameter(DTensor.from_local(shard, mesh, [Shard(0)])))
         params[-1].grad = DTensor.from_local(grad, mesh, [Shard(0)])
     optimizer = triton_optim.RMSprop(params, max_grad_norm=1.0)
-    with recorded() as launches, patch.object(dist, "all_reduce") as all_reduce:
+    with record_launches() as launches, patch.object(dist, "all_reduce") as all_reduce:
         optimizer.step()
     updates = sum(isinstance(launch, UpdateLaunch) for launch in launches)
     share = scaling.Share.of(layout, ranks, 4)

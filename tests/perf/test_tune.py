@@ -15,7 +15,7 @@ from lab.workload import Workload
 from tune import Trial, Tuner
 
 from triton_optim.launch import backend, tuning
-from triton_optim.launch.launcher import UpdateLaunch, recorded
+from triton_optim.launch.launcher import UpdateLaunch, record_launches
 from triton_optim.launch.tuning import Config
 
 DEFAULT = Config(64, 1)
@@ -98,7 +98,7 @@ def test_the_mean_is_over_everything() -> None:
 def test_a_forced_config_is_launched() -> None:
     layout = Layout("tiny", [("weight", (10, 20))])
     workload = Workload(layout, RULES[0], STORAGES[0], FakeDevice.type)
-    with recorded() as launches:
+    with record_launches() as launches:
         for config in (Config(64, 1, blocks=2), Config(64, 1)):
             with tune.forced(config):
                 workload.build(tune.OURS)()

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import triton_optim
 from triton_optim.launch import backend
-from triton_optim.launch.launcher import recorded
+from triton_optim.launch.launcher import record_launches
 from triton_optim.step import plan
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
@@ -159,7 +159,7 @@ def test_nothing_is_compiled_or_bound_for_another_set(case: Case) -> None:
     for without in (0, 1, 2):
         for i, param in enumerate(params):
             param.grad = None if i == without else torch.randn_like(param)
-        with recorded() as ran:
+        with record_launches() as ran:
             optimizer.step()
         launches.append(ran)
     assert all(ran == launches[0] and len(ran) == 1 for ran in launches)

@@ -11,7 +11,7 @@ from cases import DEVICE, STATEFUL_CASES, Case, main_state, new_param
 from embedding_tables import Tables
 
 import triton_optim
-from triton_optim.launch.launcher import recorded
+from triton_optim.launch.launcher import record_launches
 
 
 def _none(state: dict[str, Any], name: str) -> None:
@@ -113,8 +113,8 @@ def test_flags_changed_while_a_gradient_is_missing(fused: bool | None) -> None:
     optimizer.param_groups[0]["fused"] = fused
     optimizer.step()
     params[1].grad = grad
-    with recorded() as launches:
+    with record_launches() as launches:
         optimizer.step()
     assert len(launches) == 1
-    assert optimizer._internals.plan is not None
-    assert not optimizer._internals.plan.has_rest
+    assert optimizer._stepper.plan is not None
+    assert not optimizer._stepper.plan.has_fallback

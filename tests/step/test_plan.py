@@ -14,7 +14,7 @@ from triton_optim.kernels.chunks import FIRST
 from triton_optim.launch import backend, pointer_tables, tuning
 from triton_optim.launch.device_buffer import Buffer
 from triton_optim.step import plan
-from triton_optim.step.dense import DenseTable
+from triton_optim.step.dense import DenseLaunchGroup
 from triton_optim.tensors import layout
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
@@ -95,13 +95,13 @@ def test_bytes_are_within_one_percent_of_the_floor(
 def test_nothing_is_sent_when_nothing_changed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """One copy a step where gradients are new, and none where they stayed."""
     sent: list[int] = []
-    sendable = pointer_tables.sendable
+    sendable = pointer_tables.pin
 
     def recorded(host: Tensor, device: torch.device) -> Tensor:
         sent.append(host.numel())
         return sendable(host, device)
 
-    monkeypatch.setattr(pointer_tables, "sendable", recorded)
+    monkeypatch.setattr(pointer_tables, "pin", recorded)
     params = _params(3, 5)
     optimizer = case.ours(params)
     optimizer.step()
@@ -125,16 +125,16 @@ def test_the_plan_is_kept(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     params = _params(3, 5)
     optimizer = case.ours(params)
     optimizer.step()
-    kept = optimizer._internals.plan
+    kept = optimizer._stepper.plan
     for step in range(4):
         for param in params:
             param.grad = torch.randn_like(param)
         optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
         optimizer.step()
-    assert optimizer._internals.plan is kept
+    assert optimizer._stepper.plan is kept
     params[1].data = params[1].data.clone()
     optimizer.step()
-    assert optimizer._internals.plan is not kept
+    assert optimizer._stepper.plan is not kept
 
 
 def test_no_gradient_at_all(launches: list[backend.Variant]) -> None:
@@ -166,9 +166,9 @@ def test_programs_of_a_tensor_follow_one_another(monkeypatch: pytest.MonkeyPatch
     params = [p for n, d in zip((17, 9, 0, 8), kinds, strict=True) for p in _params(1, n, dtype=d)]
     optimizer = triton_optim.SGD(params)
     optimizer.step()
-    assert optimizer._internals.plan is not None
-    table = optimizer._internals.plan._tables[0]
-    assert isinstance(table, DenseTable)
+    assert optimizer._stepper.plan is not None
+    table = optimizer._stepper.plan.launch_groups[0]
+    assert isinstance(table, DenseLaunchGroup)
     launches = table._launches[frozenset()]
     assert [launch.owners.tolist() for launch in launches] == [[0, 0, 0, 3], [1, 1]]
     assert launches[0].tables.rows[:, FIRST.value].tolist() == [0, 0, 0, 3]
@@ -231,13 +231,13 @@ def test_is_dense() -> None:
         (base[:0], True),
         (torch.zeros(()), True),
     ):
-        assert layout.is_dense(tensor) == dense
+        assert layout.is_non_overlapping_and_dense(tensor) == dense
 
 
 def test_same_objects_are_not_compared_by_value() -> None:
     a, b = torch.zeros(1), torch.zeros(1)
-    assert plan.differ([a], [b])
-    assert not plan.differ([a, b], [a, b])
+    assert plan.not_identical([a], [b])
+    assert not plan.not_identical([a, b], [a, b])
 
 
 @pytest.mark.parametrize("n_grads", [3, 4, 15])

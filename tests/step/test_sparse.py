@@ -82,7 +82,7 @@ def test_one_launch_for_all_tables(case: Case) -> None:
             run.new_gradients(counts, hot=10)
         assert [launch.name for launch in launches_of(ours)] == ["keys_kernel", "rows_kernel"]
         theirs.step()
-        plans.append(ours._internals.plan)
+        plans.append(ours._stepper.plan)
         for p, q in zip(runs[0].params, runs[1].params, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
     assert plans[0] is plans[1] is plans[2]

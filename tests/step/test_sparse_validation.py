@@ -39,8 +39,8 @@ def test_rows_that_are_not_there_are_never_written(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where it cannot be known, as on a GPU: the others are stepped, of this table and the next."""
-    monkeypatch.setattr(row_wise, "check_ids", lambda *_: None)
-    monkeypatch.setattr("triton_optim.step.plan.check_ids", lambda *_: None)
+    monkeypatch.setattr(row_wise, "check_indices", lambda *_: None)
+    monkeypatch.setattr("triton_optim.step.planning.check_indices", lambda *_: None)
     bad = [-1, 12, 13, -(2**40), 2**40, 2**62, -(2**63)]
     good = [0, 11, 3, 3]
     runs = [Tables([(12, 3), (4, 3)]), Tables([(12, 3), (4, 3)])]
@@ -60,7 +60,7 @@ def test_rows_that_are_not_there_are_never_written(
 
 
 def test_one_row_that_is_not_there_within_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("triton_optim.step.plan.check_ids", lambda *_: None)
+    monkeypatch.setattr("triton_optim.step.planning.check_indices", lambda *_: None)
     runs = [Tables([(12, 3)]), Tables([(12, 3)])]
     for run, ids in zip(runs, ([3, 12, 11], [3, 11]), strict=True):
         (param,) = run.params
@@ -164,6 +164,6 @@ def test_more_rows_than_can_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_check_ids_knows_every_sparse_dim() -> None:
     ids = torch.tensor([[0, 2], [3, 4]])
-    validation.check_ids(ids, (3, 5, 7), "p")
+    validation.check_indices(ids, (3, 5, 7), "p")
     with pytest.raises(RuntimeError, match="p has a row 4, the parameter 4 rows"):
-        validation.check_ids(ids, (3, 4, 7), "p")
+        validation.check_indices(ids, (3, 4, 7), "p")

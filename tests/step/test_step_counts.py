@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim.launch.launcher import recorded
+from triton_optim.launch.launcher import record_launches
 
 COUNTING = ("Adagrad", "RMSprop", "RowwiseAdagrad")
 counting = pytest.mark.parametrize("name", COUNTING)
@@ -180,7 +180,7 @@ def test_counters_are_freed_with_their_state() -> None:
     for _ in range(10):
         optimizer.state.clear()
         optimizer.step()
-    assert len(optimizer._internals.steps.packs()) <= 2
+    assert len(optimizer._stepper.counters.packs()) <= 2
     assert [float(step) for step in _steps(optimizer)] == [1.0] * len(params)
 
 
@@ -189,7 +189,7 @@ def test_counts_on_the_device_take_one_launch(name: str) -> None:
     optimizer, params = _make(name, n=300)
     for found_inf in (0.0, 1.0, 0.0):
         optimizer.found_inf = torch.tensor(found_inf, device=DEVICE)
-        with recorded() as launches:
+        with record_launches() as launches:
             optimizer.step()
         assert [launch.name for launch in launches].count("count_kernel") == 1
         params[3].grad = None

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_optim
-from triton_optim.launch.launcher import recorded
+from triton_optim.launch.launcher import record_launches
 
 # torch's for-loop of Adagrad reads its step, which cannot be traced.
 TRACED = [case for case in CASES if case.name in ("sgd", "sgd-dampening", "rmsprop", "rmsprop-all")]
@@ -47,14 +47,14 @@ def test_make_fx(case: Case) -> None:
     params, optimizers = _pair(case)
     grad = torch.randn(5, device=DEVICE)
     graphs = []
-    with recorded() as launches:
+    with record_launches() as launches:
         for param, optimizer in zip(params, optimizers, strict=True):
             graph = make_fx(_traced(param, optimizer))(grad)
             calls = [n.target for n in graph.graph.nodes if n.op == "call_function"]
             graphs.append([c for c in calls if "profiler" not in str(c)])
     assert not launches
     assert graphs[0] == graphs[1]
-    with recorded() as launches:
+    with record_launches() as launches:
         for param, optimizer in zip(params, optimizers, strict=True):
             param.grad = grad.clone()
             optimizer.step()
@@ -66,7 +66,7 @@ def test_make_fx(case: Case) -> None:
 def test_real_parameters_in_fake_mode(case: Case) -> None:
     """As with torch's: real ones are left as they are where torch leaves them."""
     params, optimizers = _pair(case)
-    with recorded() as launches, FakeTensorMode(allow_non_fake_inputs=True):
+    with record_launches() as launches, FakeTensorMode(allow_non_fake_inputs=True):
         for optimizer in optimizers:
             optimizer.step()
     assert not launches
@@ -82,7 +82,7 @@ def test_fake_parameters(name: str) -> None:
         param = Parameter(torch.ones(5, device=DEVICE))
         param.grad = torch.ones(5, device=DEVICE)
         optimizer = getattr(triton_optim, name)([param])
-        with recorded() as launches:
+        with record_launches() as launches:
             optimizer.step()
     assert not launches
 
@@ -106,7 +106,7 @@ def test_other_modes_do_not_matter() -> None:
 
     param = new_param(5)
     optimizer = triton_optim.SGD([param])
-    with recorded() as launches, Looking():  # type: ignore[no-untyped-call]
+    with record_launches() as launches, Looking():  # type: ignore[no-untyped-call]
         optimizer.step()
     assert len(launches) == 1
 

@@ -90,9 +90,9 @@ def test_sparse_gradients_on_rdna(monkeypatch: pytest.MonkeyPatch) -> None:
         ("gfx1100", "its gradient is sparse, on gfx1100"),
     ):
         monkeypatch.setattr(backend, "architecture", lambda _, name=architecture: name)
-        assert routing.refusal(sparse, sparse.grad, by_rows=True) == reason
+        assert routing.tensors_unsupported(sparse, sparse.grad, row_wise=True) == reason
         assert dense.grad is not None
-        assert routing.refusal(dense, dense.grad, by_rows=True) is None
+        assert routing.tensors_unsupported(dense, dense.grad, row_wise=True) is None
 
 
 def test_a_sparse_gradient_that_becomes_dense(launches: list[backend.Variant]) -> None:
@@ -184,7 +184,7 @@ def _inference_tensor() -> Tensor:
 def test_what_the_kernels_cannot_update(param: Tensor, grad: Tensor, reason: str) -> None:
     if not param.is_meta:
         param, grad = param.to(DEVICE), grad.to(DEVICE)
-    assert reason in str(routing.refusal(param, grad))
+    assert reason in str(routing.tensors_unsupported(param, grad))
 
 
 def test_an_inference_tensor_in_inference_mode(launches: list[backend.Variant]) -> None:

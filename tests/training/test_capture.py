@@ -201,8 +201,8 @@ def test_captures_of_other_gpus(
     param = new_param(5)
     optimizer = triton_optim.SGD([param], lr=torch.tensor(0.1), capturable=True)
     optimizer.step()
-    assert optimizer._internals.plan is not None
-    optimizer._internals.plan.gpus = {*map(torch.device, gpus)}
+    assert optimizer._stepper.plan is not None
+    optimizer._stepper.plan.gpus = {*map(torch.device, gpus)}
     monkeypatch.setattr(backend, "is_capturing", lambda _: False)
     with refused(message, optimizer, [param]), torch.cuda.graph(FakeGraph()):  # type: ignore[arg-type]
         optimizer.step()
@@ -247,7 +247,7 @@ def _clipped(params: list[Parameter], optimizer: Any) -> None:
 
 
 def _rebuilt(params: list[Parameter], optimizer: Any) -> None:
-    optimizer._internals.plan = None
+    optimizer._stepper.plan = None
     optimizer.step()
 
 

@@ -24,7 +24,7 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_ as torchs
 
 from triton_optim import clip_grad_norm_
-from triton_optim.launch.launcher import recorded
+from triton_optim.launch.launcher import record_launches
 from triton_optim.step import grad_norm
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
@@ -50,7 +50,7 @@ def test_clip_grad_norm_is_torchs(dtype: torch.dtype, max_norm: float) -> None:
 
 def test_two_launches() -> None:
     params = [new_param(3, 5) for _ in range(60)]
-    with recorded() as launches:
+    with record_launches() as launches:
         clip_grad_norm_(params, 1.0)
     assert [launch.name for launch in launches] == ["norm_kernel", "scale_kernel"]
 
@@ -60,7 +60,7 @@ def test_large_gradients_have_few_programs(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(grad_norm, "MAX_PROGRAMS", 3)
     ours = [new_param(*shape) for shape in ((40 * BLOCK + 7,), (5,), (BLOCK, 9))]
     theirs = copies_of(ours)
-    with recorded() as launches:
+    with record_launches() as launches:
         total = clip_grad_norm_(ours, 0.5)
     assert [launch.grid[0] for launch in launches] == [3 + len(ours) - 1] * 2
     torch.testing.assert_close(total, torchs(theirs, 0.5))
@@ -88,7 +88,7 @@ def test_nothing_is_written_where_nothing_is_clipped() -> None:
 def test_other_norms_are_torchs(arguments: dict[str, Any]) -> None:
     params = [new_param(5), new_param(3, 4)]
     twins = copies_of(params)
-    with recorded() as launches:
+    with record_launches() as launches:
         norm = clip_grad_norm_(params, 0.5, **arguments)
     assert launches == []
     assert_same_bits(norm, torchs(twins, 0.5, **arguments))
@@ -118,7 +118,7 @@ def test_gradients_that_overlap() -> None:
     base = torch.ones(9, device=DEVICE)
     params = [new_param(5), new_param(5)]
     params[0].grad, params[1].grad = base[:5], base[4:]
-    with recorded() as launches:
+    with record_launches() as launches:
         clip_grad_norm_(params, 1.0)
     assert launches == []  # torch clips one after the other
 

@@ -26,7 +26,9 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_ as torchs
 
 import triton_optim
-from triton_optim.launch.launcher import recorded
+from triton_optim.launch.launcher import record_launches
+from triton_optim.step.conditions import StepConditions
+from triton_optim.step.planning import Planning
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
@@ -53,19 +55,19 @@ def test_the_order_of_programs_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -
         optimizer = triton_optim.SGD(params, max_grad_norm=1.0)
         with monkeypatch.context() as patch:
             patch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", shuffled)
-            plan = _planned(optimizer)
-            norms.append(plan.norm([], optimizer._gate()).clone())
+            norms.append(_norm(optimizer))
         assert next(turns, None) is None
     assert norms[0] == norms[1] == norms[2]
 
 
-def _planned(optimizer: Any) -> Any:
-    """The optimizer's plan, its tables sent."""
-    from triton_optim.step.plan import Plan
-
-    plan = Plan(optimizer)
-    plan.prepare(plan.make_tables(optimizer), optimizer._gate())
-    return plan
+def _norm(optimizer: triton_optim.SGD) -> torch.Tensor:
+    """Of its gradients, and nothing is stepped."""
+    plan = Planning(optimizer._view()).finish()
+    conditions = StepConditions.read({}, optimizer._stepper.options)
+    inputs = [group.first_inputs for group in plan.launch_groups]
+    plan.compile(inputs, conditions)
+    plan.upload(inputs, conditions)
+    return plan.grad_norm([], conditions).clone()
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_clipping_is_one_launch_more(case: Case) -> None:
     groups = [{"params": params[:20]}, {"params": params[20:], "lr": 0.003}]
     optimizer = case.ours(groups, max_grad_norm=1.0)
     for _ in range(2):
-        with recorded() as launches:
+        with record_launches() as launches:
             optimizer.step()
         assert [launch.name for launch in launches] == ["norm_kernel", "multi_tensor_kernel"]
 

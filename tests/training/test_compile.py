@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR
 
 import triton_optim
-from triton_optim.launch.launcher import recorded
+from triton_optim.launch.launcher import record_launches
 
 pytestmark = [  # of torch: it hides the first itself, but not from an error
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
@@ -76,7 +76,7 @@ class Program:
         """Returns the losses and the parameters."""
         generator = torch.Generator().manual_seed(0)
         losses, frames = [], set()
-        with recorded() as launches:
+        with record_launches() as launches:
             for _ in range(STEPS):
                 data = torch.randn(16, 6, dtype=torch.float64, generator=generator).to(DEVICE)
                 losses.append(train(data[:, :4], data[:, 4:]).detach())

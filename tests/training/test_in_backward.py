@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import triton_optim
 from triton_optim import step_in_backward
 from triton_optim.launch import backend
-from triton_optim.launch.launcher import recorded
-from triton_optim.training.grad_buckets import cut
+from triton_optim.launch.launcher import record_launches
+from triton_optim.training.grad_buckets import assign_buckets
 
 
 @every_state
@@ -43,15 +43,15 @@ def test_same_bits(case: Case) -> None:
 def test_a_launch_a_bucket(bucket_bytes: int, n_buckets: int) -> None:
     pair = PairedModels(MOMENTUM, bucket_bytes=bucket_bytes)
     pair.step()
-    plans = [bucket._part._internals.plan for bucket in pair.handle._buckets]
+    plans = [bucket._stepper.plan for bucket in pair.handle._buckets]
     first = pair.handle._buckets[0].params
     assert any(param is pair.models[0].head.bias for param in first)
-    with recorded() as launches:
+    with record_launches() as launches:
         pair.models[0](torch.ones(4, 6, device=DEVICE)).sum().backward()
         pair.optimizers[0].step()
     assert len(launches) == len(plans) == n_buckets
     assert None not in plans
-    assert plans == [bucket._part._internals.plan for bucket in pair.handle._buckets]
+    assert plans == [bucket._stepper.plan for bucket in pair.handle._buckets]
 
 
 def test_cut() -> None:
@@ -61,7 +61,7 @@ def test_cut() -> None:
     params[1].requires_grad_(False)
     params[4].data = params[4].data.half()
     places = {id(param): i for i, param in enumerate(params)}
-    buckets = [[places[id(param)] for param in bucket] for bucket in cut(params, 100)]
+    buckets = [[places[id(param)] for param in bucket] for bucket in assign_buckets(params, 100)]
     assert buckets == [[0, 3], [1], [2], [4], [5], [6]]
 
 

@@ -173,7 +173,7 @@ def test_fully_shard(root: bool) -> None:
         optimizers[1].zero_grad()
         for p, q in zip(*(model.parameters() for model in models), strict=True):
             assert torch.equal(p.full_tensor(), q.full_tensor())
-        plans.append([bucket._part._internals.plan for bucket in buckets])
+        plans.append([bucket._stepper.plan for bucket in buckets])
     assert plans[1] == plans[2]
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 import triton_optim
 from triton_optim.launch import backend
-from triton_optim.launch.launcher import recorded
+from triton_optim.launch.launcher import record_launches
 
 pytestmark = [
     pytest.mark.integration,
@@ -48,7 +48,7 @@ def _large_blocks(_small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _compare(case: Case, run: Callable[[Make], Outcome]) -> None:
     """A launch a step, and what torch's for-loop gives but for rounding."""
-    with recorded() as launches:
+    with record_launches() as launches:
         ours = run(case.ours)
         assert len(launches) == STEPS
         theirs = run(case.theirs)
@@ -59,7 +59,7 @@ def _compare(case: Case, run: Callable[[Make], Outcome]) -> None:
 
 def _assert_resumed(whole: Outcome, run: Callable[[], Outcome]) -> None:
     """The second half of the steps, with the bits of a run that never stopped."""
-    with recorded() as launches:
+    with record_launches() as launches:
         rest = run()
     assert len(launches) == STEPS // 2
     assert rest.losses == whole.losses[-len(rest.losses) :]
@@ -119,7 +119,7 @@ def _run_readme(framework: str, names: dict[str, Any]) -> dict[str, Any]:
 def test_readme_trainer(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     arguments = frameworks.training_arguments(tmp_path)
-    with recorded() as launches:
+    with record_launches() as launches:
         names = {"Trainer": transformers.Trainer, "data": frameworks.rows()}
         _run_readme("Trainer", {**names, "model": frameworks.llama(), "arguments": arguments})
     assert len(launches) == STEPS
@@ -128,7 +128,7 @@ def test_readme_trainer(tmp_path: Path) -> None:
 def test_readme_accelerate() -> None:
     names = {"accelerator": frameworks.accelerator(), "loss": frameworks.loss_of}
     loader = DataLoader(frameworks.rows(), frameworks.BATCH)
-    with recorded() as launches:
+    with record_launches() as launches:
         _run_readme("Accelerate", {**names, "model": frameworks.language_model(), "loader": loader})
     assert len(launches) == STEPS
 
@@ -137,7 +137,7 @@ def test_readme_lightning() -> None:
     lightning = pytest.importorskip("lightning")
     base = type(frameworks.lightning_module(triton_optim.SGD))
     names = _run_readme("Lightning", {"LightningModule": base})
-    with recorded() as launches:
+    with record_launches() as launches:
         frameworks.fit(names["Model"]())
     assert len(launches) == STEPS
     assert issubclass(base, lightning.LightningModule)

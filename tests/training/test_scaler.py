@@ -25,7 +25,7 @@ from cases import SPECS as ALL_SPECS
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim.launch.launcher import recorded
+from triton_optim.launch.launcher import record_launches
 
 every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
 INF = math.inf
@@ -104,7 +104,7 @@ def test_a_skipped_step_leaves_everything(
     tensors.train(optimizer, 2)
     tensors.new_gradients()
     before = copy.deepcopy([tensors.params, tensors.grads, optimizer.state_dict()])
-    with recorded() as launches:
+    with record_launches() as launches:
         _told(optimizer, found_inf, grad_scale)
     assert launches
     assert_same_bits([tensors.params, tensors.grads, optimizer.state_dict()], before)

@@ -21,7 +21,7 @@ from torch.optim.optimizer import (
 import triton_optim
 from triton_optim import step_in_backward
 from triton_optim.launch import backend
-from triton_optim.launch.launcher import recorded
+from triton_optim.launch.launcher import record_launches
 
 SCALE = 1024.0
 GRADS = [[0.0, 1.0, 2.0, 3.0], [float("inf"), 1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0]]
@@ -172,7 +172,7 @@ def test_fused_unscales_and_skips_in_the_kernel(name: str, change: Callable[...,
         optimizer = getattr(triton_optim, name)([param], lr=0.1, fused=fused)
         change(optimizer)
         assert optimizer._step_supports_amp_scaling == bool(fused)
-        with recorded() as launches:
+        with record_launches() as launches:
             scaler = torch.amp.GradScaler(DEVICE, init_scale=SCALE)
             scaler.scale((param * torch.arange(3.0, device=DEVICE)).sum()).backward()
             scaler.step(optimizer)

@@ -98,7 +98,7 @@ def test_rebuilt_from_its_defaults(name: str) -> None:
     for original in (optimizer, copy.deepcopy(optimizer)):
         rebuilt = type(original)([new_param(3)], **original.defaults)
         assert rebuilt.defaults == optimizer.defaults
-        assert rebuilt._extras == optimizer._extras
+        assert rebuilt._stepper.options == optimizer._stepper.options
         rebuilt.step()
         assert rebuilt.param_groups[0].keys() == optimizer.param_groups[0].keys()
 

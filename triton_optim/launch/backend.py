@@ -11,14 +11,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..rule import Rule
 from . import tuning
 from .tuning import Config
+
+
+class _NoKernels:
+    """Stands in for kernels/rules.py where Triton is not installed."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
 
 try:
     import triton
     import triton.language as tl
 
-    from ..kernels import chunks, multi_tensor, rules
+    from ..kernels import chunks, flags, multi_tensor
+    from ..kernels import rules as kernel_rules
 except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] != "triton":
         raise
@@ -26,11 +36,13 @@ except ModuleNotFoundError as error:
     COMPILED = False
     DEVICE_TYPE = None
     ROW_WIDTH = 0
+    rules: Any = _NoKernels()
 else:
     # A kernel reads addresses from a table, so an interpreted one must not be given a GPU's.
     COMPILED = isinstance(multi_tensor.multi_tensor_kernel, triton.runtime.JITFunction)
     DEVICE_TYPE = "cuda" if COMPILED else "cpu"
     ROW_WIDTH = chunks.ROW_WIDTH.value
+    rules = kernel_rules
 
 # Storage dtypes; a complex tensor is stored as pairs of the real dtype beside it.
 STORAGE_DTYPES = {
@@ -71,7 +83,7 @@ class Variant(NamedTuple):
     state_dtype: str  # the parameter's where there is no state
     aligned: bool
     reads_step: bool
-    gate: frozenset[str] = frozenset()  # see Gate.kinds
+    gate: frozenset[str] = frozenset()  # see StepConditions.kinds
 
     @property
     def bytes_per_element(self) -> int:
@@ -103,7 +115,7 @@ class GradVariant(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """What a launch reads, on the parameters' device; `norm` and `happened` under a gate."""
+    """What a launch reads, on the parameters' device; `norm` and `step_status` under conditions."""
 
     rows: Tensor  # int64 [tensors, ROW_WIDTH]
     grads: Tensor  # int64 [tensors]
@@ -111,7 +123,7 @@ class Tables(NamedTuple):
     steps: Tensor | None  # floating [tensors]
     max_norm: Tensor | None = None  # float64 []
     norm: Tensor | None = None  # float64 []
-    happened: Tensor | None = None  # float32 [2]: whether the step happened, and whether not
+    step_status: Tensor | None = None  # float32 [2]: 1 if the step was taken, 1 if it was skipped
 
 
 def config(variant: Variant, numels: Iterable[int], device: torch.device) -> Config:
@@ -168,17 +180,15 @@ def triton_dtype(name: str) -> Any:
     return getattr(tl, name)
 
 
-def rule_constants(rule: str, flags: Iterable[str]) -> dict[str, Any]:
-    return {
-        "RULE": getattr(rules, rule),
-        "FLAGS": sum(getattr(rules, flag).value for flag in flags),
-    }
+def rule_constants(function: Any, names: Iterable[str]) -> dict[str, Any]:
+    """A rule's function, and names of flags that are set."""
+    return {"RULE": function, "FLAGS": sum(flags.BITS[name] for name in names)}
 
 
-def constants(rule: str, variant: Variant, config: Config, n_hypers: int) -> dict[str, Any]:
+def constants(rule: Rule, variant: Variant, config: Config, n_hypers: int) -> dict[str, Any]:
     """The kernel's compile-time arguments, by name."""
     return {
-        **rule_constants(rule, variant.flags),
+        **rule_constants(rule.function, variant.flags),
         "N_HYPERS": n_hypers,
         "N_STATES": variant.n_states,
         "PARAM_DTYPE": getattr(tl, variant.param_dtype),

@@ -5,44 +5,29 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from ..step import grad_norm
-from ..step.grad_norm import GradCut
-from ..step.routing import State
-from ..tensors.layout import Layout
-from ..tensors.sharding import Spread, local
+from ..rule import Rule, State
+from ..tensors.sharding import ReduceGroups, local
 from . import backend
 from .backend import GradVariant
+from .grad_signature import GradSignature
 from .pointer_tables import addresses_of, as_tensor, column, is_aligned, owners, real_numel
-from .row_launcher import Kind
 from .tuning import Config
 
-if TYPE_CHECKING:
-    from ..optimizer import FusedStep
 
-
-class Look(NamedTuple):
-    """How a parameter's latest gradient was, for steps in which it is missing."""
-
-    param: Layout | None  # the parameter's then; shards of DTensors, here and below
-    grad: Layout | None  # None of a sparse gradient
-    is_taken: bool = False  # whether a kernel takes the parameter
-    kind: Kind | None = None  # of one that is updated from by rows
-    is_aligned: bool = True
-
-
-class Entry(NamedTuple):
+class PlannedParam(NamedTuple):
     """One parameter that the kernels take."""
 
     position: int  # among all of the optimizer's
     param: Tensor
     shard: Tensor  # the parameter, or of a DTensor what this rank holds
     grad: Tensor | None  # likewise; None where it is missing
-    look: Look  # of the gradient, be it missing or not
-    spread: Spread
+    signature: GradSignature  # of the gradient, be it missing or not
+    reduce_groups: ReduceGroups
     group: int
     flags: frozenset[str]
     state_names: tuple[str, ...]
@@ -56,7 +41,7 @@ class Entry(NamedTuple):
         return self.state_names if self.row_state is None else (*self.state_names, self.row_state)
 
 
-class Cut(NamedTuple):
+class LaunchSpec(NamedTuple):
     """What one update launch updates, cut into programs."""
 
     variant: backend.Variant
@@ -65,16 +50,31 @@ class Cut(NamedTuple):
     n_bytes: int
 
 
-class Cuts(NamedTuple):
+MAX_PROGRAMS = 16384  # that one tensor or many are cut into: the last program adds all their sums
+
+
+class GradLaunchSpec(NamedTuple):
+    """What one launch over gradients reads, cut into programs."""
+
+    variant: GradVariant
+    reduce_groups: ReduceGroups
+    owners: Tensor  # int32, one a program: the row of its tensor
+    blocks: int  # of a program
+    n_bytes: int
+
+
+class ChunkedTensors(NamedTuple):
     """The table of rows, on the host, and the launches that read it."""
 
     rows: Tensor
-    updates: list[Cut]
-    grads: list[GradCut]
+    updates: list[LaunchSpec]
+    grads: list[GradLaunchSpec]
 
 
-def cut(optimizer: FusedStep, entries: Sequence[Entry], states: Sequence[State]) -> Cuts:
-    """Cut the entries of one device."""
+def chunk_tensors(
+    rule: Rule, entries: Sequence[PlannedParam], states: Sequence[State]
+) -> ChunkedTensors:
+    """Chunk the parameters of one device."""
     numels = [real_numel(entry.shard) for entry in entries]
     updated = [
         [local(s[name]) for name in e.state_names] for e, s in zip(entries, states, strict=True)
@@ -83,7 +83,7 @@ def cut(optimizer: FusedStep, entries: Sequence[Entry], states: Sequence[State])
     members: dict[backend.Variant, list[int]] = defaultdict(list)
     for i, entry in enumerate(entries):
         if numels[i]:
-            members[_variant(optimizer, entry, updated[i], addresses[i])].append(i)
+            members[_variant(rule, entry, updated[i], addresses[i])].append(i)
     first = [0] * len(entries)
     updates = []
     for variant, indices in members.items():
@@ -93,18 +93,18 @@ def cut(optimizer: FusedStep, entries: Sequence[Entry], states: Sequence[State])
         for i, place in zip(indices, accumulate(counts, initial=0), strict=False):
             first[i] = place
         n_bytes = variant.bytes_per_element * sum(sizes)
-        updates.append(Cut(variant, config, owners(indices, counts), n_bytes))
-    spreads = [entry.spread for entry in entries]
+        updates.append(LaunchSpec(variant, config, owners(indices, counts), n_bytes))
+    spreads = [entry.reduce_groups for entry in entries]
     variants = [_grad_variant(entry) for entry in entries]
-    norm_first, grads = grad_norm.cut(numels, variants, spreads, entries[0].shard.device)
+    norm_first, grads = chunk_grads(numels, variants, spreads, entries[0].shard.device)
     rows: list[int] = []
     for i, entry in enumerate(entries):
         rows += backend.row(numels[i], entry.group, first[i], addresses[i], norm_first[i])
-    return Cuts(as_tensor(column("q", rows)).view(-1, backend.ROW_WIDTH), updates, grads)
+    return ChunkedTensors(as_tensor(column("q", rows)).view(-1, backend.ROW_WIDTH), updates, grads)
 
 
 def _variant(
-    optimizer: FusedStep, entry: Entry, states: Sequence[Tensor], addresses: Sequence[int]
+    rule: Rule, entry: PlannedParam, states: Sequence[Tensor], addresses: Sequence[int]
 ) -> backend.Variant:
     grad = _grad_variant(entry)
     return backend.Variant(
@@ -114,11 +114,37 @@ def _variant(
         grad_dtype=grad.dtype,
         state_dtype=backend.STORAGE_DTYPES[(states[0] if states else entry.shard).dtype],
         aligned=grad.aligned and is_aligned(addresses),
-        reads_step=not entry.flags.isdisjoint(optimizer._step_flags),
+        reads_step=rule.reads_step_under(entry.flags),
     )
 
 
-def _grad_variant(entry: Entry) -> GradVariant:
-    assert entry.look.grad is not None
-    aligned = entry.reordered or entry.look.is_aligned
-    return GradVariant(backend.STORAGE_DTYPES[entry.look.grad.dtype], aligned)
+def _grad_variant(entry: PlannedParam) -> GradVariant:
+    assert entry.signature.grad is not None
+    aligned = entry.reordered or entry.signature.is_aligned
+    return GradVariant(backend.STORAGE_DTYPES[entry.signature.grad.dtype], aligned)
+
+
+def chunk_grads(
+    numels: Sequence[int],
+    variants: Sequence[GradVariant],
+    spreads: Sequence[ReduceGroups],
+    device: torch.device,
+) -> tuple[list[int], list[GradLaunchSpec]]:
+    """Every tensor's first program, and the launches: one for those of a variant reduced alike."""
+    members: dict[tuple[GradVariant, ReduceGroups], list[int]] = defaultdict(list)
+    for i, key in enumerate(zip(variants, spreads, strict=True)):
+        members[key].append(i)
+    first = [0] * len(numels)
+    cuts = []
+    for (variant, reduce_groups), indices in members.items():
+        config = backend.grad_config(variant.dtype, device)
+        sizes = [numels[i] for i in indices]
+        blocks = max(config.blocks, -(-sum(sizes) // (config.block_size * MAX_PROGRAMS)))
+        counts = [-(-size // (config.block_size * blocks)) for size in sizes]
+        for i, place in zip(indices, accumulate(counts, initial=0), strict=False):
+            first[i] = place
+        n_bytes = backend.ITEM_SIZES[variant.dtype] * sum(sizes)
+        cuts.append(
+            GradLaunchSpec(variant, reduce_groups, owners(indices, counts), blocks, n_bytes)
+        )
+    return first, cuts

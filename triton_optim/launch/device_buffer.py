@@ -10,7 +10,7 @@ from torch import Tensor
 from . import backend, pointer_tables
 from .pointer_tables import column
 
-AHEAD = 2  # float64 before the hyperparameters: the norm to clip to, and what aligns them
+HEADER_FLOATS = 2  # float64 before the hyperparameters: the norm to clip to, and what aligns them
 
 
 class Buffer:
@@ -32,11 +32,11 @@ class Buffer:
 
     def __init__(self, device: torch.device, n_grads: int, n_hypers: int, n_steps: int) -> None:
         self._device = device
-        lengths = [n + n % 2 for n in (n_grads, AHEAD + n_hypers, n_steps)]
+        lengths = [n + n % 2 for n in (n_grads, HEADER_FLOATS + n_hypers, n_steps)]
         self.memory = torch.empty(sum(lengths), dtype=torch.int64, device=device)
         self.grads, floats, steps = torch.split(self.memory, lengths)
         floats = floats.view(torch.float64)
-        self.max_norm, self.hypers = floats[0], floats[AHEAD : AHEAD + n_hypers]
+        self.max_norm, self.hypers = floats[0], floats[HEADER_FLOATS : HEADER_FLOATS + n_hypers]
         self.steps = steps.view(torch.float64)
         self._sent: bytes | None = None
         self._captured: list[Tensor] = []
@@ -66,7 +66,7 @@ class Buffer:
         if backend.is_capturing(self._device):
             self._capture(content)
         elif content != self._sent or self._captured:  # a replay sends what was captured
-            host = pointer_tables.sendable(pointer_tables.as_tensor(content), self._device)
+            host = pointer_tables.pin(pointer_tables.as_tensor(content), self._device)
             self.memory.copy_(host, non_blocking=True)
             self._sent = content
         for i, value in self._on_gpu.items():
@@ -74,6 +74,6 @@ class Buffer:
 
     def _capture(self, content: bytes) -> None:
         """Let every replay send this content, which stays where the graph reads it."""
-        host = pointer_tables.sendable(pointer_tables.as_tensor(content), self._device)
+        host = pointer_tables.pin(pointer_tables.as_tensor(content), self._device)
         self._captured.append(host)
         self.memory.copy_(host, non_blocking=True)

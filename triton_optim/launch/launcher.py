@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rule import Rule
 from . import backend
 from .backend import COMPILED, Tables, Variant
 from .tuning import Config
@@ -101,7 +102,7 @@ class UpdateLaunch(Launch):
     """One update launch over all tensors of a variant.
 
     Args:
-        rule: its name in kernels/rules.py.
+        rule: the update rule.
         variant: what the kernel is compiled for.
         config: how the launch is cut into programs.
         owners: int32, one a program: the row of its tensor.
@@ -113,7 +114,7 @@ class UpdateLaunch(Launch):
 
     def __init__(
         self,
-        rule: str,
+        rule: Rule,
         variant: Variant,
         config: Config,
         owners: Tensor,
@@ -129,11 +130,11 @@ class UpdateLaunch(Launch):
             "hypers_ptr": tables.hypers,
             "steps_ptr": tables.steps,
             # Bound to a float32 scalar; `run` is given the step's own.
-            "found_inf_ptr": tables.happened,
-            "grad_scale_ptr": tables.happened,
+            "found_inf_ptr": tables.step_status,
+            "grad_scale_ptr": tables.step_status,
             "grad_norm_ptr": tables.norm,
             "max_norm_ptr": tables.max_norm,
-            "happened_ptr": tables.happened,
+            "happened_ptr": tables.step_status,
             "n_bytes": float(n_bytes),
             **dict.fromkeys(backend.unused_pointers(variant)),
             **backend.constants(rule, variant, config, tables.hypers.shape[1]),
@@ -158,7 +159,7 @@ def checked_grid(x: int, y: int) -> Grid:
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
+def record_launches() -> Iterator[list[Launch]]:
     """The launches that are run meanwhile, for tools and tests."""
     launches: list[Launch] = []
     run = Launch.run

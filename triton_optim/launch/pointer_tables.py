@@ -58,10 +58,10 @@ def as_tensor(columns: bytes) -> Tensor:
 
 def on_device(host: Tensor, device: torch.device) -> Tensor:
     """`host`, copied to `device` without waiting for it."""
-    return sendable(host, device).to(device, non_blocking=True)
+    return pin(host, device).to(device, non_blocking=True)
 
 
-def sendable(host: Tensor, device: torch.device) -> Tensor:
+def pin(host: Tensor, device: torch.device) -> Tensor:
     """`host` where an asynchronous copy to `device` can read it.
 
     torch's caching allocator owns the pinned memory, and does not hand it out again before the

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..step.routing import State
+from ..rule import RowWise, Rule, State
 from . import backend, row_launcher
-from .chunking import Entry
+from .chunking import PlannedParam
 from .pointer_tables import addresses_of, as_tensor, column
 from .row_launcher import RowVariant, rows_and_width
-
-if TYPE_CHECKING:
-    from ..optimizer import FusedStep
 
 MAX_KEYS = 2**31  # of int32, which are sorted in half the time of int64
 
 
-class RowCuts(NamedTuple):
+class ChunkedRows(NamedTuple):
     """The table of tensors, on the host, and which of them each launch updates."""
 
     tensors: Tensor  # int64 [tensors, TENSOR_COLUMNS]
@@ -30,16 +27,20 @@ class RowCuts(NamedTuple):
     key_dtype: torch.dtype
 
 
-def grouped(optimizer: FusedStep, entries: Iterable[Entry]) -> dict[RowVariant, list[Entry]]:
+def grouped(
+    rule: Rule, state: Mapping[Tensor, State], entries: Iterable[PlannedParam]
+) -> dict[RowVariant, list[PlannedParam]]:
     """Entries by what their kernel is compiled for; those with sparse gradients come first."""
-    members: dict[RowVariant, list[Entry]] = defaultdict(list)
+    members: dict[RowVariant, list[PlannedParam]] = defaultdict(list)
     for entry in entries:
-        members[_variant(optimizer, entry)].append(entry)
+        members[_variant(rule, state.get(entry.param, {}), entry)].append(entry)
     return dict(sorted(members.items(), key=lambda item: not item[0].sparse))
 
 
-def cut(members: dict[RowVariant, list[Entry]], states: Sequence[State]) -> RowCuts:
-    """Cut the entries of one device.
+def chunk_rows(
+    members: dict[RowVariant, list[PlannedParam]], states: Sequence[State]
+) -> ChunkedRows:
+    """LaunchSpec the entries of one device.
 
     Args:
         members: of `grouped`.
@@ -57,19 +58,20 @@ def cut(members: dict[RowVariant, list[Entry]], states: Sequence[State]) -> RowC
     launches, start = [], 0
     for variant, mine in members.items():
         tensors = range(start, start + len(mine))
-        misaligned = [not entry.look.is_aligned for entry in mine]
+        misaligned = [not entry.signature.is_aligned for entry in mine]
         everything = chain(chain.from_iterable(addresses[i] for i in tensors), misaligned)
         launches.append((variant.loading(everything, [shapes[i][1] for i in tensors]), tensors))
         start = tensors.stop
     key_dtype = torch.int32 if first_keys[-1] <= MAX_KEYS else torch.int64
     on_host = as_tensor(column("q", table)).view(-1, row_launcher.TENSOR_COLUMNS)
-    return RowCuts(on_host, launches, key_dtype)
+    return ChunkedRows(on_host, launches, key_dtype)
 
 
-def _variant(optimizer: FusedStep, entry: Entry) -> RowVariant:
-    state, kind = optimizer.state.get(entry.param, {}), entry.look.kind
+def _variant(rule: Rule, state: State, entry: PlannedParam) -> RowVariant:
+    kind = entry.signature.kind
     assert kind is not None
     held = [state[name] for name in entry.state_names if name in state]
+    rows = rule.row_wise or RowWise()
     by_row = entry.row_state is not None
     storage = backend.STORAGE_DTYPES
     return RowVariant(
@@ -79,7 +81,7 @@ def _variant(optimizer: FusedStep, entry: Entry) -> RowVariant:
         param_dtype=storage[entry.param.dtype],
         grad_dtype=storage[kind.dtype],
         state_dtype=storage[(held or [entry.param])[0].dtype],
-        row_dtype=row_launcher.dtype_name(optimizer._row_dtype(entry.param)) if by_row else None,
+        row_dtype=row_launcher.dtype_name(rows.dtype(entry.param)) if by_row else None,
         columns=row_launcher.columns_for(rows_and_width(entry.param)[1]),
-        reads_step=optimizer._rows_read_step or not entry.flags.isdisjoint(optimizer._step_flags),
+        reads_step=rule.rows_read_step_under(entry.flags),
     )

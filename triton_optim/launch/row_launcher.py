@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..tensors.layout import is_plain
+from ..rule import Rule
+from ..tensors.layout import is_contiguous_resolved
 from . import backend, tuning
 from .backend import ALIGNMENT, COMPILED, ITEM_SIZES, Tables
 from .launcher import Launch
@@ -24,7 +25,7 @@ if backend.DEVICE_TYPE:
 else:
     TENSOR_COLUMNS = GRAD_COLUMNS = 0
 
-MAX_COUNT = 2**31 - 2**21  # of rows, of a parameter or a gradient: a chunk more fits an int32
+MAX_NNZ = 2**31 - 2**21  # of rows, of a parameter or a gradient: a chunk more fits an int32
 KEYS_BLOCK = 1024  # ids that a program turns into keys
 
 # Left alone, ptxas spills in many of these kernels for the sake of one more program.
@@ -76,7 +77,7 @@ def rows_and_width(param: Tensor) -> tuple[int, int]:
 
 def few_enough(grad: Tensor) -> bool:
     """Whether the kernels can count the rows of a sparse gradient."""
-    return grad._nnz() <= MAX_COUNT
+    return grad._nnz() <= MAX_NNZ
 
 
 class Kind(NamedTuple):
@@ -98,7 +99,7 @@ def kind_of(grad: Tensor) -> Kind:
 
 def address_of(values: Tensor | None) -> int:
     """0 of what will be copied, or is missing."""
-    return values.data_ptr() if values is not None and is_plain(values) else 0
+    return values.data_ptr() if values is not None and is_contiguous_resolved(values) else 0
 
 
 def columns_for(width: int) -> int:
@@ -114,7 +115,7 @@ def config(variant: RowVariant, device: torch.device) -> RowConfig:
     return RowConfig(max(INTERPRETED_ELEMENTS // variant.columns, 1), num_warps=1)
 
 
-def constants(rule: str, variant: RowVariant, config: RowConfig, n_hypers: int) -> dict[str, Any]:
+def constants(rule: Rule, variant: RowVariant, config: RowConfig, n_hypers: int) -> dict[str, Any]:
     """The kernel's compile-time arguments, by name, and its pointers that are None."""
     dtype = backend.triton_dtype
     used = {
@@ -129,7 +130,7 @@ def constants(rule: str, variant: RowVariant, config: RowConfig, n_hypers: int) 
     }
     return {
         **dict.fromkeys(name for name, is_used in used.items() if not is_used),
-        **backend.rule_constants(rule, variant.flags),
+        **backend.rule_constants(rule.row_function, variant.flags),
         "N_HYPERS": n_hypers,
         "N_STATES": variant.n_states,
         "PARAM_DTYPE": dtype(variant.param_dtype),
@@ -164,7 +165,7 @@ class RowLaunch(Launch):
     """One update launch over all tensors of a variant.
 
     Args:
-        rule: its name in kernels/rules.py.
+        rule: the update rule.
         variant: what the kernel is compiled for.
         tables: on the parameters' device; `rows` and `grads` as kernels/rows.py has them.
         tensors: which of their rows.
@@ -175,7 +176,7 @@ class RowLaunch(Launch):
 
     def __init__(
         self,
-        rule: str,
+        rule: Rule,
         variant: RowVariant,
         tables: Tables,
         tensors: range,
@@ -196,9 +197,9 @@ class RowLaunch(Launch):
             "order_ptr": later(torch.int64),
             "partials_ptr": later(variant.compute_dtype),
             "tickets_ptr": later(torch.int32),
-            "found_inf_ptr": tables.happened,
-            "grad_scale_ptr": tables.happened,
-            "happened_ptr": tables.happened,
+            "found_inf_ptr": tables.step_status,
+            "grad_scale_ptr": tables.step_status,
+            "happened_ptr": tables.step_status,
             "first_tensor": tensors.start,
             "n_tensors": len(tensors),
             "chunk": cut.block_rows,

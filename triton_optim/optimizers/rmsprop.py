@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from ..step.routing import Group, State
-from .lazy_rows import LazyRows
+from ..launch.backend import rules
+from ..optimizer import FusedOptimizer
+from ..options import ClippingOptions, Group
+from ..rule import RowWise, Rule, Scalars, StateTensor
+from .lazy_rows import LAZY_ROWS, lazy_unsupported
 
 
-class RMSprop(LazyRows, torch.optim.RMSprop):
+def _hyperparameters(group: Group) -> Scalars:
+    lr, alpha, eps = group["lr"], group["alpha"], group["eps"]
+    return lr, alpha, 1 - alpha, eps, group["weight_decay"], group["momentum"]
+
+
+RULE = Rule(
+    rules.rmsprop_rule,
+    state=(
+        StateTensor("square_avg"),
+        StateTensor("grad_avg", when=lambda group: group["centered"]),
+        StateTensor("momentum_buffer", when=lambda group: group["momentum"] > 0),
+    ),
+    hyperparameters=_hyperparameters,
+    flags={
+        "MAXIMIZE": lambda group: group["maximize"],
+        "CENTERED": lambda group: group["centered"],
+        "MOMENTUM": lambda group: group["momentum"] > 0,
+    },
+    doubles=True,
+    row_wise=RowWise(lambda *_: "its gradient is sparse, without sparse='lazy'"),
+)
+LAZY_RULE = replace(RULE, row_wise=LAZY_ROWS)
+
+
+class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     r"""RMSprop in one launch; drop-in for `torch.optim.RMSprop`, with `fused` added.
 
     .. math::
@@ -22,8 +52,7 @@ class RMSprop(LazyRows, torch.optim.RMSprop):
             \theta - \gamma\,b, \; b \leftarrow \mu\,b + u
 
     Args:
-        params: tensors, dicts of groups or `named_parameters()`; any shape, float32, bfloat16,
-            float16, float64, complex64 or complex128.
+        params: see `FusedOptimizer`.
         lr: learning rate :math:`\gamma`; a float or a one-element tensor.
         alpha: smoothing :math:`\alpha`.
         eps: :math:`\epsilon`, outside the root.
@@ -33,15 +62,7 @@ class RMSprop(LazyRows, torch.optim.RMSprop):
         foreach: True takes torch's implementation.
         maximize: ascend.
         differentiable: True takes torch's implementation.
-        fused: True insists on the kernels, and lets a `GradScaler` leave unscaling and skipping to
-            them, without waiting for the device. None decides parameter by parameter, and the
-            scaler unscales and skips by itself. False takes torch's implementation.
-        capturable: let a CUDA graph capture the step; see the README. Parameters must be on a GPU.
-        max_grad_norm: clip the gradients of a step to this norm, all together, as
-            `torch.nn.utils.clip_grad_norm_` would, without writing them. None clips nothing.
-        error_if_nonfinite: raise where that norm is infinite or NaN; waits for the device.
-        skip_nonfinite: leave everything as it was where that norm is infinite or NaN, and count it
-            in `skipped_steps`.
+        fused, capturable, options: see `FusedOptimizer`.
         sparse: "lazy" takes sparse gradients, at the cost of the rows that they touch. Without
             momentum and decay a gradient of zero moves no parameter, so that the :math:`k` steps
             which a row was left out are made good when it is touched again:
@@ -63,8 +84,11 @@ class RMSprop(LazyRows, torch.optim.RMSprop):
     sequences with recurrent neural networks", 2013.
     """
 
-    _rule = "rmsprop_rule"
-    _row_rule = "lazy_rmsprop_rule"
+    _without_options = frozenset()
+
+    @property
+    def rule(self) -> Rule:  # type: ignore[override]
+        return RULE if self._stepper.options.sparse is None else LAZY_RULE
 
     def __init__(
         self,
@@ -81,59 +105,26 @@ class RMSprop(LazyRows, torch.optim.RMSprop):
         differentiable: bool = False,
         *,
         fused: bool | None = None,
-        max_grad_norm: float | None = None,
-        error_if_nonfinite: bool = False,
-        skip_nonfinite: bool = False,
         sparse: str | None = None,
+        **options: Unpack[ClippingOptions],
     ) -> None:
-        options = {
-            "fused": fused,
-            "max_grad_norm": max_grad_norm,
-            "error_if_nonfinite": error_if_nonfinite,
-            "skip_nonfinite": skip_nonfinite,
-            "sparse": sparse,
-        }
+        if fused and differentiable:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if fused and foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         super().__init__(
-            params,
-            lr,
-            alpha,
-            eps,
-            weight_decay,
-            momentum,
-            centered,
-            capturable,
-            foreach,
-            maximize,
-            differentiable,
-            options=options,
-        )
-        if fused:
-            if differentiable:
-                raise RuntimeError("`fused` does not support `differentiable`")
-            if foreach:
-                raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+            params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize,
+            differentiable, fused=fused, sparse=sparse, **options,
+        )  # fmt: skip
 
-    def _flags(self, group: Group) -> frozenset[str]:
-        flags = {
-            "MAXIMIZE": group["maximize"],
-            "CENTERED": group["centered"],
-            "MOMENTUM": group["momentum"] > 0,
-        }
-        return frozenset(flag for flag, on in flags.items() if on)
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`.
 
-    def _hyperparameters(self, group: Group) -> tuple[float | Tensor, ...]:
-        lr, alpha, eps = group["lr"], group["alpha"], group["eps"]
-        return lr, alpha, 1 - alpha, eps, group["weight_decay"], group["momentum"]
-
-    def _state_names(self, group: Group) -> tuple[str, ...]:
-        centered = ("grad_avg",) if group["centered"] else ()
-        momentum = ("momentum_buffer",) if group["momentum"] > 0 else ()
-        return ("square_avg", *centered, *momentum)
-
-    def _new_state(self, param: Tensor, group: Group) -> State:
-        state = {"step": self._new_step(param, group), "square_avg": torch.zeros_like(param)}
-        if group["momentum"] > 0:
-            state["momentum_buffer"] = torch.zeros_like(param)
-        if group["centered"]:
-            state["grad_avg"] = torch.zeros_like(param)
-        return state
+        Raises:
+            ValueError: `sparse="lazy"` does not go with the group.
+        """
+        super().add_param_group(param_group)
+        group, options = self.param_groups[-1], self._stepper.options
+        if options.sparse is not None and (reason := lazy_unsupported(group, options)):
+            del self.param_groups[-1]
+            raise ValueError(f"sparse='lazy' does not go with {reason}")

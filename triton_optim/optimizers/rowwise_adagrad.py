@@ -6,13 +6,48 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..optimizer import FusedStep
-from ..step.routing import Group, State
+from ..launch.backend import rules
+from ..optimizer import FusedOptimizer
+from ..options import Group, Options
+from ..rule import RowWise, Rule, State
 from ..tensors.sharding import is_dtensor
-from .rowwise_fallback import RowwiseAdagradLoop
+from .rowwise_fallback import rowwise_adagrad_reference
 
 
-class RowwiseAdagrad(FusedStep, RowwiseAdagradLoop):
+def _dtype(param: Tensor) -> torch.dtype:
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def _check_fallback(grad: Tensor, state: State, where: str, reason: str) -> None:
+    if grad.layout != torch.strided and not (grad.is_sparse and grad.sparse_dim() == 1):
+        raise RuntimeError(
+            f"the gradient of {where} is {grad.layout}; RowwiseAdagrad takes dense ones and "
+            "torch.sparse_coo ones with one sparse dim: make it dense with to_dense()"
+        )
+    if is_dtensor(grad):
+        raise RuntimeError(f"{where} is a DTensor, whose rows lie on several ranks; use Adagrad")
+
+
+RULE = Rule(
+    rules.rowwise_adagrad_rule,
+    hyperparameters=lambda group: (group["lr"], group["weight_decay"], group["eps"]),
+    flags={
+        "MAXIMIZE": lambda group: group["maximize"],
+        "DECOUPLED": lambda group: group["decoupled_weight_decay"],
+    },
+    doubles=True,
+    row_wise=RowWise(
+        state="sum",
+        dtype=_dtype,
+        initial=lambda group: group["initial_accumulator_value"],
+        always=True,
+        check_fallback=_check_fallback,
+    ),
+    reference=rowwise_adagrad_reference,
+)
+
+
+class RowwiseAdagrad(FusedOptimizer):
     r"""Adagrad with one number of state for each row of a parameter.
 
     .. math::
@@ -56,8 +91,8 @@ class RowwiseAdagrad(FusedStep, RowwiseAdagradLoop):
     recommendation models", 2022.
     """
 
-    _rule = "rowwise_adagrad_rule"
-    _row_state = "sum"
+    rule = RULE
+    _without_options = frozenset(Options.__dataclass_fields__)
 
     def __init__(
         self,
@@ -71,52 +106,35 @@ class RowwiseAdagrad(FusedStep, RowwiseAdagradLoop):
         maximize: bool = False,
         fused: bool | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            weight_decay,
-            initial_accumulator_value,
-            eps,
-            decoupled_weight_decay,
-            maximize,
-            fused,
-            options={},
-        )
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        numbers = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "eps": eps,
+        }
+        for name, value in numbers.items():
+            if not value >= 0.0:
+                raise ValueError(f"Invalid {name} value: {value}; it must be 0 or more")
+        flags = {
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "fused": fused,
+        }
+        super().__init__(params, {**numbers, **flags})
 
-    def _by_rows(self, grad: Tensor, state: State) -> bool:
-        return True
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`.
 
-    def _row_refusal(self, group: Group) -> str | None:
-        return None
-
-    def _check_leaving(
-        self, param: Tensor, grad: Tensor, group: Group, where: str, reason: str
-    ) -> None:
-        super()._check_leaving(param, grad, group, where, reason)
-        if grad.layout != torch.strided and not (grad.is_sparse and grad.sparse_dim() == 1):
-            raise RuntimeError(
-                f"the gradient of {where} is {grad.layout}; RowwiseAdagrad takes dense ones and "
-                "torch.sparse_coo ones with one sparse dim: make it dense with to_dense()"
-            )
-        if is_dtensor(grad):
-            raise RuntimeError(
-                f"{where} is a DTensor, whose rows lie on several ranks; use Adagrad"
-            )
-
-    def _flags(self, group: Group) -> frozenset[str]:
-        flags = {"MAXIMIZE": group["maximize"], "DECOUPLED": group["decoupled_weight_decay"]}
-        return frozenset(flag for flag, on in flags.items() if on)
-
-    def _hyperparameters(self, group: Group) -> tuple[float | Tensor, ...]:
-        return group["lr"], group["weight_decay"], group["eps"]
-
-    def _state_names(self, group: Group) -> tuple[str, ...]:
-        return ()
-
-    def _row_dtype(self, param: Tensor) -> torch.dtype:
-        return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-    def _new_state(self, param: Tensor, group: Group) -> State:
-        value, dtype = group["initial_accumulator_value"], self._row_dtype(param)
-        sum = torch.full(param.shape[:1], value, dtype=dtype, device=param.device)
-        return {"step": self._new_step(param, group), "sum": sum}
+        Raises:
+            ValueError: a parameter is complex.
+        """
+        super().add_param_group(param_group)
+        for position, param in enumerate(self.param_groups[-1]["params"]):
+            if param.is_complex():
+                del self.param_groups[-1]
+                raise ValueError(
+                    f"parameter {position} of the group is {param.dtype}; row-wise Adagrad takes "
+                    "real ones: give it torch.view_as_real() of it"
+                )

@@ -5,12 +5,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from ..optimizer import FusedStep
-from ..step.routing import Group, State
+from ..launch.backend import rules
+from ..optimizer import FusedOptimizer
+from ..options import CommonOptions, Group, Options
+from ..rule import RowWise, Rule, StateTensor
 
 
-class SGD(FusedStep, torch.optim.SGD):
+def _has_momentum(group: Group) -> bool:
+    return bool(group["momentum"] != 0)
+
+
+def _rows_unsupported(group: Group, options: Options) -> str | None:
+    if _has_momentum(group):
+        return "its gradient is sparse, with momentum"
+    weight_decay = group["weight_decay"]
+    decays = isinstance(weight_decay, Tensor) or weight_decay != 0
+    return "its gradient is sparse, with weight decay" if decays else None
+
+
+RULE = Rule(
+    rules.sgd_rule,
+    state=(StateTensor("momentum_buffer", when=_has_momentum),),
+    hyperparameters=lambda g: (g["lr"], g["momentum"], 1 - g["dampening"], g["weight_decay"]),
+    flags={
+        "MAXIMIZE": lambda group: group["maximize"],
+        "MOMENTUM": _has_momentum,
+        "DAMPENING": lambda group: group["dampening"] != 0 and _has_momentum(group),
+        "NESTEROV": lambda group: group["nesterov"] and _has_momentum(group),
+    },
+    counts_step=False,
+    reads_step=frozenset({"DAMPENING"}),
+    doubles=True,
+    row_wise=RowWise(_rows_unsupported),
+)
+
+
+class SGD(FusedOptimizer, torch.optim.SGD):
     r"""Stochastic gradient descent in one launch; drop-in for `torch.optim.SGD`.
 
     .. math::
@@ -20,8 +52,7 @@ class SGD(FusedStep, torch.optim.SGD):
             \theta - \gamma\,(g + \mu\,b)
 
     Args:
-        params: tensors, dicts of groups or `named_parameters()`; any shape, float32, bfloat16,
-            float16, float64, complex64 or complex128.
+        params: see `FusedOptimizer`.
         lr: learning rate :math:`\gamma`; a float or a one-element tensor.
         momentum: :math:`\mu`; 0 keeps no state.
         dampening: :math:`d`.
@@ -30,15 +61,7 @@ class SGD(FusedStep, torch.optim.SGD):
         maximize: ascend.
         foreach: True takes torch's implementation.
         differentiable: True takes torch's implementation.
-        fused: True insists on the kernels, and lets a `GradScaler` leave unscaling and skipping to
-            them, without waiting for the device. None decides parameter by parameter, and the
-            scaler unscales and skips by itself. False takes torch's implementation.
-        capturable: let a CUDA graph capture the step; see the README. Parameters must be on a GPU.
-        max_grad_norm: clip the gradients of a step to this norm, all together, as
-            `torch.nn.utils.clip_grad_norm_` would, without writing them. None clips nothing.
-        error_if_nonfinite: raise where that norm is infinite or NaN; waits for the device.
-        skip_nonfinite: leave everything as it was where that norm is infinite or NaN, and count it
-            in `skipped_steps`.
+        fused, options: see `FusedOptimizer`.
 
     Raises:
         ValueError: a negative rate, momentum or decay, or Nesterov without momentum.
@@ -53,9 +76,7 @@ class SGD(FusedStep, torch.optim.SGD):
     in deep learning", 2013.
     """
 
-    _rule = "sgd_rule"
-    _step_flags = frozenset({"DAMPENING"})
-    _counts_steps = False
+    rule = RULE
 
     def __init__(
         self,
@@ -70,56 +91,9 @@ class SGD(FusedStep, torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        capturable: bool = False,
-        max_grad_norm: float | None = None,
-        error_if_nonfinite: bool = False,
-        skip_nonfinite: bool = False,
+        **options: Unpack[CommonOptions],
     ) -> None:
-        options = {
-            "capturable": capturable,
-            "max_grad_norm": max_grad_norm,
-            "error_if_nonfinite": error_if_nonfinite,
-            "skip_nonfinite": skip_nonfinite,
-        }
         super().__init__(
-            params,
-            lr,
-            momentum,
-            dampening,
-            weight_decay,
-            nesterov,
-            maximize=maximize,
-            foreach=foreach,
-            differentiable=differentiable,
-            fused=fused,
-            options=options,
-        )
-
-    def _flags(self, group: Group) -> frozenset[str]:
-        flags = {
-            "MAXIMIZE": group["maximize"],
-            "MOMENTUM": group["momentum"] != 0,
-            "DAMPENING": group["dampening"] != 0 and group["momentum"] != 0,
-            "NESTEROV": group["nesterov"] and group["momentum"] != 0,
-        }
-        return frozenset(flag for flag, on in flags.items() if on)
-
-    def _hyperparameters(self, group: Group) -> tuple[float | Tensor, ...]:
-        return group["lr"], group["momentum"], 1 - group["dampening"], group["weight_decay"]
-
-    def _state_names(self, group: Group) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] != 0 else ()
-
-    def _row_refusal(self, group: Group) -> str | None:
-        if group["momentum"] != 0:
-            return "its gradient is sparse, with momentum"
-        weight_decay = group["weight_decay"]
-        if isinstance(weight_decay, Tensor) or weight_decay != 0:
-            return "its gradient is sparse, with weight decay"
-        return None
-
-    def _has_state(self, state: State) -> bool:
-        return state.get("momentum_buffer") is not None
-
-    def _new_state(self, param: Tensor, group: Group) -> State:
-        return {"momentum_buffer": torch.zeros_like(param)}
+            params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize,
+            foreach=foreach, differentiable=differentiable, fused=fused, **options,
+        )  # fmt: skip

@@ -3,79 +3,44 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-@dataclass
-class Extras:
-    """Options that torch's optimizers lack.
-
-    They belong to the optimizer and not to its groups, so that state dicts stay torch's.
-    """
-
-    OF_THE_WHOLE: ClassVar = frozenset(
-        {"max_grad_norm", "error_if_nonfinite", "skip_nonfinite", "sparse"}
-    )
-
-    fused: bool | None = None  # for a class whose groups have no `fused`
-    capturable: bool = False  # for a class whose groups have no `capturable`
-    max_grad_norm: float | None = None
-    error_if_nonfinite: bool = False
-    skip_nonfinite: bool = False
-    sparse: str | None = None  # "lazy": see RMSprop
-
-    def __post_init__(self) -> None:
-        if self.sparse not in (None, "lazy"):
-            raise ValueError(f"Invalid sparse value: {self.sparse!r}; give 'lazy' or None")
-        if self.max_grad_norm is not None:
-            self.max_grad_norm = checked_max_norm(self.max_grad_norm, "max_grad_norm")
-        for name in ("error_if_nonfinite", "skip_nonfinite"):
-            if getattr(self, name) and self.max_grad_norm is None:
-                raise ValueError(
-                    f"{name}=True looks at the norm of the gradients; give max_grad_norm too "
-                    "(float('inf') clips nothing)"
-                )
-        if self.error_if_nonfinite and self.skip_nonfinite:
-            raise ValueError("error_if_nonfinite and skip_nonfinite exclude one another; choose")
+from ..options import Options
 
 
-def checked_max_norm(max_norm: float, name: str) -> float:
-    """`max_norm` as a float.
-
-    Raises:
-        TypeError: it is no number.
-        ValueError: it is negative or NaN.
-    """
-    value = float(max_norm)
-    if math.isnan(value) or value < 0:
-        raise ValueError(f"Invalid {name} value: {max_norm}; it must be 0 or more")
-    return value
-
-
-class Gate(NamedTuple):
+class StepConditions(NamedTuple):
     """What decides, on the device, about one step."""
 
-    kinds: frozenset[str] = frozenset()  # FOUND_INF, UNSCALE, CLIP, SKIP_NONFINITE: what is below
+    enabled: frozenset[str] = frozenset()  # FOUND_INF, UNSCALE, CLIP, SKIP_NONFINITE
     found_inf: Tensor | None = None  # float32 []; anything but 0 skips the step
     grad_scale: Tensor | None = None  # float32 []; gradients are divided by it
     max_norm: float | None = None
     skip_nonfinite: bool = False
 
     @classmethod
-    def of(cls, found_inf: Tensor | None, grad_scale: Tensor | None, extras: Extras) -> Gate:
-        """Of what a GradScaler tells, and the options."""
-        kinds = {
-            "FOUND_INF": found_inf is not None,
-            "UNSCALE": grad_scale is not None,
-            "CLIP": extras.max_grad_norm is not None,
-            "SKIP_NONFINITE": extras.skip_nonfinite,
+    def read(cls, attributes: Mapping[str, object], options: Options) -> StepConditions:
+        """From what a GradScaler has set on the optimizer, and the options.
+
+        Raises:
+            RuntimeError: a GradScaler's number is no tensor of one number.
+        """
+        found_inf, grad_scale = attributes.get("found_inf"), attributes.get("grad_scale")
+        if found_inf is None and grad_scale is None and options.max_grad_norm is None:
+            return UNCONDITIONAL
+        inf = as_scalar_tensor(found_inf, "found_inf")
+        scale = as_scalar_tensor(grad_scale, "grad_scale")
+        conditions = {
+            "FOUND_INF": inf is not None,
+            "UNSCALE": scale is not None,
+            "CLIP": options.max_grad_norm is not None,
+            "SKIP_NONFINITE": options.skip_nonfinite,
         }
-        on = frozenset(kind for kind, on in kinds.items() if on)
-        return cls(on, found_inf, grad_scale, extras.max_grad_norm, extras.skip_nonfinite)
+        enabled = frozenset(name for name, is_on in conditions.items() if is_on)
+        return cls(enabled, inf, scale, options.max_grad_norm, options.skip_nonfinite)
 
     @property
     def may_skip(self) -> bool:
@@ -94,7 +59,7 @@ class Gate(NamedTuple):
                     f"scaler on their device: torch.amp.GradScaler({device.type!r})"
                 )
 
-    def on(self, device: torch.device) -> dict[str, Tensor]:
+    def kernel_args(self, device: torch.device) -> dict[str, Tensor]:
         """The kernels' arguments that are another tensor at every step."""
         scalars = {"found_inf_ptr": self.found_inf, "grad_scale_ptr": self.grad_scale}
         return {
@@ -103,13 +68,13 @@ class Gate(NamedTuple):
             if scalar is not None
         }
 
-    def does_happen(self, norm: Tensor | None) -> bool:
+    def is_taken_sync(self, norm: Tensor | None) -> bool:
         """Whether the step happens; waits for the device."""
         if self.found_inf is not None and self.found_inf.item() != 0:
             return False
         return not (self.skip_nonfinite and norm is not None and not math.isfinite(norm.item()))
 
-    def apply(self, grads: list[Tensor], norm: Tensor | None) -> None:
+    def unscale_and_clip_(self, grads: list[Tensor], norm: Tensor | None) -> None:
         """Unscale and clip in place, as GradScaler and clip_grad_norm_ do."""
         if self.grad_scale is not None:
             factor = 1 / self.grad_scale.item()
@@ -121,7 +86,7 @@ class Gate(NamedTuple):
                 grad.mul_(coefficient.to(grad.device))
 
 
-def told(value: object, name: str) -> Tensor | None:
+def as_scalar_tensor(value: object, name: str) -> Tensor | None:
     """A GradScaler's number as the kernels read it: float32, one element.
 
     Raises:
@@ -132,3 +97,6 @@ def told(value: object, name: str) -> Tensor | None:
     if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
         raise RuntimeError(f"optimizer.{name} is {value!r}; it must be a tensor of one real number")
     return value.detach().to(torch.float32)
+
+
+UNCONDITIONAL = StepConditions()

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import chain, repeat
 from operator import attrgetter, is_, is_not
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..launch import backend, chunking
-from ..launch.chunking import Entry
+from ..launch.chunking import PlannedParam
 from ..launch.device_buffer import Buffer
 from ..launch.launcher import UpdateLaunch
 from ..launch.pointer_tables import (
@@ -22,26 +21,23 @@ from ..launch.pointer_tables import (
     grad_addresses_of,
     on_device,
 )
+from ..rule import State
 from ..tensors.layout import Layout, LayoutGuard
-from ..tensors.sharding import bring_grad, is_dtensor, local_of, same_sharding, spec_of
-from .conditions import Gate
+from ..tensors.sharding import is_dtensor, local_of, redistribute_grad, same_sharding, spec_of
+from .conditions import StepConditions
 from .grad_norm import GradNorm
-from .launch_group import Copies, Current, Found, Table, present_of
-from .routing import State
+from .launch_group import CurrentTensors, GradCopies, LaunchGroup, StepTensors, present_of
 from .state import get_step
-
-if TYPE_CHECKING:
-    from ..optimizer import FusedStep
-
+from .view import OptimizerView
 
 _grad_of = attrgetter("grad")
 
 
-class DenseTable(Table):
+class DenseLaunchGroup(LaunchGroup):
     """Parameters whose gradients are dense.
 
     Args:
-        optimizer: its hyperparameters are as many as `hypers`.
+        view: of the optimizer.
         device: where its parameters are.
         entries: the parameters; DTensors all of them, or none.
         hypers: every group's hyperparameters, one after another.
@@ -50,32 +46,32 @@ class DenseTable(Table):
 
     def __init__(
         self,
-        optimizer: FusedStep,
+        view: OptimizerView,
         device: torch.device,
-        entries: Sequence[Entry],
+        entries: Sequence[PlannedParam],
         hypers: Sequence[object],
         *,
         counts_on_device: bool,
     ) -> None:
-        reads_step = any(not e.flags.isdisjoint(optimizer._step_flags) for e in entries)
+        reads_step = any(view.rule.reads_step_under(entry.flags) for entry in entries)
         super().__init__(
-            optimizer, device, entries, reads_step=reads_step, counts_on_device=counts_on_device
+            view, device, entries, reads_step=reads_step, counts_on_device=counts_on_device
         )
-        self._rule, complete = optimizer._rule, self._complete
+        self._rule, complete = view.rule, self._complete
         self._specs = [spec_of(entry.param) for entry in entries if is_dtensor(entry.param)]
         self._reordered = [i for i, entry in enumerate(entries) if entry.reordered]
         params = [entry.param for entry in entries]
         held = self._pick_stateful(complete)
         found = self._found([entry.grad for entry in entries], params, held)
-        self.first = self._of_present(found, present_of(found.grads))
-        grads, state = [entry.look.grad for entry in entries], found.written[len(entries) :]
-        layouts = [*grads, *(entry.look.param for entry in entries), *map(Layout.of, state)]
+        self.first_inputs = self._of_present(found, present_of(found.grads))
+        grads, state = [entry.signature.grad for entry in entries], found.written[len(entries) :]
+        layouts = [*grads, *(entry.signature.param for entry in entries), *map(Layout.of, state)]
         self._guard = LayoutGuard([x for x in layouts if x is not None], self._holders.rows)
         self._addresses = addresses_of([*found.written, *found.steps])
         self._has_empty = not all(shard.numel() for shard in found.shards)
-        self._alignment = alignment(column("q", [not e.look.is_aligned for e in entries]))
+        self._alignment = alignment(column("q", [not e.signature.is_aligned for e in entries]))
         self._keep_grads(grad_addresses_of(found.grads))
-        cut = chunking.cut(optimizer, entries, complete)
+        cut = chunking.chunk_tensors(view.rule, entries, complete)
         self._cuts = [c._replace(owners=on_device(c.owners, device)) for c in cut.updates]
         self._grad_cuts = cut.grads
         buffer = Buffer(device, len(entries), len(hypers), self._n_steps_sent)
@@ -83,7 +79,7 @@ class DenseTable(Table):
         self.tables = backend.Tables(
             rows=on_device(cut.rows, device),
             grads=buffer.grads,
-            hypers=buffer.hypers.view(len(optimizer.param_groups), -1),
+            hypers=buffer.hypers.view(len(view.groups), -1),
             steps=self._steps_read(buffer),
             max_norm=buffer.max_norm,
         )
@@ -92,16 +88,16 @@ class DenseTable(Table):
 
     def _found(
         self, grads: Sequence[Tensor | None], params: Sequence[Tensor], states: Sequence[State]
-    ) -> Found:
+    ) -> StepTensors:
         """As if all gradients were there."""
         written = [*params, *self._holders.values(states)]
         steps = [*map(get_step, states)] if self._counts_steps else []
         if not self._specs:
-            return Found(grads, self._all, params, written, (), steps)
+            return StepTensors(grads, self._all, params, written, (), steps)
         shards = [*map(local_of, written)]
-        return Found(grads, self._all, shards[: len(params)], shards, written, steps)
+        return StepTensors(grads, self._all, shards[: len(params)], shards, written, steps)
 
-    def find(self, current: Current) -> Found | None:
+    def read(self, current: CurrentTensors) -> StepTensors | None:
         """This step's tensors, or None where this table no longer describes them.
 
         It does while parameters and state are where they were, everything has the layout that it
@@ -161,30 +157,30 @@ class DenseTable(Table):
         shards: list[Tensor | None] = []
         for param, grad, spec in zip(params, grads, self._specs, strict=True):
             if grad is not None and spec_of(grad) is not spec:
-                bring_grad(param)
+                redistribute_grad(param)
                 grad = param.grad
                 if not same_sharding(spec_of(grad), spec):
                     raise AttributeError
             shards.append(None if grad is None else local_of(grad))
         return shards
 
-    def is_prepared(self, kinds: frozenset[str]) -> bool:
-        return kinds in self._launches
+    def is_prepared(self, enabled: frozenset[str]) -> bool:
+        return enabled in self._launches
 
-    def prepare(self, kinds: frozenset[str]) -> None:
-        if self.is_prepared(kinds):
+    def compile(self, enabled: frozenset[str]) -> None:
+        if self.is_prepared(enabled):
             return
         tables, norm = self.tables, None
-        if kinds:
-            tables = tables._replace(happened=self._tell_here())
-        if "CLIP" in kinds:
-            scaled = tables.happened if "UNSCALE" in kinds else None
+        if enabled:
+            tables = tables._replace(step_status=self._tell_here())
+        if "CLIP" in enabled:
+            scaled = tables.step_status if "UNSCALE" in enabled else None
             norm = GradNorm(self._grad_cuts, tables.rows, tables.grads, scaled)
         self.tables = tables
         launches = [
             UpdateLaunch(
                 self._rule,
-                cut.variant._replace(gate=kinds),
+                cut.variant._replace(gate=enabled),
                 cut.config,
                 cut.owners,
                 tables if norm is None else tables._replace(norm=norm.norm),
@@ -193,18 +189,20 @@ class DenseTable(Table):
             for cut in self._cuts
         ]
         if norm is not None:
-            self._norms[kinds] = norm
+            self._norms[enabled] = norm
         told = {
-            "found_inf_ptr": tables.happened,
+            "found_inf_ptr": tables.step_status,
             "grad_norm_ptr": None if norm is None else norm.norm,
         }
-        self._prepare_counts(kinds, tables.grads.view(-1, 1), told)
-        self._launches[kinds] = launches
+        self._prepare_counts(enabled, tables.grads.view(-1, 1), told)
+        self._launches[enabled] = launches
 
-    def reordered(self, found: Found) -> list[Tensor]:
+    def grads_to_copy(self, found: StepTensors) -> list[Tensor]:
         return [grad for i in self._reordered if (grad := found.grads[i]) is not None]
 
-    def send(self, found: Found, hypers: list[float | Tensor], max_norm: float | None) -> Copies:
+    def upload(
+        self, found: StepTensors, hypers: list[float | Tensor], max_norm: float | None
+    ) -> GradCopies:
         copies = [
             (i, torch.empty_like(found.shards[i], dtype=grad.dtype).copy_(grad))
             for i in self._reordered
@@ -219,21 +217,25 @@ class DenseTable(Table):
         self._buffer.send(grad_column, hypers, max_norm or 0.0, self._steps_to_send(found))
         return copies
 
-    def sum_squares(self, gate: Gate) -> GradNorm:
+    def sum_squares(self, conditions: StepConditions) -> GradNorm:
         """Launch the norm of the gradients."""
-        norm = self._norms[gate.kinds]
-        norm.run(gate.on(self.device))
+        norm = self._norms[conditions.enabled]
+        norm.run(conditions.kernel_args(self.device))
         return norm
 
-    def _launch(self, told: Mapping[str, Tensor], gate: Gate) -> bool:
-        launches = self._launches[gate.kinds]
+    def _launch(self, told: Mapping[str, Tensor], conditions: StepConditions) -> bool:
+        launches = self._launches[conditions.enabled]
         for launch in launches:
             launch.run(**told)
         return bool(launches)
 
-    def _happens(self, gate: Gate) -> Tensor:
-        go = super()._happens(gate)
-        return go & self._norms[gate.kinds].norm.isfinite() if gate.skip_nonfinite else go
+    def _happens(self, conditions: StepConditions) -> Tensor:
+        go = super()._happens(conditions)
+        return (
+            go & self._norms[conditions.enabled].norm.isfinite()
+            if conditions.skip_nonfinite
+            else go
+        )
 
     def _own_tensors(self) -> list[Tensor | None]:
         norms = chain.from_iterable(norm.tensors for norm in self._norms.values())

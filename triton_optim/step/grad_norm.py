@@ -2,67 +2,27 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..launch import backend, pointer_tables
-from ..launch.backend import GradVariant
+from ..launch.chunking import GradLaunchSpec
 from ..launch.launcher import Launch
-from ..tensors.sharding import Spread, is_dtensor
+from ..tensors.sharding import ReduceGroups, is_dtensor
 
 if backend.DEVICE_TYPE:
     from ..kernels.norm import norm_kernel
 
 
-MAX_PROGRAMS = 16384  # that one tensor or many are cut into: the last program adds all their sums
-
-
-class GradCut(NamedTuple):
-    """What one launch over gradients reads, cut into programs."""
-
-    variant: GradVariant
-    spread: Spread
-    owners: Tensor  # int32, one a program: the row of its tensor
-    blocks: int  # of a program
-    n_bytes: int
-
-
 class SquareSum(NamedTuple):
-    """The sum of squares of the gradients of one device that are spread alike."""
+    """The sum of squares of the gradients of one device that are reduced alike."""
 
     value: Tensor  # float64 []
-    spread: Spread
-
-
-def cut(
-    numels: Sequence[int],
-    variants: Sequence[GradVariant],
-    spreads: Sequence[Spread],
-    device: torch.device,
-) -> tuple[list[int], list[GradCut]]:
-    """Every tensor's first program, and the launches: one for those of a variant spread alike."""
-    members: dict[tuple[GradVariant, Spread], list[int]] = defaultdict(list)
-    for i, key in enumerate(zip(variants, spreads, strict=True)):
-        members[key].append(i)
-    first = [0] * len(numels)
-    cuts = []
-    for (variant, spread), indices in members.items():
-        config = backend.grad_config(variant.dtype, device)
-        sizes = [numels[i] for i in indices]
-        blocks = max(config.blocks, -(-sum(sizes) // (config.block_size * MAX_PROGRAMS)))
-        counts = [-(-size // (config.block_size * blocks)) for size in sizes]
-        for i, place in zip(indices, accumulate(counts, initial=0), strict=False):
-            first[i] = place
-        n_bytes = backend.ITEM_SIZES[variant.dtype] * sum(sizes)
-        cuts.append(
-            GradCut(variant, spread, pointer_tables.owners(indices, counts), blocks, n_bytes)
-        )
-    return first, cuts
+    reduce_groups: ReduceGroups
 
 
 class GradNorm:
@@ -76,11 +36,15 @@ class GradNorm:
 
     Attributes:
         norm: float64 [], written by `run` where there is one sum, else by `total`.
-        sums: those of squares, one for the gradients that are spread alike.
+        sums: those of squares, one for the gradients that are reduced alike.
     """
 
     def __init__(
-        self, cuts: Sequence[GradCut], rows: Tensor, grads: Tensor, scaled: Tensor | None = None
+        self,
+        cuts: Sequence[GradLaunchSpec],
+        rows: Tensor,
+        grads: Tensor,
+        scaled: Tensor | None = None,
     ) -> None:
         device, self.rows = rows.device, rows
         self.cuts = [
@@ -88,7 +52,7 @@ class GradNorm:
             for cut in cuts
             if len(cut.owners)
         ]
-        spreads = list(dict.fromkeys(cut.spread for cut in cuts))
+        spreads = list(dict.fromkeys(cut.reduce_groups for cut in cuts))
         n_partials = max((len(cut.owners) for cut in cuts), default=0)
         self._partials = torch.empty(n_partials, dtype=torch.float64, device=device)
         self._ticket = torch.zeros(1, dtype=torch.int32, device=device)
@@ -96,7 +60,7 @@ class GradNorm:
         self.norm = torch.zeros((), dtype=torch.float64, device=device)
         self.sums = [SquareSum(*item) for item in zip(sums, spreads, strict=True)]
         self._launches = []
-        begun: set[Spread] = set()
+        begun: set[ReduceGroups] = set()
         for cut in self.cuts:
             tensors = {
                 "owners_ptr": cut.owners,
@@ -104,13 +68,13 @@ class GradNorm:
                 "grads_ptr": grads,
                 "partials_ptr": self._partials,
                 "ticket_ptr": self._ticket,
-                "sum_ptr": sums[spreads.index(cut.spread)],
+                "sum_ptr": sums[spreads.index(cut.reduce_groups)],
                 "norm_ptr": self.norm,
                 "grad_scale_ptr": scaled,
             }
-            constants = {"ADDS": cut.spread in begun}
+            constants = {"ADDS": cut.reduce_groups in begun}
             self._launches.append(grad_launch(norm_kernel, cut, tensors, constants))
-            begun.add(cut.spread)
+            begun.add(cut.reduce_groups)
 
     def run(self, told: Mapping[str, Tensor]) -> None:
         """Launch, with what a GradScaler tells."""
@@ -126,7 +90,10 @@ class GradNorm:
 
 
 def grad_launch(
-    kernel: object, cut: GradCut, tensors: Mapping[str, Tensor | None], constants: dict[str, bool]
+    kernel: object,
+    cut: GradLaunchSpec,
+    tensors: Mapping[str, Tensor | None],
+    constants: dict[str, bool],
 ) -> Launch:
     """A launch of a kernel of kernels/norm.py."""
     config = backend.grad_config(cut.variant.dtype, cut.owners.device)
@@ -162,15 +129,15 @@ def square_sums(grads: Iterable[Tensor], scale: Tensor | None) -> list[SquareSum
 def total(norms: Sequence[GradNorm], others: Sequence[SquareSum]) -> Tensor:
     """The norm of everything, over all ranks: float64 []; every `norms[i].norm` is told.
 
-    Ranks call it together, with sums that are spread alike in the same order. Waits for nothing.
+    Ranks call it together, with sums that are reduced alike in the same order. Waits for nothing.
     """
     sums = [*chain.from_iterable(norm.sums for norm in norms), *others]
-    if len(sums) == 1 and norms and not sums[0].spread:
+    if len(sums) == 1 and norms and not sums[0].reduce_groups:
         return norms[0].norm
     home = sums[0].value.device if sums else torch.device("cpu")
     total = torch.zeros((), dtype=torch.float64, device=home)
-    for value, spread in sums:
-        for mesh, dim in spread:
+    for value, reduce_groups in sums:
+        for mesh, dim in reduce_groups:
             value = value.clone()
             torch.distributed.all_reduce(value, group=mesh.get_group(dim))
         total = total + value.to(home, non_blocking=True)

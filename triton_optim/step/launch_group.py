@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from itertools import compress, repeat
 from operator import is_not
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.optim import Optimizer
 
-from ..launch.chunking import Entry
+from ..launch.chunking import PlannedParam
 from ..launch.device_buffer import Buffer
 from ..launch.launcher import Launch
 from ..launch.pointer_tables import on_device
+from ..rule import State
 from ..tensors.layout import picker
-from .conditions import Gate
-from .routing import State
+from .conditions import StepConditions
 from .state import Holders, bring_together, get_step, states_of
 from .step_counts import DeviceCounts, HostCounts, SeenCounts
+from .view import OptimizerView
 
-if TYPE_CHECKING:
-    from ..optimizer import FusedStep
-
-
-Copies = list[tuple[int, Tensor]]  # what stands in for a gradient, by its index
+GradCopies = list[tuple[int, Tensor]]  # what stands in for a gradient, by its index
 
 
-class Current(NamedTuple):
+class CurrentTensors(NamedTuple):
     """The optimizer's tensors as they are now: nothing of it is kept."""
 
     params: Sequence[Tensor]  # of all groups
@@ -37,11 +33,11 @@ class Current(NamedTuple):
     states: Sequence[State]
 
     @classmethod
-    def of(cls, optimizer: Optimizer, params: Sequence[Tensor]) -> Current:
-        return cls(params, [*optimizer.state], [*optimizer.state.values()])
+    def of(cls, view: OptimizerView, params: Sequence[Tensor]) -> CurrentTensors:
+        return cls(params, [*view.state], [*view.state.values()])
 
 
-class Found(NamedTuple):
+class StepTensors(NamedTuple):
     """What one step reads and writes, looked up and checked for this step: shards of DTensors."""
 
     grads: Sequence[Tensor | None]  # of sparse ones, the values; None of one that is missing
@@ -58,14 +54,14 @@ class Found(NamedTuple):
         return self.steps if 0 not in self.present else compress(self.steps, self.present)
 
 
-class Table:
+class LaunchGroup:
     """Everything one device's launches need, made once and kept while the tensors stay.
 
     It remembers addresses, layouts and places, and holds no tensor of the optimizer's, so that what
     is taken from the optimizer frees its memory.
 
     Args:
-        optimizer: whose rule and state these are.
+        view: of the optimizer.
         device: where its parameters are.
         entries: the parameters; DTensors all of them, or none.
         reads_step: whether a kernel reads how often a tensor was updated.
@@ -73,14 +69,14 @@ class Table:
     """
 
     _addresses: list[int]  # of parameters, state and step counts
-    first: Found | None  # what `find` would return at the first step; None afterwards
-    happened: Tensor | None = None  # float32 [2]: whether the last step happened, and whether not
+    first_inputs: StepTensors  # what `read` would return at the first step
+    step_status: Tensor | None = None  # float32 [2]: 1 if it was taken, 1 if skipped
 
     def __init__(
         self,
-        optimizer: FusedStep,
+        view: OptimizerView,
         device: torch.device,
-        entries: Sequence[Entry],
+        entries: Sequence[PlannedParam],
         *,
         reads_step: bool,
         counts_on_device: bool,
@@ -88,18 +84,18 @@ class Table:
         self.device = device
         self._pick = picker([entry.position for entry in entries])
         self._pick_states: Callable[[Sequence[Any]], Sequence[Any]] | None = None
-        self._states, self._new = states_of(optimizer, entries)
+        self._states, self._new = states_of(view, entries)
         complete = [{**s, **new} for s, new in zip(self._states, self._new, strict=True)]
         self._complete: Sequence[State] = complete
         self._all = bytes(repeat(1, len(entries)))
-        self._counts_steps = optimizer._counts_steps
+        self._counts_steps = view.rule.counts_step
         self._holders = Holders(entries, counts_steps=self._counts_steps)
         self._pick_stateful = picker(self._holders.stateful)
         self._reads_step = reads_step
         self._private: Tensor | None = None  # float64, counts that no state has
         self._may_have_skipped = False
         self._ids: dict[int, int] = {}  # where parameters stand in it
-        counts = self._counts_of(optimizer, entries, counts_on_device=counts_on_device)
+        counts = self._counts_of(view, entries, counts_on_device=counts_on_device)
         self._device_counts = counts if isinstance(counts, DeviceCounts) else None
         self._host_counts = None if isinstance(counts, DeviceCounts) else counts
         sends = reads_step and self._host_counts is not None
@@ -108,12 +104,12 @@ class Table:
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def _counts_of(
-        self, optimizer: FusedStep, entries: Sequence[Entry], *, counts_on_device: bool
+        self, view: OptimizerView, entries: Sequence[PlannedParam], *, counts_on_device: bool
     ) -> HostCounts | SeenCounts | DeviceCounts | None:
         if self._counts_steps:
             steps = [*map(get_step, self._complete)]
             if not counts_on_device and all(step.is_cpu for step in steps):
-                return HostCounts(steps, optimizer._internals.steps)
+                return HostCounts(steps, view.counters)
             bring_together(steps, self.device)
             return DeviceCounts(steps, self.device, reads=self._reads_step)
         if not self._reads_step:
@@ -127,7 +123,7 @@ class Table:
         self._private = on_device(on_host, self.device)
         return DeviceCounts(self._private.unbind(), self.device, reads=True)
 
-    def _of_present(self, found: Found, present: bytes) -> Found:
+    def _of_present(self, found: StepTensors, present: bytes) -> StepTensors:
         """Of a step without some gradients, what it writes."""
         if 0 not in present:
             return found
@@ -141,7 +137,7 @@ class Table:
             return self._device_counts.column
         return buffer.steps if self._n_steps_sent else None
 
-    def _mine(self, current: Current) -> tuple[Sequence[Tensor], Sequence[State]] | None:
+    def _mine(self, current: CurrentTensors) -> tuple[Sequence[Tensor], Sequence[State]] | None:
         """Parameters, and the state of those that have any; None if that lies in another order."""
         params = self._pick(current.params)
         if self._pick_states is None:
@@ -152,29 +148,31 @@ class Table:
             return None
         return params, states
 
-    def find(self, current: Current) -> Found | None:
+    def read(self, current: CurrentTensors) -> StepTensors | None:
         """This step's tensors, or None where this table no longer describes them."""
         raise NotImplementedError
 
-    def reordered(self, found: Found) -> list[Tensor]:
+    def grads_to_copy(self, found: StepTensors) -> list[Tensor]:
         """The gradients of which launches read a copy."""
         raise NotImplementedError
 
-    def prepare(self, kinds: frozenset[str]) -> None:
-        """Compile what a step under a gate of these kinds launches. Writes nothing."""
+    def compile(self, enabled: frozenset[str]) -> None:
+        """Compile what a step under these conditions launches. Writes nothing."""
         raise NotImplementedError
 
-    def is_prepared(self, kinds: frozenset[str]) -> bool:
+    def is_prepared(self, enabled: frozenset[str]) -> bool:
         """Whether that was compiled."""
         raise NotImplementedError
 
     def _prepare_counts(
-        self, kinds: frozenset[str], grads: Tensor, told: Mapping[str, Tensor | None]
+        self, enabled: frozenset[str], grads: Tensor, told: Mapping[str, Tensor | None]
     ) -> None:
         if self._device_counts is not None:
-            self._count_launches[kinds] = self._device_counts.launch(grads, kinds, told)
+            self._count_launches[enabled] = self._device_counts.launch(grads, enabled, told)
 
-    def send(self, found: Found, hypers: list[float | Tensor], max_norm: float | None) -> Copies:
+    def upload(
+        self, found: StepTensors, hypers: list[float | Tensor], max_norm: float | None
+    ) -> GradCopies:
         """Bring the tables up to date.
 
         Returns:
@@ -183,11 +181,11 @@ class Table:
         """
         raise NotImplementedError
 
-    def _steps_to_send(self, found: Found) -> Sequence[float]:
+    def _steps_to_send(self, found: StepTensors) -> Sequence[float]:
         counts = self._host_counts
         return counts.values(found.steps) if counts is not None and self._n_steps_sent else ()
 
-    def _launch(self, told: Mapping[str, Tensor], gate: Gate) -> bool:
+    def _launch(self, told: Mapping[str, Tensor], conditions: StepConditions) -> bool:
         """Launch the updates; False if there was nothing to launch."""
         raise NotImplementedError
 
@@ -195,7 +193,7 @@ class Table:
         """What launches read and nobody else holds."""
         raise NotImplementedError
 
-    def check_apart(self, found: Found) -> None:
+    def check_no_overlap(self, found: StepTensors) -> None:
         """Refuse one gradient of two parameters, which would be unscaled twice.
 
         Raises:
@@ -208,43 +206,43 @@ class Table:
                 "two parameters have one gradient tensor, which would be unscaled twice; clone() it"
             )
 
-    def update(self, found: Found, copies: Copies, gate: Gate) -> None:
+    def update(self, found: StepTensors, copies: GradCopies, conditions: StepConditions) -> None:
         """Launch the updates, and count the steps."""
-        if not (gate.kinds or 1 in found.present):
+        if not (conditions.enabled or 1 in found.present):
             return
-        told = gate.on(self.device) if gate.kinds else {}
+        told = conditions.kernel_args(self.device) if conditions.enabled else {}
         if self._device_counts is not None:
-            launch = self._count_launches[gate.kinds]
+            launch = self._count_launches[conditions.enabled]
             launch.run(**{k: v for k, v in told.items() if k in launch.arguments})
-        launched = self._launch(told, gate)
-        if gate.may_skip and not launched:  # a rank without elements counts as the others do
-            assert self.happened is not None
-            go = self._happens(gate)
-            self.happened.copy_(torch.stack([go, ~go]))
+        launched = self._launch(told, conditions)
+        if conditions.may_skip and not launched:  # a rank without elements counts as the others do
+            assert self.step_status is not None
+            go = self._happens(conditions)
+            self.step_status.copy_(torch.stack([go, ~go]))
         if self._host_counts is not None:
             everyone = found.present is self._all
             self._host_counts.add(found.steps, None if everyone else found.present)
-        if gate.grad_scale is not None:
+        if conditions.grad_scale is not None:
             for i, copy in copies:
                 grad = found.grads[i]
                 assert grad is not None
                 grad.copy_(copy)
             increment_version([grad for grad in found.grads if grad is not None])
         increment_version([*found.written, *found.wrappers, *found.counted])
-        self._may_have_skipped |= gate.may_skip
+        self._may_have_skipped |= conditions.may_skip
         self._outlive_the_stream()
 
-    def _happens(self, gate: Gate) -> Tensor:
+    def _happens(self, conditions: StepConditions) -> Tensor:
         go = torch.ones((), dtype=torch.bool, device=self.device)
-        if gate.found_inf is not None:
-            go = go & (gate.found_inf == 0).to(self.device, non_blocking=True)
+        if conditions.found_inf is not None:
+            go = go & (conditions.found_inf == 0).to(self.device, non_blocking=True)
         return go
 
     def _tell_here(self) -> Tensor:
-        """Where kernels tell whether a step happened."""
-        if self.happened is None:
-            self.happened = torch.arange(1, -1, -1, dtype=torch.float32, device=self.device)
-        return self.happened
+        """Where kernels tell whether a step step_status."""
+        if self.step_status is None:
+            self.step_status = torch.arange(1, -1, -1, dtype=torch.float32, device=self.device)
+        return self.step_status
 
     def _outlive_the_stream(self) -> None:
         """Keep the tables' memory from reuse until a step on another stream than theirs is done."""
@@ -253,21 +251,21 @@ class Table:
         stream = torch.cuda.current_stream(self.device)
         if stream != self._stream:
             counts = self._device_counts.tensors if self._device_counts is not None else ()
-            for tensor in (*self._own_tensors(), self.happened, self._private, *counts):
+            for tensor in (*self._own_tensors(), self.step_status, self._private, *counts):
                 if tensor is not None and tensor.is_cuda:
                     tensor.record_stream(stream)
 
-    def hand_over_state(self, optimizer: Optimizer, params: Sequence[Tensor]) -> None:
+    def commit_state(self, states: MutableMapping[Tensor, State], params: Sequence[Tensor]) -> None:
         """After the first step: give the optimizer the state that it made.
 
         Args:
             params: all of the optimizer's.
         """
-        self.first = None
+        del self.first_inputs
         for param, state, new in zip(self._pick(params), self._states, self._new, strict=True):
             if new:
                 state.update(new)
-                optimizer.state[param] = state
+                states[param] = state
         self._states, self._new, self._complete = [], [], []
 
     def remember_places(self, places: Mapping[int, int], params: Sequence[Tensor]) -> None:
@@ -281,20 +279,20 @@ class Table:
             stateful = self._pick_stateful(self._pick(params))
             self._pick_states = picker([places[id(param)] for param in stateful])
 
-    def forget_skipped(self, optimizer: Optimizer) -> None:
-        """Take back state of which no step has happened yet, if that can be; waits for the device.
+    def forget_skipped(self, states: MutableMapping[Tensor, State]) -> None:
+        """Take back state of which no step was taken yet, if that can be; waits for the device.
 
         Where the rule must know its first update and state does not tell.
         """
         if self._private is None or not self._may_have_skipped:
             return
         updates, addresses = self._private.tolist(), {*self._addresses}
-        for param, state in [*optimizer.state.items()]:
+        for param, state in [*states.items()]:
             place = self._ids.get(id(param))
             if place is not None and updates[place] == 0:
                 held = (value for value in state.values() if isinstance(value, Tensor))
                 if all(value.data_ptr() in addresses for value in held):
-                    del optimizer.state[param]
+                    del states[param]
         self._may_have_skipped = False
 
 

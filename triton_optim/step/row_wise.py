@@ -4,45 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..launch import backend, pointer_tables, row_chunking, row_launcher
-from ..launch.chunking import Entry
+from ..launch.chunking import PlannedParam
 from ..launch.device_buffer import Buffer
 from ..launch.launcher import checked_grid
 from ..launch.pointer_tables import addresses_of, column, grad_addresses_of, is_aligned
 from ..launch.row_launcher import (
     GRAD_COLUMNS,
-    MAX_COUNT,
+    MAX_NNZ,
     KeysLaunch,
     RowLaunch,
     RowVariant,
     address_of,
     kind_of,
 )
-from ..tensors.layout import Layout, LayoutGuard, is_plain
-from .conditions import Gate
-from .launch_group import Copies, Current, Found, Table, present_of
-from .routing import State
+from ..rule import State
+from ..tensors.layout import Layout, LayoutGuard, is_contiguous_resolved
+from .conditions import StepConditions
+from .launch_group import CurrentTensors, GradCopies, LaunchGroup, StepTensors, present_of
 from .state import get_step
-from .validation import check_ids
-
-if TYPE_CHECKING:
-    from ..optimizer import FusedStep
+from .validation import check_indices
+from .view import OptimizerView
 
 
-class RowTable(Table):
+class RowWiseLaunchGroup(LaunchGroup):
     """Parameters with sparse gradients, and those whose state has one number a row.
 
     A step makes a key of every row that has a gradient, sorts the keys of all parameters together,
     and updates rows in one launch a variant.
 
     Args:
-        optimizer: its hyperparameters are as many as `hypers`.
+        view: of the optimizer.
         device: where its parameters are.
         entries: the parameters.
         hypers: every group's hyperparameters, one after another.
@@ -51,42 +48,42 @@ class RowTable(Table):
 
     def __init__(
         self,
-        optimizer: FusedStep,
+        view: OptimizerView,
         device: torch.device,
-        entries: Sequence[Entry],
+        entries: Sequence[PlannedParam],
         hypers: Sequence[object],
         *,
         counts_on_device: bool,
     ) -> None:
-        members = row_chunking.grouped(optimizer, entries)
+        members = row_chunking.grouped(view.rule, view.state, entries)
         entries = [*chain.from_iterable(members.values())]
         reads_step = any(variant.reads_step for variant in members)
         super().__init__(
-            optimizer, device, entries, reads_step=reads_step, counts_on_device=counts_on_device
+            view, device, entries, reads_step=reads_step, counts_on_device=counts_on_device
         )
-        self._rule = optimizer._row_rule or optimizer._rule
+        self._rule = view.rule
         complete = self._complete
         self._wheres = [entry.where for entry in entries]
         self._shapes = [row_launcher.rows_and_width(entry.param) for entry in entries]
-        self._kinds = [entry.look.kind for entry in entries]
+        self._grad_kinds = [entry.signature.kind for entry in entries]
         self._n_sparse = sum(variant.sparse for variant in members for _ in members[variant])
         params = [entry.param for entry in entries]
         held = self._pick_stateful(complete)
         found = self._found([entry.grad for entry in entries], params, held)
-        self.first = self._of_present(found, present_of(found.grads))
-        looks = [entry.look.param for entry in entries if entry.look.param is not None]
+        self.first_inputs = self._of_present(found, present_of(found.grads))
+        looks = [entry.signature.param for entry in entries if entry.signature.param is not None]
         layouts = [*looks, *map(Layout.of, found.written[len(params) :])]
         n = len(entries)  # the first places are those of gradients, of which the kind is compared
         self._guard = LayoutGuard(layouts, [[i - n for i in row[1:]] for row in self._holders.rows])
         self._addresses = addresses_of([*found.written, *found.steps])
-        cut = row_chunking.cut(members, complete)
+        cut = row_chunking.chunk_rows(members, complete)
         self._cuts, self._key_dtype = cut.launches, cut.key_dtype
         buffer = Buffer(device, GRAD_COLUMNS * n, len(hypers), self._n_steps_sent)
         self._buffer = buffer
         self._tables = backend.Tables(
             rows=pointer_tables.on_device(cut.tensors, device),
             grads=buffer.grads,
-            hypers=buffer.hypers.view(len(optimizer.param_groups), -1),
+            hypers=buffer.hypers.view(len(view.groups), -1),
             steps=self._steps_read(buffer),
         )
         self._keys: KeysLaunch | None = None
@@ -96,7 +93,7 @@ class RowTable(Table):
 
     def _found(
         self, grads: Sequence[Tensor | None], params: Sequence[Tensor], states: Sequence[State]
-    ) -> Found:
+    ) -> StepTensors:
         """As if all gradients were there."""
         sparse, dense = grads[: self._n_sparse], grads[self._n_sparse :]
         none = torch.empty((1, 0), dtype=torch.int64, device=self.device)
@@ -104,9 +101,9 @@ class RowTable(Table):
         values = [*(grad if grad is None else grad._values() for grad in sparse), *dense]
         written = [*params, *self._holders.values(states)]
         steps = [*map(get_step, states)] if self._counts_steps else []
-        return Found(values, self._all, params, written, (), steps, ids)
+        return StepTensors(values, self._all, params, written, (), steps, ids)
 
-    def find(self, current: Current) -> Found | None:
+    def read(self, current: CurrentTensors) -> StepTensors | None:
         """This step's tensors, or None where this table no longer describes them.
 
         It does while parameters and state are where they were, and gradients of the same kind, but
@@ -122,7 +119,8 @@ class RowTable(Table):
             params, states = mine
             grads = [param.grad for param in params]
             if any(
-                g is not None and kind_of(g) != k for g, k in zip(grads, self._kinds, strict=True)
+                g is not None and kind_of(g) != k
+                for g, k in zip(grads, self._grad_kinds, strict=True)
             ):
                 return None
             found = self._found(grads, params, states)
@@ -139,37 +137,43 @@ class RowTable(Table):
             if variant.multiple > 1 and not is_aligned(map(address_of, values)):
                 return None
         for ids, param, where in zip(found.ids, params, self._wheres, strict=False):
-            check_ids(ids, param.shape, where)
+            check_indices(ids, param.shape, where)
         return self._of_present(found, present)
 
-    def is_prepared(self, kinds: frozenset[str]) -> bool:
-        return kinds in self._launches
+    def is_prepared(self, enabled: frozenset[str]) -> bool:
+        return enabled in self._launches
 
-    def prepare(self, kinds: frozenset[str]) -> None:
-        if self.is_prepared(kinds):
+    def compile(self, enabled: frozenset[str]) -> None:
+        if self.is_prepared(enabled):
             return
-        if kinds:
-            self._tables = self._tables._replace(happened=self._tell_here())
+        if enabled:
+            self._tables = self._tables._replace(step_status=self._tell_here())
         if self._n_sparse and self._keys is None:
             self._keys = KeysLaunch(self._tables, self._key_dtype)
-        self._launches[kinds] = [
+        self._launches[enabled] = [
             RowLaunch(
-                self._rule, variant._replace(gate=kinds), self._tables, tensors, self._key_dtype
+                self._rule, variant._replace(gate=enabled), self._tables, tensors, self._key_dtype
             )
             for variant, tensors in self._cuts
         ]
         grads = self._tables.grads[: GRAD_COLUMNS * len(self._all)].view(-1, GRAD_COLUMNS)
-        told = {"found_inf_ptr": self._tables.happened, "grad_norm_ptr": None}
-        self._prepare_counts(kinds, grads, told)
+        told = {"found_inf_ptr": self._tables.step_status, "grad_norm_ptr": None}
+        self._prepare_counts(enabled, grads, told)
 
-    def reordered(self, found: Found) -> list[Tensor]:
-        return [values for values in found.grads if values is not None and not is_plain(values)]
+    def grads_to_copy(self, found: StepTensors) -> list[Tensor]:
+        return [
+            values
+            for values in found.grads
+            if values is not None and not is_contiguous_resolved(values)
+        ]
 
-    def send(self, found: Found, hypers: list[float | Tensor], max_norm: float | None) -> Copies:
+    def upload(
+        self, found: StepTensors, hypers: list[float | Tensor], max_norm: float | None
+    ) -> GradCopies:
         copies = [
             (i, torch.empty(values.shape, dtype=values.dtype, device=self.device).copy_(values))
             for i, values in enumerate(found.grads)
-            if values is not None and not is_plain(values)
+            if values is not None and not is_contiguous_resolved(values)
         ]
         values = [*found.grads]
         for i, copy in copies:
@@ -198,7 +202,7 @@ class RowTable(Table):
             )
         return copies
 
-    def _row_counts(self, found: Found) -> list[int]:
+    def _row_counts(self, found: StepTensors) -> list[int]:
         """How many rows of each gradient there are to update from."""
         dense = zip(self._shapes, found.present, strict=True)
         of_dense = [rows * here for (rows, _), here in dense][self._n_sparse :]
@@ -214,10 +218,10 @@ class RowTable(Table):
         total = sum(counts)
         if total == 0:
             return {}
-        if total > MAX_COUNT:
+        if total > MAX_NNZ:
             raise RuntimeError(
                 f"the sparse gradients of one step have {total} rows together, more than "
-                f"{MAX_COUNT}; coalesce() them, or step parameters in several optimizers"
+                f"{MAX_NNZ}; coalesce() them, or step parameters in several optimizers"
             )
         assert self._keys is not None
         keys = torch.empty(total, dtype=self._key_dtype, device=self.device)
@@ -233,9 +237,11 @@ class RowTable(Table):
         tickets = torch.zeros(n_programs, dtype=torch.int32, device=self.device)
         return {"partials_ptr": partials, "tickets_ptr": tickets}
 
-    def _launch(self, told: Mapping[str, Tensor], gate: Gate) -> bool:
+    def _launch(self, told: Mapping[str, Tensor], conditions: StepConditions) -> bool:
         work, self._work = self._work, []
-        for launch, (n_programs, arguments) in zip(self._launches[gate.kinds], work, strict=True):
+        for launch, (n_programs, arguments) in zip(
+            self._launches[conditions.enabled], work, strict=True
+        ):
             if n_programs:
                 launch.grid = (n_programs, 1, 1)
                 launch.run(**arguments, **told)
@@ -243,13 +249,12 @@ class RowTable(Table):
 
     def catch_up(self, hypers: list[float | Tensor]) -> None:
         """Launch once without counting a step, for flags that leave parameters alone."""
-        assert self.first is not None
-        self.prepare(frozenset())
-        self.send(self.first, hypers, None)
+        self.compile(frozenset())
+        self.upload(self.first_inputs, hypers, None)
         if self._device_counts is not None:
-            self._device_counts.read(self.first.steps)
-        self._launch({}, Gate())
-        increment_version(self.first.written[len(self.first.shards) :])
+            self._device_counts.read(self.first_inputs.steps)
+        self._launch({}, StepConditions())
+        increment_version(self.first_inputs.written[len(self.first_inputs.shards) :])
 
     def _own_tensors(self) -> list[Tensor | None]:
         return [self._buffer.memory, self._tables.rows]

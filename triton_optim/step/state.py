@@ -2,36 +2,172 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from ..launch.chunking import Entry
+from ..launch.chunking import PlannedParam
+from ..options import Group
+from ..rule import State
 from ..tensors.layout import picker
-from .routing import State
-
-if TYPE_CHECKING:
-    from ..optimizer import FusedStep
+from ..tensors.sharding import PLAIN_TYPES, local
+from .routing import is_traced, unsupported
+from .validation import check_no_overlap, check_row_state, check_shapes, check_state, check_step
+from .view import OptimizerView
 
 get_step = itemgetter("step")
 
 
-def states_of(optimizer: FusedStep, entries: Sequence[Entry]) -> tuple[list[State], list[State]]:
-    """Every parameter's entry of optimizer.state, and what it lacks before a first update."""
-    states, new = [], []
-    for entry in entries:
-        state = optimizer.state.get(entry.param, {}) if entry.names else {}
-        complete = not entry.names or optimizer._has_state(state)
-        group = optimizer.param_groups[entry.group]
+def states_of(
+    view: OptimizerView, params: Sequence[PlannedParam]
+) -> tuple[list[State], list[State]]:
+    """Every parameter's entry of `optimizer.state`, and what it lacks before a first update."""
+    rule, states, new = view.rule, [], []
+    for entry in params:
+        param, keeps_any = entry.param, bool(entry.names) or rule.counts_step
+        state = view.state.get(param, {}) if keeps_any else {}
+        complete = not keeps_any or rule.has_state(state)
         states.append(state)
-        new.append({} if complete else optimizer._new_state(entry.param, group))
+        new.append({} if complete else new_state(view, param, view.groups[entry.group]))
         if entry.row_state is not None and entry.row_state not in {**state, **new[-1]}:
-            new[-1][entry.row_state] = optimizer._new_row_state(entry.param, state)
+            new[-1][entry.row_state] = _new_last_step(param, state)
     return states, new
+
+
+def new_state(view: OptimizerView, param: Tensor, group: Group) -> State:
+    """The state of a parameter before its first update."""
+    rule, rows = view.rule, view.rule.row_wise
+    state: State = {"step": new_step(view, param, group)} if rule.counts_step else {}
+    if rows is not None and rows.always and rows.state is not None:
+        shape, value, dtype = param.shape[:1], rows.initial(group), rows.dtype(param)
+        state[rows.state] = torch.full(shape, value, dtype=dtype, device=param.device)
+    for item in rule.states:
+        if item.when is None or item.when(group):
+            state[item.name] = item.new(param, group)
+    return state
+
+
+def _new_last_step(param: Tensor, state: State) -> Tensor:
+    """The step up to which each row is: all of those that were."""
+    last = torch.zeros(param.shape[:1], dtype=torch.int32, device=param.device)
+    return last + state["step"].to(torch.int32) if "step" in state else last
+
+
+def new_step(
+    view: OptimizerView, param: Tensor, group: Group, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A step counter at 0, where torch keeps it.
+
+    Args:
+        dtype: another than torch's. With lazy rows always float64: float32 stops counting at 2^24,
+            where rows would lose steps.
+    """
+    options, rows, device = view.options, view.rule.row_wise, torch.device("cpu")
+    if rows is not None and rows.lazy is not None:
+        dtype = torch.float64
+    if options.is_fused(group) or options.is_capturable(group) or options.skip_nonfinite:
+        device, dtype = param.device, dtype or torch.float32
+    dtype = dtype or step_dtype()
+    if device.type != "cpu":
+        return torch.zeros((), dtype=dtype, device=device)
+    return view.counters.take(dtype, lambda: sum(view.lengths))
+
+
+def step_dtype() -> torch.dtype:
+    """That in which torch counts steps on the CPU."""
+    double = torch.get_default_dtype() == torch.float64
+    return torch.float64 if double else torch.float32
+
+
+def adopt_steps(view: OptimizerView, *, replaces: bool) -> None:
+    """Put the step counts of new state where one operation counts them all.
+
+    Not those in shared memory, in which other processes count too.
+
+    Args:
+        replaces: whether the state gets other tensors, and a checkpoint keeps its own.
+    """
+    if not view.rule.counts_step or is_traced():
+        return
+    for group in view.groups:
+        for param in group["params"]:
+            state = view.state.get(param, {})
+            step = state.get("step")
+            if _is_private(step):
+                new = new_step(view, param, group, step.dtype).copy_(step.view(()))
+                if replaces:
+                    state["step"] = new
+                else:
+                    step.data = new.view(step.shape)
+
+
+def widen_steps(view: OptimizerView) -> None:
+    """Let counters of lazy rows be float64, whatever was loaded."""
+    if view.rule.row_wise is None or view.rule.row_wise.lazy is None:
+        return
+    for values in view.state.values():
+        step = values.get("step")
+        if isinstance(step, Tensor) and step.dtype != torch.float64:
+            step.data = step.double()
+
+
+def _is_private(step: object) -> TypeGuard[Tensor]:
+    """Whether it is a counter on the CPU that is in no other process."""
+    return (
+        type(step) is Tensor
+        and step.dtype in (torch.float32, torch.float64)
+        and step.numel() == 1
+        and step.is_cpu
+        and not step.is_shared()
+    )
+
+
+def check_state_of(
+    view: OptimizerView, param: Tensor, group: Group, where: str, *, kernels: bool
+) -> list[tuple[Tensor, str]]:
+    """Refuse bad state. Returns the tensors that the kernels will write, with their names."""
+    rule, state = view.rule, view.state[param]
+    names: Sequence[str] = rule.state_names(group)
+    check_shapes(param, state, names, where)
+    held = names
+    if rule.row_wise is not None and rule.row_wise.state is not None and rule.has_row_state(state):
+        name = rule.row_wise.state
+        check_row_state(param, state, name, rule.row_wise.dtype(param), where)
+        held = (*names, name)
+    if not kernels:
+        return []
+    check_state(param, state, names, where, follows=rule.eager_state)
+    if rule.counts_step:
+        check_step(state, where)
+    return [(local(state[name]), f"state {name!r} of {where}") for name in held]
+
+
+def check_loaded(view: OptimizerView) -> None:
+    """Refuse loaded state with which a step would fail."""
+    written: list[tuple[Tensor, str]] = []
+    for param, index, where in view.named():
+        group, state = view.groups[index], view.state.get(param, {})
+        foreign = any(isinstance(value, Tensor) for value in state.values())
+        if type(param) in PLAIN_TYPES and (view.rule.has_state(state) or foreign):
+            kernels = unsupported(view, param, param, group) is None
+            written += check_state_of(view, param, group, where, kernels=kernels)
+    check_no_overlap(written)
+
+
+def restore_row_state(view: OptimizerView, loaded: Mapping[str, Any]) -> None:
+    """Load the state of rows once more: torch cast it to its parameter's dtype."""
+    rows = view.rule.row_wise
+    if rows is None or rows.state is None:
+        return
+    ids = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+    for key, param in zip(ids, view.params, strict=True):
+        value = loaded["state"].get(key, {}).get(rows.state)
+        if isinstance(value, Tensor) and param in view.state:
+            view.state[param][rows.state] = value.to(param.device, rows.dtype(param))
 
 
 class Holders:
@@ -47,7 +183,7 @@ class Holders:
             gradients, all parameters and what `values` returns, one after another.
     """
 
-    def __init__(self, entries: Sequence[Entry], *, counts_steps: bool) -> None:
+    def __init__(self, entries: Sequence[PlannedParam], *, counts_steps: bool) -> None:
         self.stateful = [i for i, entry in enumerate(entries) if entry.names or counts_steps]
         places = {i: place for place, i in enumerate(self.stateful)}
         self.rows = [[i, len(entries) + i] for i in range(len(entries))]

@@ -10,24 +10,25 @@ import torch
 from torch import Tensor
 
 from ..launch import backend
-from ..tensors.layout import is_dense, is_plain
+from ..options import Group, Options
+from ..rule import State
+from ..tensors.layout import is_contiguous_resolved, is_non_overlapping_and_dense
 from ..tensors.sharding import (
     PLAIN_TYPES,
     device_types,
     is_dtensor,
     local,
     same_sharding,
-    sharding_refusal,
+    sharding_unsupported,
     spec_of,
 )
-from .routing import Group, State
 
 
 def describe(group: Group, index: int, position: int) -> str:
     """A parameter in words: where it stands, and its name if it has one."""
     names = group.get("param_names")
     name = f" ({names[position]!r})" if names and position < len(names) else ""
-    if "_places" in group:  # that of a Bucket: where it stands in the whole optimizer
+    if "_places" in group:  # that of a GradBucket: where it stands in the whole optimizer
         index, position = group["_places"][position]
     return f"parameter {position}{name} of group {index}"
 
@@ -42,7 +43,7 @@ def check_tensors(param: Tensor, grad: Tensor, where: str) -> None:
         RuntimeError: a parameter on the meta device or expanded, a gradient of another shape or on
             another device.
     """
-    if is_dtensor(param) and sharding_refusal(param, grad) is None:
+    if is_dtensor(param) and sharding_unsupported(param, grad) is None:
         param, grad = local(param), local(grad)
     if type(param) not in PLAIN_TYPES or type(grad) not in PLAIN_TYPES:
         return
@@ -63,7 +64,7 @@ def check_tensors(param: Tensor, grad: Tensor, where: str) -> None:
         )
 
 
-def check_ids(ids: Tensor, shape: Sequence[int], where: str) -> None:
+def check_indices(ids: Tensor, shape: Sequence[int], where: str) -> None:
     """Refuse a sparse gradient of rows that its parameter has not; on a GPU it would have to wait.
 
     Args:
@@ -118,7 +119,7 @@ def check_meshes(params: Iterable[Tensor]) -> None:
         )
 
 
-def check_apart(tensors: Iterable[tuple[Tensor, str]]) -> None:
+def check_no_overlap(tensors: Iterable[tuple[Tensor, str]]) -> None:
     """Refuse tensors that share memory: the kernel writes them in no particular order.
 
     Args:
@@ -128,11 +129,7 @@ def check_apart(tensors: Iterable[tuple[Tensor, str]]) -> None:
     Raises:
         RuntimeError: two overlap, or one occurs twice.
     """
-    spans = sorted(
-        (t.data_ptr(), t.data_ptr() + (t.nbytes if is_dense(t) else t.element_size()), name)
-        for t, name in tensors
-        if t.numel()
-    )
+    spans = sorted((*_span(tensor), name) for tensor, name in tensors if tensor.numel())
     for (_, stop, name), (start, _, other) in pairwise(spans):
         if start < stop:
             raise RuntimeError(
@@ -141,7 +138,14 @@ def check_apart(tensors: Iterable[tuple[Tensor, str]]) -> None:
             )
 
 
-def check_asked_for(state: State, names: Iterable[str], flags: Collection[str], where: str) -> None:
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Where it begins and ends in memory; of one that is not dense, its first element."""
+    dense = is_non_overlapping_and_dense(tensor)
+    n_bytes = tensor.nbytes if dense else tensor.element_size()
+    return tensor.data_ptr(), tensor.data_ptr() + n_bytes
+
+
+def check_requested(state: State, names: Iterable[str], flags: Collection[str], where: str) -> None:
     """Refuse state without a tensor that the group's options ask for.
 
     Raises:
@@ -227,7 +231,7 @@ def check_row_state(param: Tensor, state: State, name: str, dtype: torch.dtype, 
         found = f"is {value.dtype}, not {dtype}"
     elif value.device != param.device:
         found = f"is on {value.device}, the parameter on {param.device}"
-    elif type(value) not in PLAIN_TYPES or not is_plain(value):
+    elif type(value) not in PLAIN_TYPES or not is_contiguous_resolved(value):
         found = f"is a {type(value).__name__} that does not lie in memory as it is"
     else:
         return
@@ -305,3 +309,37 @@ def _bad_state(name: str, where: str, found: str) -> RuntimeError:
         f"state {name!r} of {where} {found}; load the state_dict of an optimizer over the same "
         "parameters, or delete the parameter's entry of optimizer.state to start it afresh"
     )
+
+
+def check_fallback(options: Options, grad: Tensor, group: Group, where: str, reason: str) -> None:
+    """Refuse torch's implementation for a parameter where it does not do what was asked for.
+
+    Raises:
+        RuntimeError: torch's own step cannot be captured, or the gradient has no norm.
+    """
+    if options.is_capturable(group) and "capturable" not in group:
+        raise RuntimeError(f"capturable=True, but the kernels cannot take {where}: {reason}")
+    if grad.layout != torch.strided:
+        _check_has_norm(options, grad, where)
+
+
+def check_row_wise(options: Options, grad: Tensor, group: Group, where: str) -> None:
+    """Refuse to update row by row where that does not do what was asked for.
+
+    Raises:
+        RuntimeError: the step is to be captured, or the gradient has no norm.
+    """
+    if options.is_capturable(group):
+        raise RuntimeError(
+            f"capturable=True, but {where} is updated by rows, of which a capture would repeat "
+            "those of this step; leave `capturable` out, or give it an optimizer of its own"
+        )
+    _check_has_norm(options, grad, where)
+
+
+def _check_has_norm(options: Options, grad: Tensor, where: str) -> None:
+    if options.max_grad_norm is not None:
+        raise RuntimeError(
+            f"max_grad_norm takes no {grad.layout} gradient, as that of {where}; make the "
+            "gradient dense, or give the parameter an optimizer of its own"
+        )

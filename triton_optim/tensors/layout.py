@@ -17,7 +17,7 @@ except ImportError:  # a private name: what replaces it below is public and slow
     TensorGuards = None  # type: ignore[assignment, misc]
 
 
-def is_dense(tensor: Tensor) -> bool:
+def is_non_overlapping_and_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one span of memory, each address once, in any order of dims."""
     if tensor.is_contiguous():
         return True
@@ -30,7 +30,7 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def same_order(a: Tensor, b: Tensor) -> bool:
+def same_memory_order(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape lay their elements out in the same order."""
     return strides_agree(a.shape, a.stride(), b.stride())
 
@@ -40,7 +40,7 @@ def strides_agree(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -> b
     return a == b or all(n < 2 or s == t for n, s, t in zip(shape, a, b, strict=True))
 
 
-def is_plain(tensor: Tensor) -> bool:
+def is_contiguous_resolved(tensor: Tensor) -> bool:
     """Whether memory holds the elements one after another, as they are."""
     return tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
 

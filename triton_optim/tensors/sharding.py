@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 # A mesh and one of its dims, for each dim over which a tensor's elements are spread.
-Spread = tuple[tuple[Any, int], ...]
+ReduceGroups = tuple[tuple[Any, int], ...]
 
 PLAIN_TYPES = (Tensor, Parameter)
 
@@ -37,8 +37,8 @@ def same_sharding(spec: Any, other: Any) -> bool:
     return spec is other or (spec.placements == other.placements and spec.mesh == other.mesh)
 
 
-def bring_grad(param: Tensor) -> None:
-    """Place the gradient of a DTensor as the parameter is.
+def redistribute_grad(param: Tensor) -> None:
+    """ParamIndex the gradient of a DTensor as the parameter is.
 
     Tensor parallel ones may be partial sums. All ranks of the mesh call it together.
     """
@@ -50,7 +50,7 @@ def bring_grad(param: Tensor) -> None:
         param.grad = grad.redistribute(spec.mesh, spec.placements)
 
 
-def sharding_refusal(param: Tensor, grad: Tensor) -> str | None:
+def sharding_unsupported(param: Tensor, grad: Tensor) -> str | None:
     """Why a gradient does not lie beside its parameter on every rank, or None."""
     if is_dtensor(param) != is_dtensor(grad):
         return f"it is a {type(param).__name__} with a {type(grad).__name__} gradient"
@@ -63,7 +63,7 @@ def sharding_refusal(param: Tensor, grad: Tensor) -> str | None:
     return None
 
 
-def spread(tensor: Tensor) -> Spread:
+def reduce_groups(tensor: Tensor) -> ReduceGroups:
     """Over what a sum over a tensor's elements must be reduced: nothing, unless it is sharded."""
     if not is_dtensor(tensor):
         return ()

@@ -15,6 +15,7 @@ from torch.autograd.graph import increment_version
 
 from ..launch import backend
 from ..launch.backend import GradVariant
+from ..launch.chunking import chunk_grads
 from ..launch.pointer_tables import (
     addresses_of,
     as_tensor,
@@ -23,11 +24,11 @@ from ..launch.pointer_tables import (
     on_device,
     real_numel,
 )
+from ..options import checked_max_norm
 from ..step import grad_norm
-from ..step.conditions import checked_max_norm
 from ..step.grad_norm import GradNorm, grad_launch
-from ..step.routing import refusal
-from ..tensors.sharding import bring_grad, local, spread
+from ..step.routing import tensors_unsupported
+from ..tensors.sharding import local, redistribute_grad, reduce_groups
 
 if backend.DEVICE_TYPE:
     from ..kernels.norm import scale_kernel
@@ -75,7 +76,7 @@ def clip_grad_norm_(
         warnings.warn(message, stacklevel=2)
     max_norm = checked_max_norm(max_norm, "max_norm")
     for param in params:
-        bring_grad(param)
+        redistribute_grad(param)
     grads = [param.grad for param in params if param.grad is not None]
     if foreach is not None or float(norm_type) != 2.0 or not _kernels_take(grads):
         arguments = (max_norm, norm_type, error_if_nonfinite, foreach)
@@ -93,7 +94,7 @@ def _kernels_take(grads: Sequence[Tensor]) -> bool:
         return False
     spans = sorted((s.data_ptr(), s.data_ptr() + s.nbytes) for s in shards if s.numel())
     apart = all(stop <= start for (_, stop), (start, _) in pairwise(spans))
-    return apart and not any(refusal(grad, grad) for grad in grads)
+    return apart and not any(tensors_unsupported(grad, grad) for grad in grads)
 
 
 def _clip(grads: list[Tensor], max_norm: float, error_if_nonfinite: bool) -> Tensor:
@@ -105,7 +106,7 @@ def _clip(grads: list[Tensor], max_norm: float, error_if_nonfinite: bool) -> Ten
         GradVariant(backend.STORAGE_DTYPES[shard.dtype], is_aligned([address]))
         for shard, address in zip(shards, addresses, strict=True)
     ]
-    first, cuts = grad_norm.cut(numels, variants, [spread(grad) for grad in grads], device)
+    first, cuts = chunk_grads(numels, variants, [reduce_groups(grad) for grad in grads], device)
     rows = [x for n, f in zip(numels, first, strict=True) for x in backend.row(n, 0, 0, (), f)]
     columns = (column("q", rows), column("q", addresses), column("d", [max_norm]))
     lengths = [len(part) // 8 for part in columns]

@@ -6,8 +6,8 @@ import torch
 from torch.autograd.graph import increment_version
 
 from ..launch import backend
-from ..optimizer import FusedStep
-from ..step.plan import all_params, differ
+from ..optimizer import FusedOptimizer
+from ..step.plan import not_identical
 from ..tensors.sharding import local
 
 
@@ -37,16 +37,17 @@ class GraphedStep:
         ...     scheduler.step()
     """
 
-    def __init__(self, optimizer: FusedStep) -> None:
+    def __init__(self, optimizer: FusedOptimizer) -> None:
         self._optimizer = optimizer
         self._graph = torch.cuda.CUDAGraph()
-        param = next(iter(all_params(optimizer)))
+        param = next(iter(optimizer._view().params))
         with backend.current(local(param).device), torch.cuda.graph(self._graph):
             optimizer.step()
-        assert optimizer._internals.plan is not None
-        self._plan, self._extras = optimizer._internals.plan, optimizer._extras
+        stepper = optimizer._stepper
+        assert stepper.plan is not None
+        self._plan, self._options = stepper.plan, stepper.options
         self._addresses = self._gradients()
-        self._values = self._plan.group_values(optimizer)
+        self._values = self._plan.group_values(optimizer._view())
 
     def __call__(self) -> None:
         """Replay the step.
@@ -55,16 +56,16 @@ class GraphedStep:
             RuntimeError: a parameter, a gradient or state is no longer where it was captured, or a
                 value in the groups was replaced. Nothing has been replayed then.
         """
-        optimizer, plan = self._optimizer, self._plan
-        if optimizer._extras is not self._extras or differ(
-            plan.group_values(optimizer), self._values
+        plan, stepper, view = self._plan, self._optimizer._stepper, self._optimizer._view()
+        if stepper.options is not self._options or not_identical(
+            plan.group_values(view), self._values
         ):
             raise RuntimeError(
                 "a value in the parameter groups or max_grad_norm was replaced, which a replay "
                 "would not see; fill a rate in place, as torch's schedulers do, or make a new "
                 "GraphedStep"
             )
-        found = plan.find(optimizer) if optimizer._internals.plan is plan else None
+        found = plan.read(view) if stepper.plan is plan else None
         if found is None or self._gradients() != self._addresses:
             raise RuntimeError(
                 "a parameter, its gradient or its state is not where the graph was captured, so "
@@ -77,5 +78,5 @@ class GraphedStep:
 
     def _gradients(self) -> list[int]:
         """Their addresses; 0 of one that is missing."""
-        grads = (param.grad for param in all_params(self._optimizer))
+        grads = (param.grad for param in self._optimizer._view().params)
         return [0 if grad is None else local(grad).data_ptr() for grad in grads]

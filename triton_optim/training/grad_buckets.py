@@ -11,16 +11,15 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from ..gated import Internals
-from ..optimizer import FusedStep
-from ..step.routing import Group
+from ..optimizer import FusedOptimizer
+from ..options import Group
 from ..step.validation import describe
 from ..tensors.sharding import local
 
-Place = tuple[int, int]  # index of a group, position in it
+ParamIndex = tuple[int, int]  # index of a group, position in it
 
 
-class Bucket:
+class GradBucket:
     """Steps its parameters when their gradients are complete.
 
     Args:
@@ -28,18 +27,14 @@ class Bucket:
         places: where the parameters, of one device, stand in `optimizer.param_groups`.
     """
 
-    def __init__(self, optimizer: FusedStep, places: Iterable[Place]) -> None:
+    def __init__(self, optimizer: FusedOptimizer, places: Iterable[ParamIndex]) -> None:
         self._optimizer = optimizer
         self._places = sorted(places)  # the order in which a plan keeps state
         params = self.params
         self._device = params[0].device
         self._gpu = self._device.index if params[0].is_cuda else None
         self._own = [(i, [*of_group]) for i, of_group in groupby(self._places, key=itemgetter(0))]
-        # An optimizer of the same class over these parameters alone, so that their plan is kept.
-        self._part = object.__new__(type(optimizer))
-        internals = optimizer._internals
-        own = Internals(internals.extras, internals.options, internals.steps)
-        vars(self._part).update(vars(optimizer), _internals=own, param_groups=[], state={})
+        self._stepper = optimizer._stepper.part()  # which keeps the plan of these parameters
         self.begin()
 
     @property
@@ -78,16 +73,15 @@ class Bucket:
             self._step()
 
     def _step(self) -> None:
-        optimizer, part = self._optimizer, self._part
+        optimizer = self._optimizer
         self._join_streams()
         groups, params, get = optimizer.param_groups, self.params, optimizer.state.get
-        part.param_groups = [{**groups[i], **_lists(groups[i], own)} for i, own in self._own]
-        part.state = defaultdict(dict, {p: s for p in params if (s := get(p)) is not None})
+        own = [{**groups[i], **_lists(groups[i], places)} for i, places in self._own]
+        state = defaultdict(dict, {p: s for p in params if (s := get(p)) is not None})
         try:
-            part._closure_step()
+            optimizer._step(own, state, self._stepper)
         finally:
-            optimizer.state.update(part.state)
-            part.param_groups, part.state = [], defaultdict(dict)
+            optimizer.state.update(state)
         optimizer._opt_called = True  # type: ignore[attr-defined]  # else schedulers warn
         for param in params:
             param.grad = None
@@ -118,7 +112,7 @@ class Bucket:
                 local(grad).record_stream(stream)
 
 
-def cut(params: Iterable[Tensor], bucket_bytes: int) -> list[list[Tensor]]:
+def assign_buckets(params: Iterable[Tensor], bucket_bytes: int) -> list[list[Tensor]]:
     """Parameters one after another into buckets, each of one device and dtype.
 
     Args:
@@ -143,7 +137,7 @@ def cut(params: Iterable[Tensor], bucket_bytes: int) -> list[list[Tensor]]:
     return buckets
 
 
-def _lists(group: Group, places: Sequence[Place]) -> Group:
+def _lists(group: Group, places: Sequence[ParamIndex]) -> Group:
     """What is not the same in a group over some of its parameters."""
     lists = [name for name in ("params", "param_names") if name in group]
     own: Group = {name: [group[name][position] for _, position in places] for name in lists}

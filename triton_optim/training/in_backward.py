@@ -12,10 +12,9 @@ from torch.autograd.variable import Variable
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from ..optimizer import FusedStep
-from ..step.plan import all_params
+from ..optimizer import FusedOptimizer
 from ..step.validation import describe
-from .grad_buckets import Bucket, Place, cut
+from .grad_buckets import GradBucket, ParamIndex, assign_buckets
 
 # Little beside a large model, in few launches: 209 for 7 billion bfloat16 parameters.
 BUCKET_BYTES = 64 * 2**20
@@ -25,7 +24,7 @@ _WRAPPERS = ("DistributedDataParallel", "DDP", "FullyShardedDataParallel")
 
 
 def step_in_backward(
-    model: nn.Module, optimizer: FusedStep, *, bucket_bytes: int = BUCKET_BYTES
+    model: nn.Module, optimizer: FusedOptimizer, *, bucket_bytes: int = BUCKET_BYTES
 ) -> StepInBackward:
     """Step each parameter in `backward()`, once its gradient is complete, and free that.
 
@@ -91,19 +90,19 @@ class StepInBackward:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: FusedStep,
-        places: dict[int, list[Place]],
+        optimizer: FusedOptimizer,
+        places: dict[int, list[ParamIndex]],
         bucket_bytes: int,
     ) -> None:
-        optimizer._drop_plan()  # its tables would only take memory
+        optimizer._stepper.drop_plan(optimizer._view())  # its tables would only take memory
         self._optimizer = optimizer
-        self._ids = [*map(id, all_params(optimizer))]
+        self._ids = [*map(id, optimizer._view().params)]
         # What the autograd engine will call at the end of the pass that is under way.
         self._end: weakref.ref[partial[None]] | None = None
         expected = [param for param in reversed([*model.parameters()]) if id(param) in places]
         self._buckets = [
-            Bucket(optimizer, chain.from_iterable(places[id(param)] for param in params))
-            for params in cut(expected, bucket_bytes)
+            GradBucket(optimizer, chain.from_iterable(places[id(param)] for param in params))
+            for params in assign_buckets(expected, bucket_bytes)
         ]
         # It keeps this alive. A parameter must not: torch hides its hooks from garbage collection.
         self._handles = [model.register_forward_hook(_Watch(self))]
@@ -134,7 +133,7 @@ class StepInBackward:
         queue = Variable._execution_engine.queue_callback
         queue(partial(queue, end))
         _check_optimizer(self._optimizer)
-        params = [*all_params(self._optimizer)]
+        params = [*self._optimizer._view().params]
         if [*map(id, params)] != self._ids or not all(map(_is_hooked, params)):
             raise RuntimeError(
                 "the optimizer's parameters are not those of the call of step_in_backward(); call "
@@ -152,7 +151,7 @@ class StepInBackward:
         """The engine dropped a pass before its end: there was an exception."""
         if end is self._end:
             self._end = None
-            for param in all_params(self._optimizer):
+            for param in self._optimizer._view().params:
                 param.grad = None
 
 
@@ -183,7 +182,7 @@ class _Hook(partial[None]):
 
 def _came(
     stepper_ref: weakref.ref[StepInBackward],
-    bucket_ref: weakref.ref[Bucket],
+    bucket_ref: weakref.ref[GradBucket],
     index: int,
     param: Tensor,
 ) -> None:
@@ -214,17 +213,17 @@ def _register(param: Tensor, hook: _Hook) -> RemovableHandle:
     return handle
 
 
-def _places(optimizer: FusedStep) -> dict[int, list[Place]]:
+def _places(optimizer: FusedOptimizer) -> dict[int, list[ParamIndex]]:
     """Where each parameter stands, by its id."""
-    places: dict[int, list[Place]] = {}
+    places: dict[int, list[ParamIndex]] = {}
     for index, group in enumerate(optimizer.param_groups):
         for position, param in enumerate(group["params"]):
             places.setdefault(id(param), []).append((index, position))
     return places
 
 
-def _check_optimizer(optimizer: FusedStep) -> None:
-    if not isinstance(optimizer, FusedStep):
+def _check_optimizer(optimizer: FusedOptimizer) -> None:
+    if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(
             f"{type(optimizer).__module__}.{type(optimizer).__name__} cannot step in backward; "
             "use an optimizer of triton_optim"
@@ -239,7 +238,7 @@ def _check_optimizer(optimizer: FusedStep) -> None:
             "clipping by max_grad_norm needs all gradients at once; leave it out, or call "
             "optimizer.step() after backward"
         )
-    if optimizer._extras.sparse is not None:
+    if optimizer._stepper.options.sparse is not None:
         raise RuntimeError(
             "sparse='lazy' makes good what rows missed with the alpha of all steps since, of which "
             "buckets know their own; call optimizer.step() after backward"
@@ -251,7 +250,9 @@ def _check_optimizer(optimizer: FusedStep) -> None:
         )
 
 
-def _check_params(model: nn.Module, optimizer: FusedStep, places: dict[int, list[Place]]) -> None:
+def _check_params(
+    model: nn.Module, optimizer: FusedOptimizer, places: dict[int, list[ParamIndex]]
+) -> None:
     held = {*map(id, model.parameters())}
     for (index, position), *_ in places.values():
         group = optimizer.param_groups[index]

@@ -1,0 +1,88 @@
+"""What an optimizer of this package can do beside its rule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypedDict
+
+Group = dict[str, Any]
+
+
+class ClippingOptions(TypedDict, total=False):
+    """Keyword arguments of every optimizer; see `FusedOptimizer`."""
+
+    max_grad_norm: float | None
+    error_if_nonfinite: bool
+    skip_nonfinite: bool
+
+
+class CommonOptions(ClippingOptions, total=False):
+    """Those of an optimizer whose torch class takes no `capturable`."""
+
+    capturable: bool
+
+
+@dataclass
+class Options:
+    """Options that torch's optimizers lack.
+
+    They belong to the optimizer and not to its groups, so that state dicts stay torch's.
+
+    Raises:
+        ValueError: options that exclude each other, or an invalid value.
+    """
+
+    OF_THE_WHOLE: ClassVar = frozenset(
+        {"max_grad_norm", "error_if_nonfinite", "skip_nonfinite", "sparse"}
+    )
+
+    fused: bool | None = None  # for a class whose groups have no `fused`
+    capturable: bool = False  # for a class whose groups have no `capturable`
+    max_grad_norm: float | None = None
+    error_if_nonfinite: bool = False
+    skip_nonfinite: bool = False
+    sparse: str | None = None  # "lazy": see RMSprop
+
+    def __post_init__(self) -> None:
+        if self.sparse not in (None, "lazy"):
+            raise ValueError(f"Invalid sparse value: {self.sparse!r}; give 'lazy' or None")
+        if self.max_grad_norm is not None:
+            self.max_grad_norm = checked_max_norm(self.max_grad_norm, "max_grad_norm")
+        for name in ("error_if_nonfinite", "skip_nonfinite"):
+            if getattr(self, name) and self.max_grad_norm is None:
+                raise ValueError(
+                    f"{name}=True looks at the norm of the gradients; give max_grad_norm too "
+                    "(float('inf') clips nothing)"
+                )
+        if self.error_if_nonfinite and self.skip_nonfinite:
+            raise ValueError("error_if_nonfinite and skip_nonfinite exclude one another; choose")
+
+    def is_fused(self, group: Group) -> bool | None:
+        """True insists on the kernels for a parameter group, False excludes them."""
+        fused: bool | None = group.get("fused", self.fused)
+        return fused
+
+    def is_capturable(self, group: Group) -> bool:
+        """Whether a CUDA graph may capture the step of a parameter group."""
+        return bool(group.get("capturable", self.capturable))
+
+    def unsupported(self, group: Group) -> str | None:
+        """Why no kernel steps a parameter group, or None."""
+        for flag in ("foreach", "differentiable"):
+            if group.get(flag):
+                return f"{flag}=True"
+        return "fused=False" if self.is_fused(group) is False else None
+
+
+def checked_max_norm(max_norm: float, name: str) -> float:
+    """`max_norm` as a float.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is negative or NaN.
+    """
+    value = float(max_norm)
+    if math.isnan(value) or value < 0:
+        raise ValueError(f"Invalid {name} value: {max_norm}; it must be 0 or more")
+    return value

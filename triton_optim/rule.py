@@ -1,0 +1,192 @@
+"""What an optimizer is to everything below its class: plain records, which know nothing of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .options import Group, Options
+
+State = dict[str, Any]
+Scalars = tuple[float | Tensor, ...]
+
+MAX_STATES = 3  # columns that the table of tensors has for them: kernels/chunks.py
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """A state of the parameter's shape, dtype and memory format.
+
+    Args:
+        name: its key in `optimizer.state[param]`.
+        initial: the value of every element before the first update, or what gives it for a
+            parameter group. Both parts of a complex element start from it.
+        when: whether a parameter group keeps it; None: every group does.
+    """
+
+    name: str
+    initial: float | Callable[[Group], float] = 0.0
+    when: Callable[[Group], bool] | None = None
+
+    def new(self, param: Tensor, group: Group) -> Tensor:
+        """It, of a parameter before its first update."""
+        value = self.initial(group) if callable(self.initial) else self.initial
+        if value == 0:
+            return torch.zeros_like(param)
+        return torch.full_like(param, complex(value, value) if param.is_complex() else value)
+
+
+@dataclass(frozen=True)
+class RowWise:
+    """How a rule updates single rows: those of sparse gradients, or all of them.
+
+    Args:
+        unsupported: why rows of a group cannot be updated alone under these options, or None.
+        function: the rule for rows, where it is not the dense one; see kernels/rules.py.
+        state: name of the state that has one number a row.
+        dtype: that state's, by parameter.
+        initial: its value before the first update, by group.
+        always: dense gradients are row-wise too, and every parameter has that state.
+        reads_step: `function` reads the step whatever the flags.
+        lazy: name of the hyperparameter by which a row's state changes at every step without a
+            gradient. Rows are brought up to date when they have one again, or when it is changed;
+            the row's state is then the step up to which they are.
+        check_fallback: given gradient, state, parameter in words and reason, raises where nothing
+            but the kernels can step the parameter.
+    """
+
+    unsupported: Callable[[Group, Options], str | None] = lambda group, options: None
+    function: Any = None
+    state: str | None = None
+    dtype: Callable[[Tensor], torch.dtype] = lambda param: torch.int32
+    initial: Callable[[Group], float] = lambda group: 0.0
+    always: bool = False
+    reads_step: bool = False
+    lazy: str | None = None
+    check_fallback: Callable[[Tensor, State, str, str], None] = lambda *_: None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An update rule: its kernel function, and what the optimizer needs to know of it.
+
+    Args:
+        function: a `@triton.jit` function `(param, grad, state, hyper, step, FLAGS)` that returns
+            the parameter and a tuple of states. `param`, `grad` and the states are blocks in
+            arithmetic precision: float64 for float64 parameters, float32 otherwise. None where
+            Triton is not installed.
+        state: names of the states, in the function's order, or records of them.
+        hyperparameters: names and defaults, which become arguments of the optimizer and, in this
+            order, `hyper`; or what gives the values of `hyper` for a parameter group, of an
+            optimizer that has a constructor of its own.
+        flags: by name, made with `triton_optim.flag`, whether a parameter group sets it.
+        counts_step: the state has `step`, how often a parameter was updated.
+        reads_step: whether the function reads it, or the flags under which it does: a float64
+            scalar, 0 at the first update. Where steps are not counted, it is 0 or 1.
+        doubles: `hyper` are float64 scalars; otherwise they are in arithmetic precision. A float64
+            scalar makes a block that it is combined with float64.
+        row_wise: how single rows are updated, if they can be.
+        reference: `(param, grad, state, group)` in torch's operations, in place, for what the
+            kernels cannot take.
+        eager_state: state is made with the optimizer, and follows a parameter to another device.
+
+    Raises:
+        TypeError: `function` is no jit function.
+        ValueError: more states than a kernel takes, a name twice, or a flag that `flag` did not
+            make.
+    """
+
+    function: Any
+    state: tuple[str | StateTensor, ...] = ()
+    hyperparameters: Mapping[str, float] | Callable[[Group], Scalars] = field(default_factory=dict)
+    _: KW_ONLY
+    flags: Mapping[str, Callable[[Group], bool]] = field(default_factory=dict)
+    counts_step: bool = True
+    reads_step: bool | frozenset[str] = False
+    doubles: bool = False
+    row_wise: RowWise | None = None
+    reference: Callable[[Tensor, Tensor, State, Group], None] | None = None
+    eager_state: bool = False
+
+    def __post_init__(self) -> None:
+        if self.function is not None and not hasattr(self.function, "arg_names"):
+            raise TypeError(
+                f"the function of a Rule is {self.function!r}; decorate it with @triton.jit"
+            )
+        names = [state.name for state in self.states]
+        if len(names) > MAX_STATES or len({*names, "step"}) <= len(names):
+            raise ValueError(
+                f"a Rule has the states {names}; it takes up to {MAX_STATES}, each named once, and "
+                "none of them 'step'"
+            )
+
+    @property
+    def name(self) -> str:
+        """The function's."""
+        name: str = self.function.__name__
+        return name
+
+    @property
+    def states(self) -> tuple[StateTensor, ...]:
+        return tuple(StateTensor(s) if isinstance(s, str) else s for s in self.state)
+
+    def state_names(self, group: Group) -> tuple[str, ...]:
+        """Keys of the state tensors of a group's parameters, in the function's order."""
+        return tuple(s.name for s in self.states if s.when is None or s.when(group))
+
+    def active_flags(self, group: Group) -> frozenset[str]:
+        return frozenset(name for name, is_set in self.flags.items() if is_set(group))
+
+    def values(self, group: Group) -> Scalars:
+        """The function's `hyper`: floats in double precision, or tensors of one element."""
+        if callable(self.hyperparameters):
+            return self.hyperparameters(group)
+        return tuple(group[name] for name in self.hyperparameters)
+
+    def reads_step_under(self, flags: frozenset[str]) -> bool:
+        if isinstance(self.reads_step, bool):
+            return self.reads_step
+        return not flags.isdisjoint(self.reads_step)
+
+    @property
+    def row_state(self) -> str | None:
+        return None if self.row_wise is None else self.row_wise.state
+
+    @property
+    def row_function(self) -> Any:
+        """The rule for rows."""
+        return (self.row_wise and self.row_wise.function) or self.function
+
+    def rows_read_step_under(self, flags: frozenset[str]) -> bool:
+        return bool(self.row_wise and self.row_wise.reads_step) or self.reads_step_under(flags)
+
+    def is_row_wise(self, grad: Tensor, state: State) -> bool:
+        """Whether a parameter with this state is updated row by row."""
+        if self.row_wise is None:
+            return grad.layout == torch.sparse_coo
+        return (
+            self.row_wise.always
+            or grad.layout == torch.sparse_coo
+            or (self.row_wise.lazy is not None and self.row_wise.state in state)
+        )
+
+    def rows_unsupported(self, group: Group, options: Options) -> str | None:
+        """Why rows of a group cannot be updated alone, or None."""
+        if self.row_wise is None:
+            return "its gradient is sparse"
+        return self.row_wise.unsupported(group, options)
+
+    def has_state(self, state: State) -> bool:
+        """Whether a parameter with this state has been set up."""
+        if self.counts_step:
+            return bool(state)
+        return any(state.get(item.name) is not None for item in self.states)
+
+    def has_row_state(self, state: State) -> bool:
+        """Whether a parameter with this state has one number a row."""
+        rows = self.row_wise
+        return rows is not None and rows.state is not None and (rows.always or rows.state in state)

@@ -1,0 +1,43 @@
+"""What steps parameters that no kernel takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor
+
+from ..options import Group
+from ..rule import State
+from .state import new_state
+from .view import OptimizerView
+
+
+def make_missing_state(view: OptimizerView, groups: Iterable[Group]) -> None:
+    """Make state of late groups, which torch before 2.12 makes in its constructor only."""
+    for _ in _with_state(view, groups):
+        pass
+
+
+def reference_step(view: OptimizerView, groups: Iterable[Group]) -> None:
+    """Step these groups' parameters with the rule's reference."""
+    reference = view.rule.reference
+    assert reference is not None
+    for param, grad, state, group in _with_state(view, groups):
+        if view.rule.counts_step:
+            state["step"] += 1
+        reference(param, grad, state, group)
+
+
+def _with_state(
+    view: OptimizerView, groups: Iterable[Group]
+) -> Iterator[tuple[Tensor, Tensor, State, Group]]:
+    """Every parameter that has a gradient, which is the next, its state and its group."""
+    rule = view.rule
+    for group in groups:
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            state = view.state.get(param, {})
+            if not rule.has_state(state) and (rule.counts_step or rule.state_names(group)):
+                view.state[param] = state = new_state(view, param, group)
+            yield param, param.grad, state, group
