@@ -148,7 +148,7 @@ def test_options_that_sparse_gradients_exclude(kwargs: dict[str, Any], message: 
 
 def test_more_rows_than_can_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("launch.row_launcher", "step.routing", "step.row_wise"):
-        monkeypatch.setattr(f"triton_optim.{module}.MAX_COUNT", 10)
+        monkeypatch.setattr(f"triton_optim.{module}.MAX_NNZ", 10)
     param = Parameter(torch.ones(11, device=DEVICE))
     param.grad = torch.ones_like(param)
     with pytest.raises(RuntimeError, match="it or its gradient has more than 10 rows"):
