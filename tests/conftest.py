@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 # What cuBLAS needs under the deterministic algorithms that fill fresh memory with NaN.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import fences
+import guarded_memory
 
 from triton_optim.launch import backend, row_launcher, tuning
 from triton_optim.launch.launcher import Launch, UpdateLaunch
@@ -28,7 +28,7 @@ def pytest_xdist_auto_num_workers() -> int | None:
 
 
 if not backend.COMPILED:
-    from interpreter import patch_once_a_launch
+    from faster_interpreter import patch_once_a_launch
 
     patch_once_a_launch()
 
@@ -63,12 +63,12 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _fences(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing is written beside a tensor: see fences.py."""
-    for name in fences.ALLOCATIONS:
-        monkeypatch.setattr(torch, name, fences.fencing(getattr(torch, name)))
+def _guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is written beside a tensor: see guarded_memory.py."""
+    for name in guarded_memory.ALLOCATIONS:
+        monkeypatch.setattr(torch, name, guarded_memory.guarding(getattr(torch, name)))
     yield
-    broken = fences.taken_down()
+    broken = guarded_memory.pop_damaged()
     assert not broken
 
 

@@ -24,7 +24,7 @@ class Mutation(NamedTuple):
     name: str
     old: str  # found once in kernels/ and triton_optim/
     new: str
-    test_file: str
+    test_file: str  # in one of the folders of tests/
     keyword: str  # of pytest -k
 
 
@@ -79,8 +79,8 @@ MUTATIONS = [
     # RMSprop treats no step apart, but its averages must start from zero.
     _rule(
         "RMSprop: first step", "rmsprop",
-        '"square_avg": torch.zeros_like(param)',
-        '"square_avg": torch.ones_like(param)',
+        'StateTensor("square_avg")',
+        'StateTensor("square_avg", 1.0)',
     ),
     *_each_rule("group index off by one", "row_ptr + GROUP) * N_HYPERS",
                 "row_ptr + GROUP) * N_HYPERS + N_HYPERS",
@@ -95,11 +95,12 @@ MUTATIONS = [
              "test_refusals.py", "share"),
     Mutation("expanded parameters are taken", "stride == 0 and size > 1", "False",
              "test_refusals.py", "expanded"),
-    Mutation("what is loaded is not checked", "self._check_states()", "pass",
+    Mutation("what is loaded is not checked", "check_loaded(self._view())", "pass",
              "test_bad_checkpoints.py", "damaged"),
     Mutation("a bad checkpoint is not rolled back", "self.param_groups, self.state = groups, state",
              "pass", "test_bad_checkpoints.py", "damaged"),
-    Mutation("torch's way is not looked at again", "not (guard.check(tensors) or", "not (True or",
+    Mutation("torch's way is not looked at again", "not (self.guard.check(tensors) or",
+             "not (True or",
              "test_refusals.py", "forced_through_data"),
     Mutation("layouts are not compared", "return self._check(*tensors)", "return True",
              "test_refusals.py", "shrinks"),
@@ -131,7 +132,7 @@ MUTATIONS = [
              "type(self).step", "test_scaler_and_others.py", "on_the_instance"),
     Mutation("a wrapper is not seen", "and not _is_scaled_through_wrapper(self)", "",
              "test_scaler_and_others.py", "wrapped"),
-    Mutation("the kernels unscale by default", "all(self._fused(g) and not", "all(not",
+    Mutation("the kernels unscale by default", "all(options.is_fused(g) and not", "all(not",
              "test_scaler_and_others.py", "in_the_kernel"),
     Mutation("a plan keeps the state", "self._states, self._new, self._complete = [], [], []",
              "pass", "test_released_memory.py", "test_state"),
@@ -185,7 +186,8 @@ def main(words: list[str]) -> int:
 
 def _caught_by(mutation: Mutation, tree: Path) -> str | None:
     """The first test that fails, or None."""
-    sources = [*tree.glob("kernels/*.py"), *tree.glob("triton_optim/*.py")]
+    package = [path for path in tree.glob("triton_optim/**/*.py") if path.parent.name != "kernels"]
+    sources = [*tree.glob("kernels/*.py"), *package]
     places = [path for path in sources if mutation.old in path.read_text()]
     if len(places) != 1 or places[0].read_text().count(mutation.old) != 1:
         raise RuntimeError(f"{mutation.name}: {mutation.old!r} is not in exactly one place")
@@ -205,7 +207,7 @@ def _pytest(tree: Path, test_files: set[str], keyword: str) -> tuple[int, str]:
     """Exit code and output of pytest over the copy, before what is installed and without caches."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     arguments = ["-x", "-q", "-p", "no:cacheprovider", "-k", keyword]
-    files = [f"tests/{name}" for name in sorted(test_files)]
+    files = [str(path) for name in sorted(test_files) for path in tree.glob(f"tests/**/{name}")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *arguments, *files],
         cwd=tree, env=environment, capture_output=True, text=True, check=False,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cases import STATEFUL_CASES, Case, Spec, Tensors, assert_same_bits, new_param, refused
-from tables import Tables
+from embedding_tables import Tables
 from torch.nn import Parameter
 
 import triton_optim
@@ -222,7 +222,7 @@ def test_compute_sanitizer(tool: str) -> None:
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
         "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
     }
-    subprocess.run([*command, "tests/short_run.py"], check=True, cwd=root, env=environment)
+    subprocess.run([*command, "tests/helpers/short_run.py"], check=True, cwd=root, env=environment)
 
 
 def test_kernels_run_compiled() -> None:

@@ -1,0 +1,253 @@
+"""The one table of cases: every rule, every flag, and the tensors they are tried on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from guarded_memory import guarded
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+import triton_optim
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BLOCK = 1024 if DEVICE == "cuda" else 64  # elements of a program in these tests
+
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)
+
+
+class Case(NamedTuple):
+    """One optimizer and its arguments."""
+
+    name: str
+    optimizer: str
+    kwargs: dict[str, Any]
+
+    def ours(self, params: Any, **kwargs: Any) -> Any:
+        return getattr(triton_optim, self.optimizer)(params, **{**self.kwargs, **kwargs})
+
+    def theirs(self, params: Any, **kwargs: Any) -> Any:
+        kwargs = {"foreach": False, **self.kwargs, **kwargs}
+        return getattr(torch.optim, self.optimizer)(params, **kwargs)
+
+
+CASES = (
+    Case("sgd", "SGD", {"lr": 0.1}),
+    Case("sgd-weight_decay", "SGD", {"lr": 0.1, "weight_decay": 0.1}),
+    Case("sgd-maximize", "SGD", {"lr": 0.1, "maximize": True, "weight_decay": 0.1}),
+    Case("sgd-momentum", "SGD", {"lr": 0.1, "momentum": 0.9}),
+    Case("sgd-dampening", "SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3}),
+    Case("sgd-nesterov", "SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    Case(
+        "sgd-all",
+        "SGD",
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "maximize": True},
+    ),
+    Case("adagrad", "Adagrad", {"lr": 0.1}),
+    Case("adagrad-lr_decay", "Adagrad", {"lr": 0.1, "lr_decay": 0.1}),
+    Case("adagrad-weight_decay", "Adagrad", {"lr": 0.1, "weight_decay": 0.1}),
+    Case("adagrad-initial", "Adagrad", {"lr": 0.1, "initial_accumulator_value": 0.5}),
+    Case("adagrad-eps", "Adagrad", {"lr": 0.1, "eps": 0.1}),
+    Case(
+        "adagrad-all",
+        "Adagrad",
+        {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1, "eps": 1e-3, "maximize": True},
+    ),
+    Case("rmsprop", "RMSprop", {"lr": 0.01}),
+    Case("rmsprop-alpha", "RMSprop", {"lr": 0.01, "alpha": 0.9}),
+    Case("rmsprop-eps", "RMSprop", {"lr": 0.01, "eps": 0.1}),
+    Case("rmsprop-weight_decay", "RMSprop", {"lr": 0.01, "weight_decay": 0.1}),
+    Case("rmsprop-momentum", "RMSprop", {"lr": 0.01, "momentum": 0.9}),
+    Case("rmsprop-centered", "RMSprop", {"lr": 0.01, "centered": True}),
+    Case(
+        "rmsprop-all",
+        "RMSprop",
+        {
+            "lr": 0.01,
+            "alpha": 0.9,
+            "eps": 1e-3,
+            "weight_decay": 0.1,
+            "momentum": 0.9,
+            "centered": True,
+            "maximize": True,
+        },
+    ),
+)
+
+# One of each state layout, for tests that are about the step and not about the arithmetic.
+STATEFUL_CASES = tuple(
+    case
+    for case in CASES
+    if case.name in ("sgd", "sgd-dampening", "adagrad-lr_decay", "rmsprop-all")
+)
+
+Build = Callable[[Callable[..., Tensor]], Tensor]
+
+
+class Spec(NamedTuple):
+    """A parameter, and its gradient if that is laid out in another way."""
+
+    name: str
+    param: Build
+    grad: Build | None = None
+
+
+SPECS = (
+    Spec("0-dim", lambda draw: draw()),
+    Spec("one", lambda draw: draw(1)),
+    Spec("empty", lambda draw: draw(0)),
+    Spec("empty-2d", lambda draw: draw(0, 3)),
+    Spec("block-1", lambda draw: draw(BLOCK - 1)),
+    Spec("block", lambda draw: draw(BLOCK)),
+    Spec("block+1", lambda draw: draw(BLOCK + 1)),
+    Spec("blocks", lambda draw: draw(3 * BLOCK + 5)),
+    Spec("2d", lambda draw: draw(7, 9)),
+    Spec("misaligned", lambda draw: draw(BLOCK + 4)[1:], lambda draw: draw(BLOCK + 3)),
+    Spec("misaligned-grad", lambda draw: draw(BLOCK + 3), lambda draw: draw(BLOCK + 4)[1:]),
+    Spec("transposed", lambda draw: draw(12, 8).t(), lambda draw: draw(12, 8).t()),
+    Spec(
+        "channels_last",
+        lambda draw: draw(2, 5, 3, 4).permute(0, 3, 1, 2),
+        lambda draw: draw(2, 5, 3, 4).permute(0, 3, 1, 2),
+    ),
+    Spec("grad-unlike", lambda draw: draw(6, 11), lambda draw: draw(11, 6).t()),
+    Spec("grad-expanded", lambda draw: draw(5, 6), lambda draw: draw(5, 1).expand(5, 6)),
+)
+
+
+class Tensors:
+    """Parameters and gradients whose values `storage` holds exactly, kept in `dtype`.
+
+    Two with one seed and one storage have the same values, whatever their `dtype`.
+    """
+
+    def __init__(
+        self,
+        storage: torch.dtype,
+        dtype: torch.dtype | None = None,
+        specs: Sequence[Spec] = SPECS,
+        seed: int = 0,
+    ) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._storage = storage
+        self._dtype = dtype or storage
+        self._specs = specs
+        self.params = [Parameter(spec.param(self.draw)) for spec in specs]
+
+    def draw(self, *shape: int) -> Tensor:
+        kind = torch.complex128 if self._storage.is_complex else torch.float64
+        values = torch.randn(shape, generator=self._generator, dtype=kind)
+        return guarded(values.to(self._storage).to(self._dtype).to(DEVICE))
+
+    def new_gradients(self) -> None:
+        for spec, param in zip(self._specs, self.params, strict=True):
+            param.grad = (spec.grad or spec.param)(self.draw)
+
+    @property
+    def grads(self) -> list[Tensor]:
+        return [param.grad for param in self.params if param.grad is not None]
+
+    def train(self, optimizer: torch.optim.Optimizer, steps: int = 4) -> None:
+        for _ in range(steps):
+            self.new_gradients()
+            optimizer.step()
+
+
+def skip_without_late_state(case: Any) -> None:
+    """Of a case in which torch's optimizer gets parameters after its constructor has run."""
+    if case.optimizer == "Adagrad" and TORCH < (2, 12):
+        pytest.skip("torch's Adagrad makes state in its constructor alone before 2.12")
+
+
+def double(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest magnitude; 0 of an empty tensor, infinite of NaN."""
+    value = float(tensor.detach().abs().amax()) if tensor.numel() else 0.0
+    return value if value == value else float("inf")
+
+
+def assert_no_worse(
+    ours: Sequence[Tensor],
+    theirs: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    label: str,
+    units: int = 1,
+    specs: Sequence[Spec] = SPECS,
+) -> None:
+    """Tensor by tensor, the largest error of `ours` is no larger than that of `theirs`.
+
+    But for `units` in the last place of the largest value among them.
+    """
+    unit = units * torch.finfo(theirs[0].dtype).eps * max(map(largest, exact))
+    for spec, p, q, e in zip(specs, ours, theirs, exact, strict=True):
+        error, torch_error = largest(p.to(e.dtype) - e), largest(q.to(e.dtype) - e)
+        message = f"{label} of {spec.name}: {error:.3e}, torch {torch_error:.3e}, unit {unit:.3e}"
+        assert error <= torch_error + unit, message
+
+
+def assert_same_bits(a: Any, b: Any) -> None:
+    """Two nested structures of tensors and values are equal to the bit, NaN included."""
+    if isinstance(a, Tensor):
+        assert isinstance(b, Tensor)
+        assert (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device)
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_bits(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same_bits(x, y)
+    else:
+        assert a == b
+
+
+@contextmanager
+def refused(message: str, optimizer: Optimizer, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """What is done inside raises, and leaves these tensors and the optimizer to the bit."""
+
+    def state() -> list[Any]:
+        return copy.deepcopy([[t.detach() for t in tensors], dict(optimizer.state_dict())])
+
+    before = state()
+    with pytest.raises(RuntimeError, match=message):
+        yield
+    assert_same_bits(state(), before)
+
+
+def new_param(*shape: int, **kwargs: Any) -> Parameter:
+    param = Parameter(guarded(torch.randn(*shape, device=DEVICE, **kwargs)))
+    param.grad = torch.randn_like(param)
+    return param
+
+
+def twins_of(param: Parameter) -> list[Parameter]:
+    assert param.grad is not None
+    twins = []
+    for _ in range(2):
+        twin = Parameter(param.detach().clone())
+        twin.grad = param.grad.clone()
+        twins.append(twin)
+    return twins
+
+
+def copies_of(params: Sequence[Parameter]) -> list[Parameter]:
+    """With the gradients."""
+    return [twins_of(param)[0] for param in params]
+
+
+def main_state(case: Case) -> str:
+    """The state tensor that every parameter of this optimizer has."""
+    return {"SGD": "momentum_buffer", "Adagrad": "sum", "RMSprop": "square_avg"}[case.optimizer]

@@ -1,0 +1,167 @@
+"""Frameworks that drive an optimizer: as with torch's for-loop, and through the kernels.
+
+They come with the extra `integration`; tests of those that are not installed skip themselves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import frameworks
+import pytest
+import torch
+from cases import DEVICE, Case
+from frameworks import STEPS, Make, Outcome
+from torch.optim.lr_scheduler import ExponentialLR
+from torch.utils.data import DataLoader
+
+import triton_optim
+from triton_optim.launch import backend
+from triton_optim.launch.launcher import record_launches
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore::FutureWarning:lightning.pytorch.utilities._pytree"),
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+]
+
+BLOCK_SIZES = backend.INTERPRETED_BLOCK_SIZES
+
+rules = pytest.mark.parametrize(
+    "case",
+    [
+        Case("rmsprop", "RMSprop", {"lr": 1e-3}),
+        Case("sgd-momentum", "SGD", {"lr": 0.1, "momentum": 0.9}),
+    ],
+    ids=lambda case: case.name,
+)
+
+
+@pytest.fixture(autouse=True)
+def _large_blocks(_small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few programs: these tests are not about blocks."""
+    monkeypatch.setattr(backend, "INTERPRETED_BLOCK_SIZES", BLOCK_SIZES)
+
+
+def _compare(case: Case, run: Callable[[Make], Outcome]) -> None:
+    """A launch a step, and what torch's for-loop gives but for rounding."""
+    with record_launches() as launches:
+        ours = run(case.ours)
+        assert len(launches) == STEPS
+        theirs = run(case.theirs)
+        assert len(launches) == STEPS
+    assert ours.losses[-1] < ours.losses[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def _assert_resumed(whole: Outcome, run: Callable[[], Outcome]) -> None:
+    """The second half of the steps, with the bits of a run that never stopped."""
+    with record_launches() as launches:
+        rest = run()
+    assert len(launches) == STEPS // 2
+    assert rest.losses == whole.losses[-len(rest.losses) :]
+    torch.testing.assert_close(rest.params, whole.params, rtol=0, atol=0)
+
+
+@rules
+def test_trainer(case: Case, tmp_path: Path) -> None:
+    _compare(case, lambda make: frameworks.with_trainer(make, tmp_path))
+
+
+@rules
+def test_trainer_resumes(case: Case, tmp_path: Path) -> None:
+    whole = frameworks.with_trainer(case.ours, tmp_path)
+    half = tmp_path / f"checkpoint-{STEPS // 2}"
+    _assert_resumed(whole, lambda: frameworks.with_trainer(case.ours, tmp_path, half))
+
+
+@rules
+def test_accelerate(case: Case, tmp_path: Path) -> None:
+    _compare(case, lambda make: frameworks.with_accelerate(make, tmp_path))
+
+
+@rules
+def test_accelerate_resumes(case: Case, tmp_path: Path) -> None:
+    whole = frameworks.with_accelerate(case.ours, tmp_path)
+    _assert_resumed(whole, lambda: frameworks.with_accelerate(case.ours, tmp_path, resume=True))
+
+
+def _with_lightning(make: Make, checkpoint: Path | None = None) -> Outcome:
+    module = frameworks.lightning_module(make)
+    frameworks.fit(module, checkpoint=checkpoint)
+    return Outcome(module.losses, list(module.parameters()))
+
+
+@rules
+def test_lightning(case: Case) -> None:
+    _compare(case, _with_lightning)
+
+
+@rules
+def test_lightning_resumes(case: Case, tmp_path: Path) -> None:
+    half = tmp_path / "half.ckpt"
+    frameworks.fit(frameworks.lightning_module(case.ours), epochs=1).save_checkpoint(half)
+    _assert_resumed(_with_lightning(case.ours), lambda: _with_lightning(case.ours, half))
+
+
+def _run_readme(framework: str, names: dict[str, Any]) -> dict[str, Any]:
+    """Run the README's lines for a framework, given what they take as given."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    blocks = re.findall(r"(\w+):\n\n```python\n(.*?)```", readme, re.DOTALL)
+    given = {"RMSprop": triton_optim.RMSprop, "ExponentialLR": ExponentialLR, **names}
+    exec(dict(blocks)[framework], given)
+    return given
+
+
+def test_readme_trainer(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    arguments = frameworks.training_arguments(tmp_path)
+    with record_launches() as launches:
+        names = {"Trainer": transformers.Trainer, "data": frameworks.rows()}
+        _run_readme("Trainer", {**names, "model": frameworks.llama(), "arguments": arguments})
+    assert len(launches) == STEPS
+
+
+def test_readme_accelerate() -> None:
+    names = {"accelerator": frameworks.accelerator(), "loss": frameworks.loss_of}
+    loader = DataLoader(frameworks.rows(), frameworks.BATCH)
+    with record_launches() as launches:
+        _run_readme("Accelerate", {**names, "model": frameworks.language_model(), "loader": loader})
+    assert len(launches) == STEPS
+
+
+def test_readme_lightning() -> None:
+    lightning = pytest.importorskip("lightning")
+    base = type(frameworks.lightning_module(triton_optim.SGD))
+    names = _run_readme("Lightning", {"LightningModule": base})
+    with record_launches() as launches:
+        frameworks.fit(names["Model"]())
+    assert len(launches) == STEPS
+    assert issubclass(base, lightning.LightningModule)
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_accelerate_learns_of_skipped_steps(fused: bool | None) -> None:
+    """And its scheduler steps twice in four steps of which two overflow."""
+    optimizers = pytest.importorskip("accelerate.optimizer")
+    schedulers = pytest.importorskip("accelerate.scheduler")
+    frameworks.accelerator()
+    param = torch.nn.Parameter(torch.ones(4, device=DEVICE))
+    optimizer = triton_optim.SGD([param], lr=1.0, fused=fused)
+    plain = ExponentialLR(optimizer, 0.5)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=16.0, growth_interval=100)
+    wrapped = optimizers.AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
+    scheduler = schedulers.AcceleratedScheduler(plain, wrapped)
+    skipped = []
+    for factor in (1.0, float("inf"), 1.0, float("inf")):
+        wrapped.zero_grad()
+        scaler.scale((param * factor).sum()).backward()
+        wrapped.step()
+        scheduler.step()
+        skipped.append(wrapped.step_was_skipped)
+    assert skipped == [False, True, False, True]
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    torch.testing.assert_close(param.detach(), torch.full_like(param, -0.5))
