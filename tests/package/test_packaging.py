@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -82,3 +83,12 @@ def test_another_package_named_kernels_is_not_shadowed(tmp_path: Path) -> None:
     code = "import kernels, triton_optim; assert kernels.theirs"
     _python(f"import sys; sys.path.append({str(tmp_path)!r}); {code}", cwd=ROOT)
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_kernels_import_triton_alone() -> None:
+    for file in (ROOT / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                assert {name.name.partition(".")[0] for name in node.names} == {"triton"}, file
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 1, file
