@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter
-from triton_optim.shards import is_dtensor, local, spec_of
 
 from lab.host_rows import DTENSOR
+from triton_optim.tensors.sharding import is_dtensor, local, spec_of
 
 SHAPE = (4, 8)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
