@@ -42,10 +42,10 @@ BLACK: dict[str, Any] = {"color": "black", "linewidth": 0.9}
 
 
 def pictures(rows: Iterable[Row]) -> dict[tuple[str, str], Picture]:
-    """The rows with a time, by GPU and storage; a later one replaces an earlier."""
+    """Rows of dense gradients with a time, by GPU and storage; a later one replaces an earlier."""
     found: dict[tuple[str, str], Picture] = defaultdict(dict)
     for row in sorted(rows, key=lambda row: row.date):
-        if row.status == OK:
+        if row.status == OK and not row.batch:
             found[row.gpu, row.storage][row.layout, row.rule, row.implementation] = row
     return found
 

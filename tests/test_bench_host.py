@@ -16,7 +16,8 @@ import readme_tables
 from lab import host_report, host_rows, host_tensors, markdown
 from lab.host_rows import DTENSOR, PARAMS, PLAIN, Row
 from lab.host_steps import Case, measure
-from triton_optim.shards import is_dtensor, local, spec_of
+
+from triton_optim.tensors.sharding import is_dtensor, local, spec_of
 
 
 @pytest.fixture(autouse=True)

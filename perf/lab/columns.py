@@ -12,27 +12,22 @@ INDENT = 10
 
 
 class Column(NamedTuple):
-    """One column.
-
-    Attributes:
-        head: its name.
-        form: of its cells, such as ">6.1f".
-        value: an attribute of a row, or what makes it of a row.
-        meaning: what it says.
-    """
-
     head: str
-    form: str
-    value: str | Callable[[Any], object]
-    meaning: str
+    form: str  # of its cells, such as ">6.1f"
+    value: str | Callable[[Any], object]  # an attribute of a row, or what makes it of a row
+    meaning: str = ""
 
     @property
     def title(self) -> str:
-        return format(self.head, re.sub(r"\..*", "", self.form))
+        return self._padded(self.head)
 
     def cell(self, row: Any) -> str:
+        """Empty where there is no value."""
         value = getattr(row, self.value) if isinstance(self.value, str) else self.value(row)
-        return format(value, self.form)
+        return self._padded("") if value is None else format(value, self.form)
+
+    def _padded(self, text: str) -> str:
+        return format(text, re.sub(r"\..*|[a-z]$", "", self.form))
 
 
 def print_table(columns: Sequence[Column], rows: Iterable[Any]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 OK = "ok"
+RIGHT = "right"  # and not to be timed
 WRONG = "wrong"
 NO_ROOM = "does not fit"
 NOT_AVAILABLE = "n/a"
@@ -20,6 +21,7 @@ class Row:
     """What one implementation did on one layout; see README.md for each column."""
 
     date: str = ""
+    machine: str = ""
     gpu: str = ""
     driver: str = ""
     torch: str = ""
@@ -28,6 +30,11 @@ class Row:
     layout: str = ""
     tensors: int = 0
     params: int = 0
+    rows: int | None = None
+    dim: int | None = None
+    batch: int | None = None
+    distribution: str = ""
+    unique_rows: int | None = None
     rule: str = ""
     storage: str = ""
     implementation: str = ""
