@@ -19,15 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import host_plot, host_rows
-from lab.implementations import (
-    COPIES,
-    COPY,
-    IMPLEMENTATIONS,
-    MIXED_COPY,
-    OURS,
-    RULES,
-    TORCH_BEST,
-)
+from lab.implementations import COPIES, COPY, IMPLEMENTATIONS, MIXED_COPY, OURS, RULES, TORCH_BEST
 from lab.rows import OK, Row, read
 from matplotlib import colormaps
 from matplotlib.figure import Figure

@@ -20,12 +20,7 @@ NO_KERNELS = "not timed on a CPU; --check runs the kernels in Triton's interpret
 
 
 def bench(
-    device: Device,
-    group: Group,
-    base: Row,
-    repeats: int,
-    stop: float,
-    only_check: bool = False,
+    device: Device, group: Group, base: Row, repeats: int, stop: float, only_check: bool = False
 ) -> list[Row]:
     """Check and time every implementation on one group; on a `Host`, time all but ours.
 

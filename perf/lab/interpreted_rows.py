@@ -46,11 +46,7 @@ def cases() -> list[tuple[Any, ...]]:
 
 
 def measure(
-    name: str,
-    kwargs: dict[str, Any],
-    dtype: torch.dtype,
-    width: int,
-    kind: str,
+    name: str, kwargs: dict[str, Any], dtype: torch.dtype, width: int, kind: str
 ) -> StepReport:
     """An optimizer's second step, with programs of the size that a GPU is given.
 
