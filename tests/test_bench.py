@@ -19,7 +19,7 @@ import pytest
 import torch
 from cases import DEVICE
 from clockwork import Clockwork
-from lab import bench, rows, suites, workload
+from lab import bench, reference, rows, suites, workload
 from lab.group import Group
 from lab.implementations import (
     COPIES,
@@ -130,7 +130,7 @@ def test_the_check_gives_every_step_new_gradients() -> None:
         seen.append(tuple(float(grad.abs().sum()) for grad in grads))
 
     tensors.check(step, lambda: None)
-    assert len(set(seen)) == len(seen) == workload.CHECKED_STEPS
+    assert len(set(seen)) == len(seen) == reference.CHECKED_STEPS
     assert all(all(sums) for sums in seen)
     assert all(param.grad is grad for param, grad in zip(tensors.params, grads, strict=True))
 

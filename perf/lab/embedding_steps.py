@@ -23,32 +23,6 @@ if TYPE_CHECKING:
 TORCH_SPARSE, TORCH_DENSE, FBGEMM = "torch sparse", "torch dense", "FBGEMM"
 
 
-class RowwiseReference:
-    """Row-wise Adagrad in plain torch: s += mean(g^2), p -= lr g / (sqrt(s) + eps), s one a row."""
-
-    def __init__(self, params: list[Parameter], lr: float, eps: float = 1e-10) -> None:
-        self._params, self._lr, self._eps = params, lr, eps
-        self.sums = [param.new_zeros(len(param)) for param in params]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for param, sum in zip(self._params, self.sums, strict=True):
-            assert param.grad is not None
-            sum += param.grad.square().mean(1)
-            param.sub_(self._lr * param.grad / (sum.sqrt() + self._eps)[:, None])
-
-
-def reference(rule: Rule, params: list[Parameter]) -> Any:
-    """An optimizer over dense float64 gradients.
-
-    A zero gradient moves no parameter under any of these rules, and RMSprop's state in the end is
-    what zeros made of it: torch's dense optimizers are right for all of them.
-    """
-    if rule is ROWWISE:
-        return RowwiseReference(params, **rule.kwargs)
-    return getattr(torch.optim, rule.optimizer)(params, **rule.kwargs, foreach=False)
-
-
 class Candidate:
     """Somebody's step of embedding tables: what is checked and timed.
 

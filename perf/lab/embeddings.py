@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from lab.device import Device
 from lab.embedding_ids import ids_of
-from lab.embedding_steps import EMBEDDING_IMPLEMENTATIONS, Candidate, reference
+from lab.embedding_steps import EMBEDDING_IMPLEMENTATIONS, Candidate
 from lab.embedding_tables import ZIPF, Tables, state_bytes, step_bytes
 from lab.implementations import Implementation, Rule, Step, Storage
-from lab.workload import milliseconds
+from lab.reference import CHECKED_STEPS, check
 
 BATCHES = 3  # gradients that take turns while steps are timed
 CHECKED = (0, 1, 0)  # batches of the checked steps: rows of the first rest while the second steps
@@ -155,37 +154,19 @@ class Embeddings:
         return chosen
 
     def check(self, candidate: Candidate, synchronize: Step) -> tuple[float, float]:
-        """Take steps with new gradients, beside a reference in float64 over some rows.
-
-        Rules work row by row, so that the reference needs only those rows.
-
-        Returns:
-            The largest error, relative to the value where that is above 1, and the milliseconds
-            that the first step took until the device was done.
-        """
+        """See `check`. Rules work row by row: the reference needs only the checked ones."""
         probes = self.probes()
 
-        def probed() -> list[Tensor]:
-            return [
-                table.detach()[rows].double()
-                for table, rows in zip(candidate.tables, probes, strict=True)
-            ]
+        def probe() -> list[Tensor]:
+            named = zip(candidate.tables, probes, strict=True)
+            return [table.detach()[rows].double() for table, rows in named]
 
-        exact = [Parameter(values) for values in probed()]
-        expected = reference(self.rule, exact)
-        times = []
-        for batch in CHECKED:
+        def new_gradients(number: int) -> list[Tensor]:
             self.new_values()
-            candidate.load(batch)
-            times.append(milliseconds(candidate, synchronize))
-            for table, param in enumerate(exact):
-                param.grad = self.summed(batch, table, probes[table])
-            expected.step()
-        errors = [
-            ((found - param).abs() / param.abs().clamp(min=1)).max()
-            for found, param in zip(probed(), (param.detach() for param in exact), strict=True)
-        ]
-        return float(torch.stack(errors).max()), times[0]
+            candidate.load(CHECKED[number])
+            return [self.summed(CHECKED[number], i, rows) for i, rows in enumerate(probes)]
+
+        return check(candidate, synchronize, self.rule, probe, new_gradients)
 
 
 def tolerance(additions: int = 1) -> float:
@@ -194,4 +175,4 @@ def tolerance(additions: int = 1) -> float:
     Args:
         additions: to an element in a step. Each rounds it, up or down by chance.
     """
-    return len(CHECKED) * UNITS * math.sqrt(additions) * torch.finfo(torch.float32).eps
+    return CHECKED_STEPS * UNITS * math.sqrt(additions) * torch.finfo(torch.float32).eps

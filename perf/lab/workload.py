@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,9 +22,9 @@ from lab.implementations import (
     bytes_per_param,
 )
 from lab.mixed_copy import MixedCopy
+from lab.reference import CHECKED_STEPS, check
 from lab.suites import Layout
 
-CHECKED_STEPS = 3
 PROBED = 1024  # elements of a tensor that are checked: evenly spaced, first and last among them
 
 
@@ -130,39 +129,16 @@ class Workload:
         return torch.cat([t.detach().view(-1)[places[t.numel()]].double() for t in tensors])
 
     def check(self, step: Step, synchronize: Step) -> tuple[float, float]:
-        """Take steps with new gradients, beside torch's for-loop in float64.
+        """See `check`. Rules work element by element: the reference needs only the checked ones."""
 
-        Rules work element by element, so that the reference needs only the checked elements.
-
-        Returns:
-            The largest error, relative to the value where that is above 1, and the milliseconds
-            that the first step took until the device was done.
-        """
-        exact = Parameter(self.probe(self.params))
-        reference = getattr(torch.optim, self.rule.optimizer)(
-            [exact], **self.rule.kwargs, foreach=False
-        )
-        times = []
-        for _ in range(CHECKED_STEPS):
+        def new_gradients(_: int) -> list[Tensor]:
             self.new_gradients()
-            exact.grad = self.probe(self._grads())
-            times.append(milliseconds(step, synchronize))
-            reference.step()
-        values = exact.detach()
-        error = (self.probe(self.params) - values).abs() / values.abs().clamp(min=1)
-        return float(error.max()), times[0]
+            return [self.probe(self._grads())]
+
+        return check(step, synchronize, self.rule, lambda: [self.probe(self.params)], new_gradients)
 
     def _grads(self) -> list[Tensor]:
         return [param.grad for param in self.params if param.grad is not None]
-
-
-def milliseconds(step: Step, synchronize: Step) -> float:
-    """What a step takes until the device is done, which is idle at the call."""
-    synchronize()
-    start = time.perf_counter()
-    step()
-    synchronize()
-    return 1e3 * (time.perf_counter() - start)
 
 
 def tolerance(storage: Storage) -> float:
