@@ -96,6 +96,7 @@ def test_the_page_of_sparse_gradients_and_host_time(tmp_path: Path) -> None:
     assert f"| {sparse} | GPU | 2.0 | 1.0 | torch sparse | 0.50 |" in _section(
         written, "Behind torch"
     )
+    assert "No row yet." in _section(written, "A step of dense gradients: GPU time")
     assert "| sgd, 10 tensors, 1 groups, stay | host | 4.0 | 5.0 | fused | 1.25 |" in _section(
         written, "Ahead of torch"
     )

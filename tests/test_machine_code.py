@@ -150,9 +150,19 @@ def test_the_loop_over_blocks() -> None:
     assert main_loop(parse_sass(LOOP)) == Loop(instructions=7, outstanding=32)
     waits = LOOP.replace("LDG.E R20, desc[UR4][R4.64]", "FADD R8, R8, R8")
     assert main_loop(parse_sass(waits)) == Loop(instructions=7, outstanding=16)
+    called = LOOP.replace("@P3 BRA 0x0020", "CALL.REL.NOINC 0x0020")  # for good, as sm_80 does
+    assert main_loop(parse_sass(called)) == Loop(instructions=7, outstanding=32)
     assert main_loop(amdgcn(AMD_LOOP)) == Loop(instructions=5, outstanding=16)
     with pytest.raises(ValueError, match="no loop over blocks"):
         main_loop(parse_sass(LOOP.replace("BRA 0x0020", "NOP").replace("BRA 0x0090", "NOP")))
+
+
+def test_registers_of_a_result() -> None:
+    """A pair for 64 bits, but an integer made of a float64 is one."""
+    for opcode, registers in (("DADD", {"R2", "R3"}), ("F2F.F64.F32", {"R2", "R3"}),
+                              ("F2I.F64.TRUNC", {"R2"}), ("FADD", {"R2"})):  # fmt: skip
+        (code,) = parse_sass(f"    /*0000*/  {opcode} R2, R4 ;")
+        assert code.writes == registers
 
 
 TTGIR = """
