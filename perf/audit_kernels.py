@@ -2,8 +2,9 @@
 
     python perf/audit_kernels.py [--arch sm_80 sm_90 sm_100 gfx942] [--json FILE]
 
-compiles every kernel that the optimizers can launch, prints a row for each, and exits 1 if one of
-them breaks a limit: see `findings` in lab/kernel_report.py. The committed rows are written by
+compiles every kernel that the optimizers can launch, dense ones and those that update by rows, and
+steps them in Triton's interpreter. It prints a row for each, and exits 1 if one of them breaks a
+limit: see `findings` in lab/kernel_report.py. The committed rows are written by
 
     python perf/audit_kernels.py --json perf/results/audit.json
 """
@@ -11,176 +12,124 @@ them breaks a limit: see `findings` in lab/kernel_report.py. The committed rows 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
-import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
-from lab.disassembly import Usage, amdgcn, amdgcn_usage, sass, sass_usage
+from lab import interpreted_rows
+from lab.audit import Audit
+from lab.dense_kernels import Kernel
+from lab.disassembly import disassembled
 from lab.gpus import GPUS
-from lab.interpreted import Step
-from lab.kernel_report import Row, as_json, findings, print_table
-from lab.machine_code import Code, Instruction, MainPath
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from lab.interpreted import kernels_of
+from lab.row_cases import row_kernels
 
 import triton_optim
-from triton_optim.kernels import multi_tensor
-from triton_optim.launch import backend, tuning
-from triton_optim.rule import Rule
+from triton_optim.launch import tuning
 
 WORKERS = 2
 BATCH = 12  # kernels that are disassembled together
-# The kernel's run-time arguments as a GPU is given them.
-ARGUMENTS = {
-    "owners_ptr": "*i32",
-    "rows_ptr": "*i64",
-    "grads_ptr": "*i64",
-    "hypers_ptr": "*fp64",
-    "steps_ptr": "*fp64",
-    "found_inf_ptr": "*fp32",
-    "grad_scale_ptr": "*fp32",
-    "grad_norm_ptr": "*fp64",
-    "max_norm_ptr": "*fp64",
-    "happened_ptr": "*fp32",
-    "n_bytes": "fp32",
-}
+DENSE, ROWS = KINDS = ("dense", "rows")
 
 
 def main() -> int:
     """Print the rows and what is wrong with them; 1 if anything is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", choices=GPUS, default=[*GPUS])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument(
-        "--every", type=int, default=1, metavar="N", help="each N-th kernel, but every one of sm_90"
+        "--every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="each N-th kernel and step, but every dense one of sm_90",
     )
     args = parser.parse_args()
-    rows = audit(args.arch, args.every)
-    print_table(rows)
-    found = [finding for row in rows for finding in findings(row)]
-    print(f"\n{len(rows)} kernels, {len(found)} findings")
+    audited = audit(args.arch, args.kinds, args.every)
+    audited.print()
+    found = audited.findings()
+    kernels = len(audited.kernels) + len(audited.row_kernels)
+    print(f"\n{kernels} kernels, {len(audited.row_steps)} steps by rows, {len(found)} findings")
     print("".join(f"- {finding}\n" for finding in found), end="")
     if args.json:
-        args.json.write_text(as_json(triton.__version__, rows))
+        args.json.write_text(audited.as_json())
     return 1 if found else 0
 
 
-def audit(architectures: Sequence[str], every: int = 1) -> list[Row]:
-    """A row a kernel, by architecture and name."""
-    with ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
+def audit(architectures: Sequence[str], kinds: Sequence[str] = KINDS, every: int = 1) -> Audit:
+    """The kernels by architecture and name, and the steps by name."""
+    dense: dict[str, list[Kernel]] = {}
+    steps = []
+    with _workers(interpret=True) as pool:
+        if ROWS in kinds:
+            chosen = interpreted_rows.cases()[::every]
+            steps = [pool.submit(interpreted_rows.measure, *case) for case in chosen]
+        if DENSE in kinds:
+            dense = _dense(pool, architectures)
+    by_rows = row_kernels()[::every] if ROWS in kinds else []
+    with _workers(interpret=False) as pool:
         tasks = []
-        for architecture, steps in _steps(architectures).items():
-            chosen = steps if architecture == "sm_90" else steps[::every]
-            for i in range(0, len(chosen), BATCH):
-                tasks.append(pool.submit(examine, architecture, chosen[i : i + BATCH]))
-        return sorted(row for task in tasks for row in task.result())
+        for listed in (
+            {a: found if a == "sm_90" else found[::every] for a, found in dense.items()},
+            dict.fromkeys(architectures, by_rows),
+        ):
+            tasks.append(
+                [
+                    pool.submit(examine, architecture, found[i : i + BATCH])
+                    for architecture, found in listed.items()
+                    for i in range(0, len(found), BATCH)
+                ]
+            )
+        kernels, rows = (sorted(row for task in kind for row in task.result()) for kind in tasks)
+    return Audit(triton.__version__, kernels, rows, sorted(step.result() for step in steps))
 
 
-def _steps(architectures: Sequence[str]) -> dict[str, list[Step]]:
-    """The kernels of each architecture and what they move, from interpreted steps."""
+@contextmanager
+def _workers(*, interpret: bool) -> Iterator[ProcessPoolExecutor]:
+    """Processes in which Triton interprets kernels or compiles them: it decides once."""
+    with (
+        patch.dict(os.environ, {"TRITON_INTERPRET": str(int(interpret))}),
+        ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool,
+    ):
+        yield pool
+
+
+def _dense(pool: ProcessPoolExecutor, architectures: Sequence[str]) -> dict[str, list[Kernel]]:
+    """The dense kernels of each architecture."""
     # Where launches are cut alike, steps move the same.
     cuts = {a: tuple(tuning.config(a, half=half).chunk for half in (False, True)) for a in GPUS}
     first = {cuts[a]: a for a in reversed(architectures)}
-    tasks = [(a, name) for a in first.values() for name in triton_optim.OPTIMIZERS]
-    steps: dict[str, list[Step]] = {a: [] for a in first.values()}
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for (architecture, _), found in zip(tasks, pool.map(_interpret, tasks), strict=True):
-            steps[architecture] += [*found, *(step.misaligned() for step in found)]
-    return {a: steps[first[cuts[a]]] for a in architectures}
+    tasks = {
+        a: [pool.submit(kernels_of, a, name) for name in triton_optim.OPTIMIZERS]
+        for a in first.values()
+    }
+    found = {a: [kernel for task in of for kernel in task.result()] for a, of in tasks.items()}
+    return {a: found[first[cuts[a]]] for a in architectures}
 
 
-def _interpret(task: tuple[str, str]) -> list[Step]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "lab.interpreted", *task]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
-    return [Step.from_json(item) for item in json.loads(done.stdout)]
-
-
-def examine(architecture: str, steps: Sequence[Step]) -> list[Row]:
+def examine(architecture: str, kernels: Sequence[Any]) -> list[Any]:
     """Compile kernels and read their machine code. Not in a process where Triton interprets."""
-    compiled = [_compile(architecture, step) for step in steps]
-    if architecture.startswith("gfx"):
-        texts = [kernel.asm["amdgcn"] for kernel in compiled]
-        codes, usages = [amdgcn(text) for text in texts], [amdgcn_usage(text) for text in texts]
-    else:
-        cubins = [kernel.asm["cubin"] for kernel in compiled]
-        codes, usages = sass(cubins, architecture), [sass_usage(cubin) for cubin in cubins]
-    shared = [kernel.metadata.shared for kernel in compiled]
-    return [_row(architecture, *item) for item in zip(steps, codes, usages, shared, strict=True)]
+    binaries = [kernel.compiled(architecture) for kernel in kernels]
+    read = zip(kernels, binaries, disassembled(architecture, binaries), strict=True)
+    return [_report(architecture, kernel, binary, *code) for kernel, binary, code in read]
 
 
-def _compile(architecture: str, step: Step) -> Any:
-    """The kernel that `UpdateLaunch` would have compiled."""
-    kernel = multi_tensor.multi_tensor_kernel
-    config = tuning.config(architecture, half=step.variant.half)
-    constants = backend.constants(
-        Rule(getattr(backend.rules, step.rule), doubles=True), step.variant, config, step.n_hypers
-    )
-    constants |= dict.fromkeys(backend.unused_pointers(step.variant))
-    types = {name: ARGUMENTS[name] for name in kernel.arg_names if name not in constants}
-    place = {name: (i,) for i, name in enumerate(kernel.arg_names)}
-    source = ASTSource(
-        kernel,
-        {name: types.get(name, "constexpr") for name in kernel.arg_names},
-        {place[name]: value for name, value in constants.items()},
-        {place[name]: [["tt.divisibility", 16]] for name in types if types[name][0] == "*"},
-    )
-    warp_size = GPUS[architecture].warp_size
-    if architecture.startswith("gfx"):
-        # Triton before 3.5 wants ROCm's linker; what is read here is the assembly before it.
-        os.environ.setdefault("TRITON_HIP_LLD_PATH", shutil.which("true") or "true")
-        target = GPUTarget("hip", architecture, warp_size)
-    else:
-        target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), warp_size)
-    options = backend.options(step.variant, config, architecture)
-    return triton.compile(source, target=target, options=options)
-
-
-def _row(
-    architecture: str, step: Step, code: Sequence[Instruction], usage: Usage, shared: int
-) -> Row:
-    gpu, variant = GPUS[architecture], step.variant
-    config = tuning.config(architecture, half=variant.half)
-    elements = config.chunk // (config.num_warps * gpu.warp_size)  # a thread
-    sizes = backend.ITEM_SIZES
-    written = sizes[variant.param_dtype] + variant.n_states * sizes[variant.state_dtype]
-    written += sizes[variant.grad_dtype] if "UNSCALE" in variant.gate else 0
+def _report(architecture: str, kernel: Any, *found: Any) -> Any:
     try:
-        path = Code(code).main_path(elements * written) or MainPath(0, 0, (), (), 0)
+        return kernel.report(architecture, *found)
     except ValueError as error:
-        raise ValueError(f"{architecture} {step.name}: {error}") from error
-    if path.stores and sum(path.loads) < elements * (variant.bytes_per_element - written):
-        raise ValueError(f"{architecture} {step.name}: not every load was found")
-    warps = gpu.resident_warps(config.num_warps, usage.registers, shared)
-    return Row(
-        architecture,
-        step.name,
-        backend.ALIGNMENT if variant.aligned else min(sizes[dtype] for dtype in step.storage),
-        registers=usage.registers,
-        spills=usage.spills,
-        shared=shared,
-        load_bits=8 * max(path.loads, default=0),
-        store_bits=8 * max(path.stores, default=0),
-        narrowest_bits=8 * min(path.loads + path.stores, default=0),
-        instructions=round(path.instructions / elements, 2),
-        with_detours=round((path.instructions + path.detours) / elements, 2),
-        resident_warps=warps,
-        in_flight=warps * gpu.warp_size * path.outstanding,
-        bytes_per_param=round(step.bytes_per_param, 4),
-        floor=variant.bytes_per_element,
-        launches=step.launches,
-    )
+        raise ValueError(f"{architecture} {kernel.name}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ from lab.suites import SUITES
 PYTEST = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors")
 GPU_TESTS = ("tests/test_gpu.py", "tests/test_gpu_graphs.py")
 STEP = ("perf/bench_step.py", "--minutes", "{minutes}", "--out", "{raw}")
-SPARSE = ("perf/bench_sparse.py", "--minutes", "{minutes}", "--out", "{raw}/sparse.csv")
 
 MACHINE = Part("machine", ("-m", "lab.machine"), 2)
 PARTS = (
@@ -44,7 +43,6 @@ PARTS = (
     Part("tests", PYTEST, 20, needs=("pytest",)),
     *(Part(f"step-{suite}", (*STEP, "--suite", suite), 9) for suite in SUITES),
     Part("host", ("perf/bench_host.py", "--out", "{raw}/host.csv"), 8, needs=("matplotlib",)),
-    Part("sparse", SPARSE, 9),
     Part("tune", ("perf/tune.py", "--minutes", "{minutes}", "--out", "{raw}"), 9),
     Part("profile", ("perf/profile_step.py", "--trace", "{raw}/profile_step.json.gz"), 2,
          needs=("matplotlib", "tqdm")),

@@ -19,15 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import host_plot, host_rows
-from lab.implementations import (
-    COPIES,
-    COPY,
-    IMPLEMENTATIONS,
-    MIXED_COPY,
-    OURS,
-    RULES,
-    TORCH_BEST,
-)
+from lab.implementations import COPIES, COPY, IMPLEMENTATIONS, MIXED_COPY, OURS, RULES, TORCH_BEST
 from lab.rows import OK, Row, read
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -42,10 +34,10 @@ BLACK: dict[str, Any] = {"color": "black", "linewidth": 0.9}
 
 
 def pictures(rows: Iterable[Row]) -> dict[tuple[str, str], Picture]:
-    """The rows with a time, by GPU and storage; a later one replaces an earlier."""
+    """Rows of dense gradients with a time, by GPU and storage; a later one replaces an earlier."""
     found: dict[tuple[str, str], Picture] = defaultdict(dict)
     for row in sorted(rows, key=lambda row: row.date):
-        if row.status == OK:
+        if row.status == OK and not row.batch:
             found[row.gpu, row.storage][row.layout, row.rule, row.implementation] = row
     return found
 

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
-import time
 from importlib import import_module
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -23,6 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from lab import training
+from lab.training import positive, timed_step
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -171,17 +171,6 @@ def make_optimizer(
     return optimizer
 
 
-def timed_step(optimizer: torch.optim.Optimizer, device: str) -> float:
-    """Steps, and returns the milliseconds that it took."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    optimizer.step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
-
-
 def effective_step_size(optimizer: torch.optim.Optimizer, square: str) -> float:
     """Median over all elements of lr / (sqrt(state) + eps), of which the root is monotonic."""
     squares = torch.cat([state[square].flatten() for state in optimizer.state.values()])
@@ -208,64 +197,35 @@ def plot(runs: list[Run], entropy: float, path: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for run in runs:
-        label = run.optimizer
-        color = f"C{list(OPTIMIZERS).index(run.optimizer)}"
-        style: dict[str, Any] = {"color": color, "linewidth": 1.3}
-        if run.implementation == "torch":
-            label = "torch.optim"
-            style = {"color": "black", "linewidth": 0.9, "linestyle": ":"}
-        left.plot(run.losses, label=label, **style)
+        reference = "torch.optim" if run.implementation == "torch" else None
+        style = training.style([*OPTIMIZERS].index(run.optimizer), run.optimizer, reference)
+        left.plot(run.losses, **style)
         if run.rates:
-            right.plot(list(run.rates), list(run.rates.values()), label=label, **style)
+            right.plot(list(run.rates), list(run.rates.values()), **style)
     left.axhline(entropy, color="gray", linestyle="--", label="unigram entropy")
-    left.set(title="Loss", xlabel="step", ylabel="nats per byte")
-    right.set(
-        title="Effective step size: median of lr / (√state + eps)", xlabel="step", yscale="log"
-    )
+    left.set(title="Loss", ylabel="nats per byte")
+    right.set(title="Effective step size: median of lr / (√state + eps)", yscale="log")
     right.yaxis.set_major_formatter("{x:g}")
     right.yaxis.set_minor_formatter("{x:g}")
-    for panel in (left, right):
-        panel.grid(alpha=0.3, which="both")
-        panel.spines[["top", "right"]].set_visible(False)
-        handles, labels = panel.get_legend_handles_labels()
-        unique = dict(zip(labels, handles, strict=True))  # torch's runs look alike: one entry
-        if unique:
-            panel.legend(unique.values(), unique.keys(), frameon=False)
-    figure.savefig(path, format="png", dpi=150)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
+    training.save(figure, path)
 
 
 def arguments() -> tuple[argparse.Namespace, Text]:
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--optimizer", nargs="+", choices=OPTIMIZERS, default=["rmsprop", "adagrad"]
     )
     parser.add_argument("--model", choices=["gru", "transformer"], default="gru")
     parser.add_argument("--text", type=Path, help="default: Python's own documentation")
-    parser.add_argument("--size", type=positive, default=128, help="width of the model")
-    parser.add_argument("--steps", type=positive, default=350)
-    parser.add_argument("--batch", type=positive, default=16)
+    training.add_options(parser, size=128, steps=350, batch=16, plot="train_lm.png")
     parser.add_argument("--context", type=positive, default=64, help="bytes")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, help="default: one that suits optimizer and model")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=default_device)
     parser.add_argument("--against", choices=["torch"], help="run torch.optim's beside it")
-    parser.add_argument("--plot", type=Path, default=Path("train_lm.png"), help="a PNG")
-    args = parser.parse_args()
-    if args.device == "cuda" and default_device == "cpu":
-        parser.error("--device cuda: torch sees no GPU")
+    args = training.parse(parser)
     if args.lr is not None and not 0 < args.lr < math.inf:
         parser.error(f"--lr {args.lr}: must be positive and finite")
     if args.model == "transformer" and args.size % HEADS:
         parser.error(f"--size {args.size}: a transformer needs a multiple of {HEADS}")
-    if args.plot.is_dir() or not args.plot.parent.is_dir():
-        parser.error(f"--plot {args.plot}: not a file in an existing folder")
     try:
         content = args.text.read_bytes() if args.text else documentation()
     except OSError as error:
@@ -281,18 +241,12 @@ def documentation() -> bytes:
 
 def main() -> None:
     args, text = arguments()
-    if args.device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when triton_optim imports triton
-        # OpenMP's threads spin for one another: where another process holds a core, two are 100
-        # times as slow as one, which this model keeps busy anyway.
-        torch.set_num_threads(1)
-        print("On the CPU the very same kernels run in Triton's interpreter.")
+    training.prepare(args.device)
     print(f"{len(text.tokens)} bytes, unigram entropy {text.entropy:.3f} nats per byte")
     implementations = ["triton_optim", *([args.against] if args.against else [])]
     runs = [train(args, text, name, by) for name in args.optimizer for by in implementations]
     report(runs)
     plot(runs, text.entropy, args.plot)
-    print(f"wrote {args.plot}")
     if failed := [run for run in runs if not run.end < text.entropy]:
         names = ", ".join(f"{run.optimizer} ({run.implementation})" for run in failed)
         sys.exit(f"no better at the end than the unigram entropy: {names}")

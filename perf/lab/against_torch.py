@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 OURS = "triton_optim"
 OK = "ok"
+COPIES = ("copy", "mixed copy")
 
 Row = Mapping[str, str]
 Key = tuple[str, ...]
@@ -28,6 +29,7 @@ class Source(NamedTuple):
         key: the columns that rows have in common when they were measured together.
         clocks: the columns of times in microseconds, by name.
         rivals: torch's own implementations that a user could choose instead.
+        sparse: whether its rows are those of sparse gradients, which have a batch.
     """
 
     title: str
@@ -35,6 +37,7 @@ class Source(NamedTuple):
     key: Key
     clocks: dict[str, str]
     rivals: Key
+    sparse: bool = False
 
 
 CLOCKS = {"GPU": "gpu_us", "wall": "wall_us", "host": "host_us"}
@@ -48,10 +51,11 @@ SOURCES = (
     ),
     Source(
         "A step of sparse gradients",
-        "sparse.csv",
-        ("rule", "tables", "rows", "dim", "batch", "distribution"),
+        "step-*.csv",
+        ("rule", "tensors", "rows", "dim", "batch", "distribution"),
         CLOCKS,
         ("torch sparse", "torch dense"),
+        sparse=True,
     ),
     Source(
         "Host time of step(), gradients fresh or not",
@@ -86,7 +90,7 @@ def groups(source: Source, folder: Path) -> dict[Key, Group]:
             for row in csv.DictReader(file):
                 key = tuple(row.get(column) or "" for column in source.key)
                 name = row.get("implementation") or ""
-                if name != "copy":
+                if name not in COPIES and bool(row.get("batch")) == source.sparse:
                     found[key][row.get("date") or ""][name] = row
     return {key: by_date[max(by_date)] for key, by_date in found.items()}
 

@@ -6,12 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def mixed_copy_kernel(
-    param_ptr,
-    grad_ptr,
-    states_ptr,
-    numel,
-    N_STATES: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    param_ptr, grad_ptr, states_ptr, numel, N_STATES: tl.constexpr, BLOCK_SIZE: tl.constexpr
 ):
     """Load a parameter, its gradient and its states; add the gradient to all others, and store.
 

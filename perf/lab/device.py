@@ -1,9 +1,12 @@
-"""The GPU on which steps are timed: its clock, queue, caches and memory."""
+"""Where steps are timed: a GPU's clock, queue, caches and memory, or the CPU in its place."""
 
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +31,7 @@ class Device:
     """
 
     type = "cuda"
+    is_gpu = True
 
     def __init__(self) -> None:
         properties = torch.cuda.get_device_properties(0)
@@ -100,7 +104,7 @@ class Device:
         gc.collect()
         return torch.cuda.memory_allocated()
 
-    def peak_of(self, step: Step) -> int:
+    def peak_of(self, step: Step) -> int | None:
         """Bytes that a step allocates beyond what is there before it."""
         self.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -135,3 +139,51 @@ def _peak_bandwidth(properties: Any) -> float | None:
         return peak_bandwidth(properties.name)
     clock = getattr(properties, "memory_clock_rate", 0)  # not in older torch
     return peak_bandwidth(properties.name, clock, getattr(properties, "memory_bus_width", 0))
+
+
+class Host(Device):
+    """This CPU. Its moments are those of the host's clock.
+
+    Args:
+        memory: bytes that the process may take.
+    """
+
+    type = "cpu"
+    is_gpu = False
+
+    def __init__(self, memory: int) -> None:
+        self.name = "none"
+        self.l2_bytes = 0
+        self.peak_bandwidth: float | None = None
+        self._memory = memory
+
+    def driver(self) -> str:
+        return ""
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def between(self, start: float, stop: float) -> float:
+        return 1e6 * (stop - start)
+
+    def passed(self, moment: float) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def hold(self, microseconds: float) -> None:
+        pass
+
+    def free_bytes(self) -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])  # resident
+        return self._memory - pages * os.sysconf("SC_PAGE_SIZE")
+
+    def allocated(self) -> int:
+        return 0
+
+    def peak_of(self, step: Step) -> int | None:
+        return None
+
+    def launches(self, step: Step) -> int | None:
+        return None

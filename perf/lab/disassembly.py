@@ -8,11 +8,11 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 
-from lab.machine_code import Instruction
+from lab.control_flow import Instruction
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -39,6 +39,17 @@ class Usage(NamedTuple):
 
     registers: int  # 32-bit ones, a thread
     spills: int  # bytes a thread
+
+
+def disassembled(
+    architecture: str, kernels: Sequence[Any]
+) -> list[tuple[list[Instruction], Usage]]:
+    """The instructions of compiled kernels, and what each takes for itself."""
+    if architecture.startswith("gfx"):
+        texts = [kernel.asm["amdgcn"] for kernel in kernels]
+        return [(amdgcn(text), amdgcn_usage(text)) for text in texts]
+    cubins = [kernel.asm["cubin"] for kernel in kernels]
+    return [*zip(sass(cubins, architecture), map(sass_usage, cubins), strict=True)]
 
 
 def sass_usage(cubin: bytes) -> Usage:
@@ -88,7 +99,11 @@ def _sass_instruction(line: re.Match[str], places: dict[int, int]) -> Instructio
     result, _, others = operands.partition(",")
     if not re.match(r"U?R\d", result) or name in _SASS_STORES:
         result, others = "", operands
-    pair = name[0] == "D" or name == "CS2R" or modifiers[:1] in (["WIDE"], ["F64"])
+    wide = name != "F2I" and modifiers[:1] in (
+        ["WIDE"],
+        ["F64"],
+    )  # F2I's operand is, not its result
+    pair = name[0] == "D" or name == "CS2R" or wide
     width = n_bytes // 4 if name.startswith(("LD", "ULD")) else 2 if pair else 1
     jumps = name in ("BRA", "CALL")
     target = places[int(operands.split()[-1], 16)] if jumps else None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, get_type_hints
+from typing import NamedTuple
 
 from lab.implementations import OURS
+from lab.rows import read_as
 
 FLOOR = "floor"
 TORCH = ("fused", "foreach", "for-loop")
@@ -34,9 +35,6 @@ class Row(NamedTuple):
     p80: float
 
 
-_TYPES = {name: get_type_hints(Row)[name] for name in Row._fields}
-
-
 def write(path: Path, rows: Iterable[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -46,19 +44,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file.
-
-    Raises:
-        ValueError: it has other columns, or a value of another type.
-    """
-    with path.open(newline="") as file:
-        header, *lines = csv.reader(file)
-    if tuple(header) != Row._fields:
-        raise ValueError(f"{path} has other columns than perf/lab/host_rows.py")
-    return [
-        Row(*(kind(text) for kind, text in zip(_TYPES.values(), line, strict=True)))
-        for line in lines
-    ]
+    return read_as(Row, path)
 
 
 def found(rows: Iterable[Row], **columns: object) -> list[Row]:

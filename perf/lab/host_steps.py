@@ -113,4 +113,5 @@ def new_step(
 ) -> Work:
     """The step of a new optimizer."""
     parts: Any = [{"params": params[i::groups]} for i in range(groups)]
-    return implementation.build(rule, parts).step
+    step: Work = implementation.build(rule, parts).step
+    return step

@@ -21,19 +21,25 @@ Step = Callable[[], object]
 
 
 class Rule(NamedTuple):
-    """An update rule: torch's class, its arguments, and the names of its state tensors."""
+    """An update rule: torch's class, its arguments, and the names of its state tensors.
+
+    `row_states` more have a number a row of an embedding table.
+    """
 
     name: str
     optimizer: str
     kwargs: dict[str, Any]
     states: tuple[str, ...]
+    row_states: int = 0
 
 
 # Every step moves an element by 0.05 to 0.3, which shows in bfloat16 too.
+SGD = Rule("sgd", "SGD", {"lr": 0.1}, ())
+ADAGRAD = Rule("adagrad", "Adagrad", {"lr": 0.1}, ("sum",))
 RULES = (
-    Rule("sgd", "SGD", {"lr": 0.1}, ()),
+    SGD,
     Rule("momentum", "SGD", {"lr": 0.1, "momentum": 0.9}, ("momentum_buffer",)),
-    Rule("adagrad", "Adagrad", {"lr": 0.1}, ("sum",)),
+    ADAGRAD,
     Rule("rmsprop", "RMSprop", {"lr": 0.01}, ("square_avg",)),
     Rule(
         "rmsprop-cm",
@@ -42,6 +48,10 @@ RULES = (
         ("square_avg", "grad_avg", "momentum_buffer"),
     ),
 )
+# Of embedding tables with sparse gradients.
+ROWWISE = Rule("rowwise-adagrad", "RowwiseAdagrad", {"lr": 0.1}, (), 1)
+LAZY_RMSPROP = Rule("rmsprop-lazy", "RMSprop", {"lr": 0.01}, ("square_avg",), 1)
+EMBEDDING_RULES = (ADAGRAD, ROWWISE, LAZY_RMSPROP, SGD)
 
 
 class Storage(NamedTuple):
@@ -72,22 +82,33 @@ def bytes_kept(rule: Rule, storage: Storage) -> int:
 class Implementation(NamedTuple):
     """Somebody's optimizers.
 
-    `build` takes a rule and parameters. `refusal` says why there is nothing to build, or None.
+    `build` takes a rule, and parameters or embeddings. `refusal` says why there is nothing to
+    build, or None.
     """
 
     name: str
-    package: str
-    build: packages.Build
+    package: str  # or several, any of which has it
+    build: Callable[..., Any]
     refusal: packages.Refusal
     max_tensors: int | None = None
     compiled: bool = False
     torch_state: bool = True  # torch's state names, so that all of these share their state
     step_on_gpu: bool = False  # where the step count lies
+    # Of embeddings: how many times the size of the tables it keeps, state aside, and a step takes
+    # besides; the rules for which a row's duplicates are not summed up first.
+    tables: int = 0
+    passing: int = 0
+    one_by_one: tuple[str, ...] = ()
+
+    @property
+    def version(self) -> str | None:
+        """The version that is installed, or None."""
+        return next(filter(None, map(package_version, self.package.split())), None)
 
     def why_not(self, rule: Rule, storage: Storage, n_tensors: int) -> str | None:
         """Why this is not measured here, or None."""
-        if package_version(self.package) is None:
-            return f"{self.package} is not installed"
+        if self.version is None:
+            return f"{' or '.join(self.package.split())} is not installed"
         if self.max_tensors is not None and n_tensors > self.max_tensors:
             return f"more than {self.max_tensors} tensors"
         return self.refusal(rule, storage)

@@ -1,29 +1,21 @@
-"""Every kernel that the optimizers can launch, and what a step with it moves, interpreted.
+"""The kernels of dense gradients that the optimizers launch, and what a step moves: interpreted.
 
-    python -m lab.interpreted sm_90
-
-prints one JSON list, an item a kernel. `perf/audit_kernels.py` runs it, in a process of its own:
-Triton either interprets or compiles.
+Only with TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 from collections.abc import Callable
 from inspect import signature
 from itertools import combinations, product
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
-
-if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from torch.nn import Parameter
 
 import triton_optim
+from lab.dense_kernels import Kernel
 from lab.traffic import Traffic, watched
 from triton_optim.launch import backend, tuning
 from triton_optim.launch.launcher import UpdateLaunch, record_launches
@@ -42,56 +34,16 @@ CHUNKS = 2  # of a tensor, whole ones
 TENSORS = 2  # a group each
 
 
-class Step(NamedTuple):
-    """One kernel, and what a step with it moves."""
-
-    rule: str
-    variant: backend.Variant
-    n_hypers: int
-    bytes_per_param: float
-    launches: int
-
-    @property
-    def storage(self) -> tuple[str, str, str]:
-        """Dtypes of parameter, gradient and state."""
-        return self.variant.param_dtype, self.variant.grad_dtype, self.variant.state_dtype
-
-    @property
-    def name(self) -> str:
-        flags = "+".join(sorted(self.variant.flags)) or "-"
-        storage = "/".join(dtype.replace("float", "f") for dtype in self.storage)
-        aligned = "" if self.variant.aligned else " misaligned"
-        gated = " gated" if self.variant.gate else ""
-        return f"{self.rule.removesuffix('_rule')} {flags} {storage}{gated}{aligned}"
-
-    def misaligned(self) -> Step:
-        """The same over addresses that are no multiple of 16 bytes."""
-        return self._replace(variant=self.variant._replace(aligned=False))
-
-    def as_json(self) -> dict[str, Any]:
-        sets = {"flags": sorted(self.variant.flags), "gate": sorted(self.variant.gate)}
-        return self._asdict() | {"variant": self.variant._asdict() | sets}
-
-    @classmethod
-    def from_json(cls, item: dict[str, Any]) -> Step:
-        sets = {name: frozenset(item["variant"][name]) for name in ("flags", "gate")}
-        return cls(**item | {"variant": backend.Variant(**item["variant"] | sets)})
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("architecture", help="whose block sizes are used, such as sm_90")
-    parser.add_argument("optimizer", nargs="*", default=triton_optim.OPTIMIZERS)
-    args = parser.parse_args()
+def kernels_of(architecture: str, name: str) -> list[Kernel]:
+    """An optimizer's, with an architecture's block sizes: over aligned addresses, then others."""
     storages = [*((False, s) for s in STORAGES), *((True, s) for s in GATED_STORAGES)]
     # Without state, its dtype makes no other kernel.
-    steps = {
-        (step.rule, step.variant): step
-        for name in args.optimizer
+    found = {
+        kernel.variant: kernel
         for kwargs, (gated, storage) in product(flag_sets(name), storages)
-        for step in [measure(args.architecture, name, kwargs, storage, gated=gated)]
+        for kernel in [measure(architecture, name, kwargs, storage, gated=gated)]
     }
-    print(json.dumps([step.as_json() for step in steps.values()]))
+    return [*found.values(), *(kernel.misaligned() for kernel in found.values())]
 
 
 def flag_sets(name: str) -> list[dict[str, Any]]:
@@ -123,7 +75,7 @@ def measure(
     storage: tuple[torch.dtype, torch.dtype, torch.dtype],
     *,
     gated: bool = False,
-) -> Step:
+) -> Kernel:
     """An optimizer's second step over whole chunks of the size that a GPU is given.
 
     Gated: under a GradScaler, clipped, skipped where it is not finite.
@@ -158,7 +110,7 @@ def measure(
             optimizer.step()
     updates = [launch for launch in launches if isinstance(launch, UpdateLaunch)]
     variant, tables = updates[0].variant, updates[0].tables
-    return Step(
+    return Kernel(
         optimizer.rule.name,
         variant,
         tables.hypers.shape[1],
@@ -175,7 +127,3 @@ def _counted(update: Callable[..., None], traffic: Traffic) -> Callable[..., Non
             update(table, *args)
 
     return counted
-
-
-if __name__ == "__main__":
-    main()

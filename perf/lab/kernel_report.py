@@ -1,10 +1,8 @@
-"""What `perf/audit_kernels.py` finds out about a kernel: as a row, as sentences, as a file."""
+"""What an audit finds out about a kernel or a step: its columns, and what is wrong with it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from itertools import groupby
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from lab.gpus import GPUS
@@ -12,28 +10,16 @@ from lab.gpus import GPUS
 ALIGNMENT = 16  # bytes: that of a vector
 VECTOR_BITS = 128  # 4 elements of float32, 8 of 16 bits
 BYTES_OVER_FLOOR = 1.01
-LEGEND = """
-kernel    rule, flags, dtypes of parameter/gradient/state; * under a GradScaler, and clips and skips
-al        bytes of which every address is a multiple
-regs      32-bit registers a thread
-spill     bytes a thread that did not fit them
-shared    bytes of shared memory a program
-load      bits of the widest load on the main path, the one of whole blocks; store likewise
-instr     machine instructions an element on the main path: what a thread executes from entry to
-          end, over the elements that it updates
-+slow     the same if every division and root took its detour for zeros, subnormals and infinities
-mem       1e9 elements/s that memory allows: bandwidth / floor
-issue     1e9 elements/s that instruction issue allows: instructions/s / instr
-limit     the smaller of the two
-warps     resident warps an SM that registers and shared memory allow, in whole programs
-KB        in flight an SM: warps x threads a warp x bytes that a thread waits for at a time
-B/param   bytes a parameter that an interpreted step loads and stores, tables included
-floor     gradient read once, parameter and state read once and written once
-n         update launches a step"""
+FEW = 2  # elements of a row that are loaded together: with no more, a spill is listed and allowed
+# What a step by rows may load and store beside rows.
+ID_BYTES = 28  # an id: itself 8; its key of int32 stored once and loaded twice; its place 8
+PROGRAM_BYTES = 288  # a program: tables, and the keys around its chunk
+PARTIAL_ROWS = 4  # a program: two partial sums, each stored once and loaded once
+PARTIAL_SIZE = 4  # bytes of their elements: float32
 
 
-class Row(NamedTuple):
-    """One kernel on one architecture."""
+class DenseReport(NamedTuple):
+    """One kernel that updates whole tensors, on one architecture."""
 
     architecture: str
     kernel: str
@@ -64,78 +50,120 @@ class Row(NamedTuple):
     def limit(self) -> str:
         return "memory" if self.memory_rate <= self.issue_rate else "issue"
 
-
-def findings(row: Row) -> list[str]:
-    """What is wrong with a kernel, a sentence each."""
-    found = []
-    if row.spills:
-        found.append(f"spills {row.spills} bytes a thread; 0 are allowed")
-    if not row.narrowest_bits:
-        found.append("stores no whole block without a mask")
-    elif row.alignment == ALIGNMENT and row.narrowest_bits < VECTOR_BITS:
-        found.append(
-            f"has a load or store of {row.narrowest_bits} bits on its main path; "
-            f"{VECTOR_BITS} are asked for"
-        )
-    if not row.floor <= row.bytes_per_param <= BYTES_OVER_FLOOR * row.floor:
-        found.append(
-            f"moves {row.bytes_per_param:.3f} bytes a parameter; {row.floor} to "
-            f"{BYTES_OVER_FLOOR * row.floor:.3f} are allowed"
-        )
-    if row.launches != 1:
-        found.append(f"takes {row.launches} update launches a step; 1 is allowed")
-    if row.architecture == "sm_90" and row.narrowest_bits and row.limit == "issue":
-        allowed = GPUS[row.architecture].issue / row.memory_rate
-        found.append(
-            f"issues {row.instructions:.1f} instructions an element; {allowed:.1f} fit while "
-            "memory moves it"
-        )
-    return [f"{row.architecture} {row.kernel} {sentence}." for sentence in found]
-
-
-def print_table(rows: Iterable[Row]) -> None:
-    """The rows by architecture, and what their columns mean."""
-    header = (
-        f"{'kernel':<50}{'al':>3}{'regs':>5}{'spill':>6}{'shared':>7}{'load':>5}{'store':>6}"
-        f"{'instr':>6}{'+slow':>6}{'mem':>5}{'issue':>6}{'limit':>7}{'warps':>6}{'KB':>4}"
-        f"{'B/param':>8}{'floor':>6}{'n':>2}"
-    )
-    for architecture, group in groupby(rows, key=lambda row: row.architecture):
-        print(f"\n{architecture}, {GPUS[architecture].arithmetic()}\n{header}")
-        for row in group:
-            kernel = row.kernel.removesuffix(" misaligned").replace(" gated", " *")
-            print(
-                f"{kernel:<50}{row.alignment:>3}{row.registers:>5}{row.spills:>6}"
-                f"{row.shared:>7}{row.load_bits:>5}{row.store_bits:>6}{row.instructions:>6.1f}"
-                f"{row.with_detours:>6.0f}{row.memory_rate / 1e9:>5.0f}"
-                f"{row.issue_rate / 1e9:>6.0f}{row.limit:>7}{row.resident_warps:>6}"
-                f"{row.in_flight / 1000:>4.0f}{row.bytes_per_param:>8.3f}{row.floor:>6}"
-                f"{row.launches:>2}"
+    def findings(self) -> list[str]:
+        """What is wrong with it, a sentence each."""
+        found = []
+        if self.spills:
+            found.append(f"spills {self.spills} bytes a thread; 0 are allowed")
+        if not self.narrowest_bits:
+            found.append("stores no whole block without a mask")
+        elif self.alignment == ALIGNMENT and self.narrowest_bits < VECTOR_BITS:
+            found.append(
+                f"has a load or store of {self.narrowest_bits} bits on its main path; "
+                f"{VECTOR_BITS} are asked for"
             )
-    print(LEGEND)
+        if not self.floor <= self.bytes_per_param <= BYTES_OVER_FLOOR * self.floor:
+            found.append(
+                f"moves {self.bytes_per_param:.3f} bytes a parameter; {self.floor} to "
+                f"{BYTES_OVER_FLOOR * self.floor:.3f} are allowed"
+            )
+        if self.launches != 1:
+            found.append(f"takes {self.launches} update launches a step; 1 is allowed")
+        if self.architecture == "sm_90" and self.narrowest_bits and self.limit == "issue":
+            allowed = GPUS[self.architecture].issue / self.memory_rate
+            found.append(
+                f"issues {self.instructions:.1f} instructions an element; {allowed:.1f} fit while "
+                "memory moves it"
+            )
+        return _sentences(f"{self.architecture} {self.kernel}", found)
 
 
-def as_json(triton_version: str, rows: Iterable[Row]) -> str:
-    """The rows, a line each, by architecture and kernel."""
-    groups = []
-    for architecture, group in groupby(rows, key=lambda row: row.architecture):
-        lines = [f'"{row.kernel}": {json.dumps(_measures(row))}' for row in group]
-        groups.append(f'"{architecture}": {{\n' + ",\n".join(lines) + "\n}")
-    kernels = ",\n".join(groups)
-    return f'{{"triton": "{triton_version}", "kernels": {{\n{kernels}\n}}}}\n'
+class RowReport(NamedTuple):
+    """One kernel that updates by rows, on one architecture."""
+
+    architecture: str
+    kernel: str
+    block_rows: int
+    warps: int  # of a program
+    multiple: int  # elements that are loaded together
+    registers: int  # a thread
+    spills: int  # bytes a thread
+    shared: int  # bytes a program
+    load_bits: int  # the widest load of rows
+    store_bits: int
+    accesses: int  # instructions that load or store rows
+    split: int  # of these, narrower than they could be
+    adjacent: int  # elements of a row that a thread loads, next to each other
+    instructions: int
+    loop: int  # of these
+    resident_programs: int  # an SM
+    in_flight: int  # bytes an SM
+
+    @property
+    def spills_allowed(self) -> bool:
+        return self.multiple <= FEW
+
+    def findings(self) -> list[str]:
+        """What is wrong with it, a sentence each."""
+        found = []
+        if self.spills and not self.spills_allowed:
+            found.append(f"spills {self.spills} bytes a thread; 0 are allowed")
+        if self.split:
+            found.append(
+                f"has {self.split} of {self.accesses} loads and stores of rows that are narrower "
+                f"than {self.multiple} elements or 128 bits"
+            )
+        if self.adjacent > self.multiple:
+            found.append(
+                f"has {self.adjacent} elements next to each other a thread, loaded by "
+                f"{self.multiple}"
+            )
+        return _sentences(f"{self.architecture} {self.kernel}", found)
 
 
-def _measures(row: Row) -> dict[str, float | str]:
-    measures = row._asdict() | {"limit": row.limit}
-    return {name: measures[name] for name in measures if name not in ("architecture", "kernel")}
+class StepReport(NamedTuple):
+    """What one step by rows moved, in bytes; one launch makes the keys, the other reads them."""
+
+    name: str
+    ids: int
+    rows: int  # touched
+    width: int
+    programs: int  # of the update
+    floor: int  # values once, and touched rows in and out
+    moved: int  # of these
+    astray: int  # of these elements, those that were not moved exactly once
+    keys: int  # with the ids they are made of
+    order: int
+    partials: int
+    tables: int
+
+    @property
+    def beside(self) -> int:
+        """Bytes that are neither of rows nor of sums of them."""
+        return self.keys + self.order + self.tables
+
+    @property
+    def total(self) -> int:
+        return self.moved + self.partials + self.beside
+
+    def findings(self) -> list[str]:
+        """What is wrong with what it moves, a sentence each."""
+        found = []
+        if self.astray or self.moved != self.floor:
+            found.append(
+                f"moves {self.moved} bytes of values and rows, {self.astray} elements not exactly "
+                f"once; {self.floor} are the floor"
+            )
+        allowed = ID_BYTES * self.ids + PROGRAM_BYTES * self.programs
+        if self.beside > allowed:
+            found.append(
+                f"moves {self.beside} bytes of ids, keys, order and tables; {allowed} are allowed"
+            )
+        allowed = PARTIAL_ROWS * PARTIAL_SIZE * self.width * self.programs
+        if self.partials > allowed:
+            found.append(f"moves {self.partials} bytes of partial sums; {allowed} are allowed")
+        return _sentences(self.name, found)
 
 
-def from_json(text: str) -> tuple[str, list[Row]]:
-    """Triton's version, and the rows."""
-    content = json.loads(text)
-    rows = []
-    for architecture, kernels in content["kernels"].items():
-        for kernel, measures in kernels.items():
-            del measures["limit"]
-            rows.append(Row(architecture, kernel, **measures))
-    return content["triton"], rows
+def _sentences(name: str, found: Sequence[str]) -> list[str]:
+    return [f"{name} {sentence}." for sentence in found]

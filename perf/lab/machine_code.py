@@ -19,28 +19,7 @@ import heapq
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-# What holds the number of a thread: NVIDIA's special register, and what AMD's kernels start with.
-THREAD_ID = {"SR_TID.X", "v0"}
-
-
-class Instruction(NamedTuple):
-    """One machine instruction, of either vendor."""
-
-    reads: frozenset[str] = frozenset()  # registers
-    writes: frozenset[str] = frozenset()
-    predicated: bool = False
-    jumps_to: int | None = None  # the place of another instruction
-    calls: int | None = None
-    ends: bool = False  # the kernel, or a subroutine
-    falls_through: bool = True
-    access: str = ""  # "load" or "store" of global memory
-    n_bytes: int = 0  # of that access, a thread
-    waits: bool = False  # for asynchronous copies
-
-    @property
-    def stored(self) -> int:
-        """Bytes that it stores without a mask."""
-        return self.n_bytes if self.access == "store" and not self.predicated else 0
+from lab.control_flow import THREAD_ID, Instruction, predecessors, reach, successors
 
 
 class MainPath(NamedTuple):
@@ -58,15 +37,8 @@ class Code:
 
     def __init__(self, instructions: Sequence[Instruction]) -> None:
         self._code = instructions
-        self._after: list[list[int]] = []
-        self._before: list[list[int]] = [[] for _ in instructions]
-        for i, code in enumerate(instructions):
-            after = [] if code.jumps_to is None else [code.jumps_to]
-            # What follows the last instruction is never reached.
-            after += [i + 1] if code.falls_through and i + 1 < len(instructions) else []
-            self._after.append(after)
-            for j in after:
-                self._before[j].append(i)
+        self._after = successors(instructions)
+        self._before = predecessors(self._after)
         self._sizes = [1 + self._size_of_subroutine(code.calls) for code in instructions]
 
     def main_path(self, stored: int) -> MainPath | None:
@@ -83,7 +55,7 @@ class Code:
         if path is None:
             return None
         stores = {i for i in path if self._code[i].stored}
-        for loop in self._loops(self._reach([0], self._after)):
+        for loop in self._loops(reach([0], self._after)):
             if loop & {*path} and not loop & stores:
                 raise ValueError("a loop on the main path stores nothing")
         accesses, outstanding = self._accesses(path)
@@ -122,7 +94,7 @@ class Code:
         """Instructions of the subroutine that starts there, and of what it calls itself."""
         if place is None:
             return 0
-        subroutine = self._reach([place], self._after)
+        subroutine = reach([place], self._after)
         if self._loops(subroutine):
             raise ValueError("a loop in a subroutine")
         return sum(1 + self._size_of_subroutine(self._code[i].calls) for i in subroutine)
@@ -134,11 +106,11 @@ class Code:
     def _detours(self, path: Sequence[int]) -> int:
         """Instructions that branch off the path, call a subroutine, and come back to it."""
         tail = {i for i, c in enumerate(self._code) if c.access and (c.predicated or c.stored)}
-        beside = self._reach(path, self._before, tail - {*path}) - {*path}
+        beside = reach(path, self._before, tail - {*path}) - {*path}
         length = 0
         for i in path:
             for j in {*self._after[i]} & beside:
-                detour = self._reach([j], self._after, {*range(len(self._code))} - beside)
+                detour = reach([j], self._after, {*range(len(self._code))} - beside)
                 if any(self._code[k].calls is not None for k in detour):
                     length += self._length(detour)
         return length
@@ -149,22 +121,9 @@ class Code:
         for i in among:
             target = self._code[i].jumps_to
             if target is not None and target <= i:
-                loop = self._reach([target], self._after) & self._reach([i], self._before)
+                loop = reach([target], self._after) & reach([i], self._before)
                 loops += [loop] if loop else []
         return loops
-
-    def _reach(
-        self, places: Iterable[int], step: list[list[int]], without: Iterable[int] = ()
-    ) -> set[int]:
-        """These places, and all that come after or before them."""
-        closed = {*without}
-        reached = {*places} - closed
-        todo = [*reached]
-        while todo:
-            new = {*step[todo.pop()]} - reached - closed
-            reached |= new
-            todo += new
-        return reached
 
     def _accesses(self, path: Sequence[int]) -> tuple[list[Instruction], int]:
         """Accesses of tensors on a path; how many of the bytes loaded are on their way at a time.
@@ -173,20 +132,14 @@ class Code:
         from the thread's number. A load is under way until something touches its registers.
         """
         accesses: list[Instruction] = []
-        varying = {*THREAD_ID}
+        varying = THREAD_ID
         under_way: list[Instruction] = []
         outstanding = 0
         for code in (self._code[i] for i in path):
-            touched = code.reads | code.writes
-            under_way = [load for load in under_way if not (code.waits and not load.writes)]
-            under_way = [load for load in under_way if not load.writes & touched]
-            varies = bool(code.reads & varying)
-            if code.access and varies:
+            under_way = [load for load in under_way if not code.waits_for(load)]
+            if code.access and code.reads & varying:
                 accesses.append(code)
                 under_way += [code] if code.access == "load" else []
                 outstanding = max(outstanding, sum(load.n_bytes for load in under_way))
-            if varies:
-                varying |= code.writes
-            elif not code.predicated:
-                varying -= code.writes
+            varying = code.varying_after(varying)
         return accesses, outstanding

@@ -28,7 +28,7 @@ FLOOR = 60.0  # seconds that a part gets at least, where its own limit allows
 LEAST = 20.0  # seconds: with less left than that, nothing is begun
 GRACE = 10.0  # seconds from the interrupt at a part's limit until it is killed
 OWN_SHARE = 0.95  # of its limit, that a program with a limit of its own is given
-INCOMPLETE = "the time was up before"  # what bench_step.py and bench_sparse.py print then
+INCOMPLETE = "the time was up before"  # what bench_step.py prints then
 
 
 class Part(NamedTuple):

@@ -2,37 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from lab.columns import Column
 from lab.goals import judged
-from lab.rows import OK, Row
+from lab.implementations import COPIES
+from lab.rows import NO_ROOM, OK, Row
+
+
+def _spread(clock: str) -> Callable[[Row], str | None]:
+    def cell(row: Row) -> str | None:
+        low, high = (getattr(row, f"{clock}_{end}") for end in ("p20", "p80"))
+        return None if low is None else f"{low:.1f}-{high:.1f}"
+
+    return cell
+
+
+COLUMNS = (
+    Column("GPU us", ">12.1f", "gpu_us"),
+    Column("p20-p80", ">22", _spread("gpu_us")),
+    Column("wall us", ">12.1f", "wall_us"),
+    Column("p20-p80", ">22", _spread("wall_us")),
+    Column("host us", ">12.1f", "host_us"),
+    Column("GB/s", ">8.0f", "gb_per_s"),
+    Column("% copy", ">8.1f", "percent_of_copy"),
+    Column("% mix", ">8.1f", "percent_of_mixed_copy"),
+    Column("% peak", ">8.1f", "percent_of_peak"),
+    Column("extra B", ">12d", "step_extra_bytes"),
+    Column("first ms", ">10.0f", "first_ms"),
+)
 
 
 def print_group(rows: Sequence[Row]) -> None:
     """Print what one group gave."""
     first = rows[0]
-    print(f"\n{first.layout}: {first.tensors} tensors, {first.params:,} parameters; ", end="")
+    touched = f"; {first.unique_rows:,} rows touched" if first.unique_rows else ""
+    print(
+        f"\n{first.layout}: {first.tensors} tensors, {first.params:,} parameters{touched}; ", end=""
+    )
     print(f"{first.rule}, {first.storage}")
-    print(f"  {'':<16}{'GPU us':>12}{'p20-p80':>22}{'wall us':>12}{'host us':>12}", end="")
-    print(f"{'GB/s':>8}{'% copy':>8}{'% mix':>8}{'% peak':>8}{'extra B':>12}{'first ms':>10}")
+    print(f"  {'':<16}" + "".join(column.title for column in COLUMNS))
     for row in rows:
-        print(f"  {row.implementation:<16}{_columns(row)}")
+        print(f"  {row.implementation:<16}{_cells(row)}".rstrip())
 
 
-def _columns(row: Row) -> str:
+def _cells(row: Row) -> str:
     if row.status != OK:
         error = f" (error {row.error:.1e}, tolerance {row.tolerance:.1e})" if row.error else ""
         return f"{row.status}{error}{': ' if row.detail else ''}{row.detail}"
-    spread = f"{row.gpu_us_p20:.1f}-{row.gpu_us_p80:.1f}"
-    of = (row.percent_of_copy, row.percent_of_mixed_copy, row.percent_of_peak)
-    shares = "".join(f"{'' if share is None else f'{share:.1f}':>8}" for share in of)
-    extra = "" if row.step_extra_bytes is None else f"{row.step_extra_bytes}"
-    first = "" if row.first_ms is None else f"{row.first_ms:.0f}"
     gaps = "  host gaps" if row.gaps and row.gaps > 0.5 else ""
-    return (
-        f"{row.gpu_us:>12.1f}{spread:>22}{row.wall_us:>12.1f}{row.host_us:>12.1f}"
-        f"{row.gb_per_s:>8.0f}{shares}{extra:>12}{first:>10}{gaps}"
-    )
+    return "".join(column.cell(row) for column in COLUMNS) + gaps
 
 
 def print_launches(rows: Sequence[Row]) -> None:
@@ -41,8 +60,17 @@ def print_launches(rows: Sequence[Row]) -> None:
     if counted:
         print("\nlaunches a step:")
     for row in counted:
-        where = f"{row.layout:<16}{row.rule:<12}{row.storage:<18}"
+        where = f"{row.layout:<16} {row.rule:<12}{row.storage:<18}"
         print(f"  {where}{row.implementation:<16}{row.launches:>6}")
+
+
+def print_missing(rows: Sequence[Row]) -> None:
+    """Print what did not fit the memory."""
+    missing = [row for row in rows if row.status == NO_ROOM and row.implementation not in COPIES]
+    if missing:
+        print("\ndid not fit the memory:")
+    for row in missing:
+        print(f"  {row.layout}: {row.rule}, {row.storage}, {row.implementation}")
 
 
 def print_goals(rows: Sequence[Row]) -> None:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from lab.machine_code import THREAD_ID, Instruction
+from lab.control_flow import THREAD_ID, Graph, Instruction, predecessors, reach, successors
 
 _LOCATION = re.compile(r'^(#loc\d*) = loc\((?:"([^"]+)":(\d+):(\d+)|.*?(#loc\d*))', re.MULTILINE)
 _ACCESS = re.compile(
@@ -116,21 +116,18 @@ def main_loop(code: Sequence[Instruction]) -> Loop:
     Raises:
         ValueError: there is no such loop.
     """
-    after = [_successors(code, i) for i in range(len(code))]
-    before: list[list[int]] = [[] for _ in code]
-    for i, places in enumerate(after):
-        for j in places:
-            before[j].append(i)
+    after = successors(code, into_calls=True)  # one may be for good: sm_80's loops are left so
+    before = predecessors(after)
     varying = _varying(code, after)
     loops: dict[int, set[int]] = {}  # by a place in them
     for i in (i for i in sorted(varying) if code[i].access == "store"):
         if not any(i in loop for loop in loops.values()):
-            loop = _reach(after[i], after) & _reach(before[i], before)
+            loop = reach(after[i], after) & reach(before[i], before)
             loops |= {i: loop} if i in loop else {}
     first = [
         loop
         for i, loop in loops.items()
-        if not any(j != i and i in _reach([j], after) for j in loops)
+        if not any(j != i and i in reach([j], after) for j in loops)
     ]
     if not first:
         raise ValueError("no loop over blocks")
@@ -138,34 +135,13 @@ def main_loop(code: Sequence[Instruction]) -> Loop:
     return min(versions, key=lambda version: version.outstanding)
 
 
-def _successors(code: Sequence[Instruction], i: int) -> list[int]:
-    # A call may be one for good: sm_80's loops are left so.
-    places = [place for place in (code[i].jumps_to, code[i].calls) if place is not None]
-    return places + ([i + 1] if code[i].falls_through and i + 1 < len(code) else [])
-
-
-def _reach(places: Iterable[int], step: Sequence[Sequence[int]]) -> set[int]:
-    """These places, and all that come after, or before, them."""
-    reached = {*places}
-    todo = [*reached]
-    while todo:
-        new = {*step[todo.pop()]} - reached
-        reached |= new
-        todo += new
-    return reached
-
-
-def _varying(code: Sequence[Instruction], after: Sequence[Sequence[int]]) -> set[int]:
+def _varying(code: Sequence[Instruction], after: Graph) -> set[int]:
     """Instructions that read what may differ from thread to thread: followed from its number."""
     held: list[frozenset[str] | None] = [None] * len(code)  # such registers, before each
-    held[0], todo = frozenset(THREAD_ID), [0]
+    held[0], todo = THREAD_ID, [0]
     while todo:
         i = todo.pop()
-        registers = held[i] or frozenset()
-        if code[i].reads & registers:
-            registers |= code[i].writes
-        elif not code[i].predicated:
-            registers -= code[i].writes
+        registers = code[i].varying_after(held[i] or frozenset())
         for j in after[i]:
             known = held[j]
             if known is None or not registers <= known:
@@ -175,19 +151,14 @@ def _varying(code: Sequence[Instruction], after: Sequence[Sequence[int]]) -> set
 
 
 def _outstanding(
-    code: Sequence[Instruction], after: Sequence[Sequence[int]], loop: set[int], varying: set[int]
+    code: Sequence[Instruction], after: Graph, loop: set[int], varying: set[int]
 ) -> int:
     under_way: dict[int, set[int]] = {i: set() for i in loop}  # loads, before each
     todo = [*loop]
     most = 0
     while todo:
         i = todo.pop()
-        touched = code[i].reads | code[i].writes
-        loads = {
-            j
-            for j in under_way[i]
-            if not code[j].writes & touched and not (code[i].waits and not code[j].writes)
-        }
+        loads = {j for j in under_way[i] if not code[i].waits_for(code[j])}
         if code[i].access == "load" and i in varying:
             loads.add(i)
         most = max(most, sum(code[j].n_bytes for j in loads))

@@ -1,22 +1,21 @@
-"""The kernels that update by rows, compiled as `RowLaunch` would have them compiled."""
+"""The kernels that update by rows: compiled as `RowLaunch` would, and their code read."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from itertools import product
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-import triton
 from torch.nn import Parameter
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 import triton_optim
+from lab.compiled import built_in, compile_for, rule_and_flags, short
+from lab.control_flow import Instruction
+from lab.disassembly import Usage
 from lab.gpus import GPUS
+from lab.kernel_report import VECTOR_BITS, RowReport
+from lab.row_code import Loop, adjacent, main_loop, row_accesses
 from triton_optim.kernels.keys import keys_kernel
 from triton_optim.kernels.rows import rows_kernel
 from triton_optim.launch import backend, row_chunking, row_launcher
@@ -24,46 +23,8 @@ from triton_optim.launch.chunking import PlannedParam
 from triton_optim.launch.grad_signature import GradSignature
 from triton_optim.launch.row_launcher import RowVariant
 from triton_optim.launch.tuning import RowConfig
-from triton_optim.rule import Rule
 
-OPTIMIZERS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("SGD", {}),
-    ("Adagrad", {}),
-    ("RMSprop", {"sparse": "lazy"}),
-    ("RMSprop", {"sparse": "lazy", "centered": True}),
-    ("RowwiseAdagrad", {}),
-)
 KEYS_WARPS = 4  # KeysLaunch's
-GATE = frozenset({"FOUND_INF", "UNSCALE"})  # under a GradScaler
-# Powers of two are the elements of whole vectors; one less, and each is loaded alone.
-WIDTHS = {
-    torch.float32: (1, 4, 16, 64, 128, 256, 1024, 4096),
-    torch.bfloat16: (1, 4, 16, 64, 128, 256, 1024, 4096),
-    torch.float64: (1, 64, 2048),
-}
-ALONE = {torch.float32: (3, 63, 1023, 4095), torch.bfloat16: (63, 4095), torch.float64: (63,)}
-CATCH_UP_WIDTHS = {torch.float32: (1, 64, 1024, 4096), torch.bfloat16: (64, 4096)}
-MORE: dict[str, dict[str, Any]] = {
-    "Adagrad": {"lr_decay": 0.5},
-    "RowwiseAdagrad": {"decoupled_weight_decay": True},
-}
-# The kernels' run-time arguments as a GPU is given them; keys of fewer than 2**31 rows.
-ARGUMENTS = {
-    "tensors_ptr": "*i64",
-    "grads_ptr": "*i64",
-    "hypers_ptr": "*fp64",
-    "steps_ptr": "*fp64",
-    "keys_ptr": "*i32",
-    "order_ptr": "*i64",
-    "partials_ptr": "*fp32",
-    "tickets_ptr": "*i32",
-    "found_inf_ptr": "*fp32",
-    "grad_scale_ptr": "*fp32",
-    "happened_ptr": "*fp32",
-    "first_tensor": "i32",
-    "n_tensors": "i32",
-    "chunk": "i32",
-}
 
 
 class Kernel(NamedTuple):
@@ -79,63 +40,77 @@ class Kernel(NamedTuple):
         variant = self.variant
         if variant is None:
             return self.rule
-        dtypes = (variant.param_dtype, variant.grad_dtype, variant.state_dtype)
-        names = [dtype.replace("float", "f") for dtype in dtypes]
-        storage = names[0] if len(set(names)) == 1 else "/".join(names)
-        flags = "+".join(sorted(variant.flags)) or "-"
-        way = "sparse" if variant.sparse else "dense"
-        gated = " gated" if variant.gate else ""
+        names = [*map(short, (variant.param_dtype, variant.grad_dtype, variant.state_dtype))]
+        storage = names[0] if len({*names}) == 1 else "/".join(names)
+        kind = "sparse" if variant.sparse else "dense"
         shape = f"{variant.columns}/{variant.multiple}"
-        return f"{self.rule.removesuffix('_rule')} {flags} {way} {storage} {shape}{gated}"
+        gated = " gated" if variant.gate else ""
+        return f"{rule_and_flags(self.rule, variant.flags)} {kind} {storage} {shape}{gated}"
+
+    def compiled(self, architecture: str) -> Any:
+        if self.variant is None:
+            constants = {"BLOCK_SIZE": row_launcher.KEYS_BLOCK}
+            options = {"num_warps": KEYS_WARPS, "enable_fp_fusion": True}
+            return compile_for(architecture, keys_kernel, constants, options)
+        chosen = config(architecture, self.variant)
+        rule = built_in(self.rule)
+        constants = row_launcher.constants(rule, self.variant, chosen, self.n_hypers)
+        options = row_launcher.options(self.variant, chosen, architecture)
+        partials = "*fp64" if self.variant.compute_dtype == torch.float64 else "*fp32"
+        return compile_for(architecture, rows_kernel, constants, options, partials_ptr=partials)
+
+    def report(
+        self, architecture: str, binary: Any, code: Sequence[Instruction], usage: Usage
+    ) -> RowReport:
+        """What its machine code says.
+
+        Raises:
+            ValueError: the code is not understood.
+        """
+        gpu, variant, shared = GPUS[architecture], self.variant, binary.metadata.shared
+        if variant is None:
+            block_rows, warps, multiple = row_launcher.KEYS_BLOCK, KEYS_WARPS, 1
+            shape, loop = str(block_rows), Loop(0, 0)
+        else:
+            block_rows, warps = config(architecture, variant)
+            multiple, shape = variant.multiple, f"{block_rows}x{variant.columns}"
+            loop = main_loop(code)
+        text = binary.asm["amdgcn" if architecture.startswith("gfx") else "ptx"]
+        widths = [
+            (access.stores, bits, min(VECTOR_BITS, multiple * access.element_bits))
+            for access in row_accesses(binary.asm["ttgir"], text, shape)
+            for bits in access.bits
+        ]
+        programs = gpu.resident_warps(warps, usage.registers, shared) // warps
+        return RowReport(
+            architecture,
+            self.name,
+            block_rows,
+            warps,
+            multiple,
+            registers=usage.registers,
+            spills=usage.spills,
+            shared=shared,
+            load_bits=max(bits for stores, bits, _ in widths if not stores),
+            store_bits=max(bits for stores, bits, _ in widths if stores),
+            accesses=len(widths),
+            split=sum(bits < whole for _, bits, whole in widths),
+            adjacent=1 if variant is None else adjacent(binary.asm["ttgir"], shape),
+            instructions=len(code),
+            loop=loop.instructions,
+            resident_programs=programs,
+            in_flight=programs * warps * gpu.warp_size * loop.outstanding,
+        )
 
 
-def kernels() -> list[Kernel]:
-    """All that are audited, from the optimizers that launch them."""
-    found = {kernel.name: kernel for kernel in [Kernel("keys"), *_plain(), *_special()]}
-    return [*found.values()]
+_config = row_launcher.config
 
 
-def _plain() -> Iterator[Kernel]:
-    by_row = OPTIMIZERS[2:]  # dense gradients too; those of others have another kernel
-    for optimizers, widths, sparse in (
-        (OPTIMIZERS, WIDTHS, True),
-        (OPTIMIZERS, ALONE, True),
-        (by_row, WIDTHS, False),
-        (by_row, {torch.float32: ALONE[torch.float32][1::2]}, False),
-    ):
-        for (name, kwargs), dtype in product(optimizers, widths):
-            for width in widths[dtype]:
-                yield kernel_of(name, kwargs, (dtype,) * 3, width, sparse=sparse)
-    for (name, kwargs), dtype in product(OPTIMIZERS[2:4], CATCH_UP_WIDTHS):
-        for width in CATCH_UP_WIDTHS[dtype]:
-            kernel = kernel_of(name, kwargs, (dtype,) * 3, width, sparse=False)
-            assert kernel.variant is not None
-            flags = kernel.variant.flags | {"CATCH_UP"}
-            yield kernel._replace(variant=kernel.variant._replace(flags=flags))
-
-
-def _special() -> Iterator[Kernel]:
-    """Under a GradScaler; other dtypes, flags and numbers of elements together."""
-    wide, half = (torch.float32,) * 3, (torch.bfloat16,) * 3
-    for (name, kwargs), (dtypes, width) in product(
-        OPTIMIZERS, ((wide, 64), (half, 64), (wide, 1024), (wide, 63))
-    ):
-        yield _with(kernel_of(name, kwargs, dtypes, width), gate=GATE)
-    for name, kwargs in OPTIMIZERS[2:]:
-        yield _with(kernel_of(name, kwargs, wide, 64, sparse=False), gate=GATE)
-    mixed = ((*half[:2], torch.float32), (torch.float32, torch.bfloat16, torch.float32))
-    for (name, kwargs), dtypes in product(OPTIMIZERS, mixed):
-        yield kernel_of(name, kwargs, dtypes, 64)
-    for width in (62, 60):
-        yield kernel_of("Adagrad", {}, wide, width)
-    yield kernel_of("Adagrad", {}, half, 60)
-    for name, kwargs in MORE.items():
-        yield kernel_of(name, kwargs, wide, 64)
-
-
-def _with(kernel: Kernel, **changed: frozenset[str]) -> Kernel:
-    assert kernel.variant is not None
-    return kernel._replace(variant=kernel.variant._replace(**changed))  # type: ignore[arg-type]
+def config(architecture: str, variant: RowVariant) -> RowConfig:
+    """How a GPU's launch is cut into programs, also where kernels are interpreted."""
+    named = patch.object(backend, "architecture", lambda _: architecture)
+    with patch.object(row_launcher, "COMPILED", True), named:
+        return _config(variant, torch.device("cpu"))
 
 
 def kernel_of(
@@ -161,8 +136,7 @@ def kernel_of(
     if sparse:
         ids = torch.zeros(1, 2, dtype=torch.int64)
         grad = torch.sparse_coo_tensor(ids, grad, param.shape, check_invariants=False)
-    rule = optimizer.rule
-    signature = GradSignature.of(param, grad, row_wise=True)
+    rule, signature = optimizer.rule, GradSignature.of(param, grad, row_wise=True)
     planned = PlannedParam(
         0, param, param, grad, signature, (), 0, rule.active_flags(group), names,
         row_state=rule.row_state,
@@ -170,53 +144,3 @@ def kernel_of(
     (variant,) = row_chunking.grouped(rule, optimizer.state, [planned])
     function: str = rule.row_function.__name__
     return Kernel(function, variant.loading([0], [width]), len(rule.values(group)))
-
-
-_config = row_launcher.config
-
-
-def config(architecture: str, variant: RowVariant) -> RowConfig:
-    """How a GPU's launch is cut into programs, also where kernels are interpreted."""
-    named = patch.object(backend, "architecture", lambda _: architecture)
-    with patch.object(row_launcher, "COMPILED", True), named:
-        return _config(variant, torch.device("cpu"))
-
-
-def compiled(architecture: str, kernel: Kernel) -> Any:
-    """The kernel that `RowLaunch` or `KeysLaunch` would have compiled."""
-    if kernel.variant is None:
-        constants = {"BLOCK_SIZE": row_launcher.KEYS_BLOCK}
-        options = {"num_warps": KEYS_WARPS, "enable_fp_fusion": True}
-        return _compiled(architecture, keys_kernel, ARGUMENTS, constants, options)
-    chosen = config(architecture, kernel.variant)
-    rule = Rule(getattr(backend.rules, kernel.rule), doubles=True)
-    constants = row_launcher.constants(rule, kernel.variant, chosen, kernel.n_hypers)
-    options = row_launcher.options(kernel.variant, chosen, architecture)
-    partials = "*fp64" if kernel.variant.compute_dtype == torch.float64 else "*fp32"
-    types = {**ARGUMENTS, "partials_ptr": partials}
-    return _compiled(architecture, rows_kernel, types, constants, options)
-
-
-def _compiled(
-    architecture: str,
-    function: Any,
-    types: dict[str, str],
-    constants: dict[str, Any],
-    options: dict[str, Any],
-) -> Any:
-    names = function.arg_names
-    pointers = [n for n in names if n not in constants and types[n][0] == "*"]
-    source = ASTSource(
-        function,
-        {n: "constexpr" if n in constants else types[n] for n in names},
-        {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
-    )
-    warp_size = GPUS[architecture].warp_size
-    if architecture.startswith("gfx"):
-        # Triton before 3.5 wants ROCm's linker; what is read here is the assembly before it.
-        os.environ.setdefault("TRITON_HIP_LLD_PATH", shutil.which("true") or "true")
-        target = GPUTarget("hip", architecture, warp_size)
-    else:
-        target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), warp_size)
-    return triton.compile(source, target=target, options=options)

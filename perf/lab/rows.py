@@ -6,9 +6,12 @@ import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
+
+Kind = TypeVar("Kind")
 
 OK = "ok"
+RIGHT = "right"  # and not to be timed
 WRONG = "wrong"
 NO_ROOM = "does not fit"
 NOT_AVAILABLE = "n/a"
@@ -20,6 +23,7 @@ class Row:
     """What one implementation did on one layout; see README.md for each column."""
 
     date: str = ""
+    machine: str = ""
     gpu: str = ""
     driver: str = ""
     torch: str = ""
@@ -28,6 +32,11 @@ class Row:
     layout: str = ""
     tensors: int = 0
     params: int = 0
+    rows: int | None = None
+    dim: int | None = None
+    batch: int | None = None
+    distribution: str = ""
+    unique_rows: int | None = None
     rule: str = ""
     storage: str = ""
     implementation: str = ""
@@ -71,7 +80,6 @@ class Row:
 
 
 COLUMNS = [field.name for field in fields(Row)]
-_TYPES = get_type_hints(Row)
 
 
 class Table:
@@ -105,23 +113,26 @@ def write(file: Any, columns: Sequence[str], rows: Iterable[Any], *, header: boo
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file.
+    """The rows of a file; see `read_as`."""
+    return read_as(Row, path)
+
+
+def read_as(kind: type[Kind], path: Path) -> list[Kind]:
+    """Lines of a CSV file, as a class that has its columns.
 
     Raises:
         ValueError: it has other columns, or a value of another type.
     """
+    types = get_type_hints(kind)
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != COLUMNS:
-            raise ValueError(f"{path} has other columns than perf/lab/rows.py")
-        return [
-            Row(**{name: _parsed(name, text) for name, text in line.items()}) for line in reader
-        ]
+        if reader.fieldnames != [*types]:
+            raise ValueError(f"{path} has other columns than {kind.__module__}")
+        return [kind(**{n: _parsed(types[n], text) for n, text in line.items()}) for line in reader]
 
 
-def _parsed(name: str, text: str) -> Any:
-    kind = _TYPES[name]
-    if kind in (str, int):
+def _parsed(kind: Any, text: str) -> Any:
+    if kind in (str, int, float):
         return kind(text)
     if kind is bool:
         return text == "True"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+from lab.embedding_tables import EMBEDDING_SUITES, Tables
 
 Tensors = list[tuple[str, tuple[int, ...]]]
 
@@ -219,7 +221,7 @@ def _short(size: int) -> str:
 
 SMALL_TENSORS = "1000x1024"  # the point of the sweep with many small tensors
 SHARDS = (8, 16, 32, 64, 128)  # ranks
-SUITES: dict[str, Callable[[], list[Layout]]] = {
+SUITES: dict[str, Callable[[], Sequence[Layout | Tables]]] = {
     "sweep": sweep,
     "gpt2": lambda: [gpt2()],
     "many-tensors": lambda: [uniform(20_000, 1024)],
@@ -228,4 +230,5 @@ SUITES: dict[str, Callable[[], list[Layout]]] = {
     "resnet50": lambda: [resnet50()],
     "dlrm": lambda: [dlrm()],
     "moe": lambda: [moe()],
+    **EMBEDDING_SUITES,
 }

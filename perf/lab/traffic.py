@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
+
+Addresses = np.ndarray[Any, np.dtype[np.uint64]]
+OTHER = "other"
 
 
 class Access(NamedTuple):
     """One load or store of one program, masked elements left out."""
 
     stores: bool
-    addresses: np.ndarray[Any, np.dtype[np.uint64]]
+    addresses: Addresses
     element_size: int  # bytes
 
     @property
@@ -49,13 +55,48 @@ def watched(watch: Callable[[Access], None]) -> Iterator[None]:
 
 
 class Traffic:
-    """Bytes since the start."""
+    """Accesses since the start, by what they are of.
 
-    loaded = 0
-    stored = 0
+    Attributes:
+        tensors: those that are told apart, with what they are; the rest is `OTHER`.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: Sequence[tuple[str, Tensor]] = ()
+        self._accesses: dict[tuple[str, bool], list[Access]] = defaultdict(list)
 
     def count(self, access: Access) -> None:
-        if access.stores:
-            self.stored += access.n_bytes
-        else:
-            self.loaded += access.n_bytes
+        if access.addresses.size:
+            kind = self._kind(int(access.addresses.flat[0]))
+            self._accesses[kind, access.stores].append(access)
+
+    def _kind(self, address: int) -> str:
+        for kind, tensor in self.tensors:
+            if tensor.data_ptr() <= address < tensor.data_ptr() + tensor.nbytes:
+                return kind
+        return OTHER
+
+    @property
+    def loaded(self) -> int:
+        return self._n_bytes(lambda _, stores: not stores)
+
+    @property
+    def stored(self) -> int:
+        return self._n_bytes(lambda _, stores: stores)
+
+    def of(self, *kinds: str) -> int:
+        """Bytes loaded and stored of such tensors."""
+        return self._n_bytes(lambda kind, _: kind in kinds)
+
+    def _n_bytes(self, counts: Callable[[str, bool], bool]) -> int:
+        return sum(a.n_bytes for key in self._accesses if counts(*key) for a in self._accesses[key])
+
+    def astray(self, kind: str, stores: bool, tensor: Tensor, rows: Tensor) -> int:
+        """Elements of these rows not accessed, or more than once, or accessed of other rows."""
+        size, width = tensor.element_size(), tensor.numel() // len(tensor)
+        places = (rows[:, None] * width + torch.arange(width)).numpy().ravel()
+        expected = tensor.data_ptr() + places.astype(np.uint64) * np.uint64(size)
+        seen = [access.addresses.ravel() for access in self._accesses[kind, stores]]
+        found, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *seen]),
+                                  return_counts=True)  # fmt: skip
+        return int((counts - 1).sum()) + np.setxor1d(found, expected).size

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lab.implementations import Implementation, Rule, Step, Storage, bytes_kept
+from lab.device import Device
+from lab.implementations import (
+    IMPLEMENTATIONS,
+    MIXED_COPY,
+    Implementation,
+    Rule,
+    Step,
+    Storage,
+    bytes_kept,
+    bytes_per_param,
+)
+from lab.mixed_copy import MixedCopy
+from lab.reference import CHECKED_STEPS, check
 from lab.suites import Layout
 
-CHECKED_STEPS = 3
 PROBED = 1024  # elements of a tensor that are checked: evenly spaced, first and last among them
 
 
@@ -22,6 +33,8 @@ class Workload:
 
     Sharing lets them all be ready at once where only one of them would fit the memory.
     """
+
+    implementations: tuple[Implementation, ...] = IMPLEMENTATIONS
 
     def __init__(self, layout: Layout, rule: Rule, storage: Storage, device: str) -> None:
         self.layout, self.rule, self.storage, self.device = layout, rule, storage, device
@@ -42,12 +55,43 @@ class Workload:
         """Bytes of parameters, gradients and state."""
         return layout.params * bytes_kept(rule, storage)
 
+    @staticmethod
+    def state_bytes(layout: Layout, rule: Rule, storage: Storage) -> int:
+        return layout.params * len(rule.states) * storage.state.itemsize
+
+    @staticmethod
+    def columns(layout: Layout, rule: Rule, storage: Storage) -> dict[str, Any]:
+        """What a row says of these tensors."""
+        return {
+            "step_bytes": layout.params * bytes_per_param(rule, storage),
+            "model_bytes": Workload.size(layout, rule, storage),
+        }
+
+    def drawn(self) -> dict[str, Any]:
+        """What else a row says, that only the drawn tensors tell: nothing."""
+        return {}
+
+    def tolerance(self, implementation: Implementation) -> float:
+        """The largest error of one that is right."""
+        return tolerance(self.storage)
+
+    @staticmethod
+    def needed(implementation: Implementation) -> tuple[int, int]:
+        """Bytes that it keeps beside what all share, and that its steps take; too few to count."""
+        return 0, 0
+
+    def copies(self, device: Device) -> dict[str, tuple[Step, int]]:
+        """A copy with a step's reads and writes, and its bytes."""
+        mixed = MixedCopy(device.copied, self.rule, self.storage)
+        mixed.tune(device)
+        return {MIXED_COPY: (mixed.run, mixed.n_bytes)}
+
     def new_gradients(self) -> None:
         """Random ones, at the same addresses."""
         for grad in self._grads():
             grad.normal_(generator=self._generator)
 
-    def renew(self) -> None:
+    def renew(self, steps: Iterable[Step] = ()) -> None:
         """New random parameters and gradients, and state of zeros, at the same addresses.
 
         With one gradient for ever, centered RMSprop divides by the root of a rounding error: it
@@ -85,31 +129,13 @@ class Workload:
         return torch.cat([t.detach().view(-1)[places[t.numel()]].double() for t in tensors])
 
     def check(self, step: Step, synchronize: Step) -> tuple[float, float]:
-        """Take steps with new gradients, beside torch's for-loop in float64.
+        """See `check`. Rules work element by element: the reference needs only the checked ones."""
 
-        Rules work element by element, so that the reference needs only the checked elements.
-
-        Returns:
-            The largest error, relative to the value where that is above 1, and the milliseconds
-            that the first step took until the device was done.
-        """
-        exact = Parameter(self.probe(self.params))
-        reference = getattr(torch.optim, self.rule.optimizer)(
-            [exact], **self.rule.kwargs, foreach=False
-        )
-        times = []
-        for _ in range(CHECKED_STEPS):
+        def new_gradients(_: int) -> list[Tensor]:
             self.new_gradients()
-            exact.grad = self.probe(self._grads())
-            synchronize()
-            start = time.perf_counter()
-            step()
-            synchronize()
-            times.append(1e3 * (time.perf_counter() - start))
-            reference.step()
-        values = exact.detach()
-        error = (self.probe(self.params) - values).abs() / values.abs().clamp(min=1)
-        return float(error.max()), times[0]
+            return [self.probe(self._grads())]
+
+        return check(step, synchronize, self.rule, lambda: [self.probe(self.params)], new_gradients)
 
     def _grads(self) -> list[Tensor]:
         return [param.grad for param in self.params if param.grad is not None]

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 from cases import DEVICE
-from lab.device import Device
+from lab.device import Host
 from lab.implementations import Step
 
 
-class FakeDevice(Device):
+class FakeDevice(Host):
     """Stands in for a GPU: its moments are those of the host's clock."""
 
     type = DEVICE
+    is_gpu = True
 
     def __init__(self, free: int = 1 << 20) -> None:
         self.name = "No GPU (2)"
         self.l2_bytes = 1 << 10
-        self.peak_bandwidth: float | None = 4e12
+        self.peak_bandwidth = 4e12
         self.copied = torch.randn(1 << 16, device=DEVICE)
         self._source, self._target = self.copied.chunk(2)
         self._reader = self._source[:64]
@@ -27,26 +26,11 @@ class FakeDevice(Device):
     def driver(self) -> str:
         return "none"
 
-    def mark(self) -> float:
-        return time.perf_counter()
-
-    def between(self, start: float, stop: float) -> float:
-        return 1e6 * (stop - start)
-
-    def passed(self, moment: float) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        pass
-
     def hold(self, microseconds: float) -> None:
         assert 0 < microseconds <= 200_000
 
     def free_bytes(self) -> int:
         return self._free
-
-    def allocated(self) -> int:
-        return 0
 
     def peak_of(self, step: Step) -> int:
         step()

@@ -26,17 +26,25 @@ PROPERTIES = SimpleNamespace(
 def _on_fake_device(module: Any) -> None:
     """One rule on a tiny layout, timed by the host's clock; nothing that torch would compile."""
     from fake_device import FakeDevice
-    from lab import group, implementations
+    from lab import group
+    from lab.embedding_tables import Tables
     from lab.suites import Layout
+    from lab.workload import Workload
 
     from triton_optim.launch import backend
 
     tiny = Layout("tiny", [("weight", (12, 15))])
+    tables = Tables(1000, 16, 100, "zipf")
     module.Device = FakeDevice
     module.RULES = module.RULES[1:2]
     module.LAYOUTS = (tiny,)
-    module.SUITES = {"sweep": lambda: [tiny], "gpt2": lambda: [tiny]}
-    vars(group)["IMPLEMENTATIONS"] = implementations.IMPLEMENTATIONS[:3]
+    vars(group)["RULES"] = module.RULES
+    module.SUITES = {
+        "sweep": lambda: [tiny],
+        "gpt2": lambda: [tiny],
+        "embeddings": lambda: [tables],
+    }
+    Workload.implementations = Workload.implementations[:3]
     if not HAS_GPU:
         vars(backend)["architecture"] = lambda _: "sm_90"
 
@@ -57,17 +65,11 @@ def _few_tensors(module: Any) -> None:
     module._print_first_step = lambda _: None
 
 
-def _small_tables(module: Any) -> None:
-    module.ON_GPU = module.ON_CPU = ((1000,), (16,), (100,))
-    module.DRY_TABLES = ()
-
-
 SMALLER = {
     "bench_step": _on_fake_device,
     "triton_optim.__main__": _one_rule,
     "tune": _few_configs,
     "bench_host": _few_tensors,
-    "bench_sparse": _small_tables,
 }
 NEED_A_GPU = ("lab.machine", "bench_step", "tune")
 

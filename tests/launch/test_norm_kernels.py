@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from itertools import product
@@ -19,46 +18,17 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-POINTERS = {
-    "owners_ptr": "*i32",
-    "rows_ptr": "*i64",
-    "grads_ptr": "*i64",
-    "partials_ptr": "*fp64",
-    "ticket_ptr": "*i32",
-    "sum_ptr": "*fp64",
-    "norm_ptr": "*fp64",
-    "max_norm_ptr": "*fp64",
-    "grad_scale_ptr": "*fp32",
-    "n_bytes": "fp32",
-    "blocks": "i32",
-}
 
 
 def _compile(architecture: str, kernel: Any, dtype: str, **constants: Any) -> Any:
-    import triton
-    from lab.gpus import GPUS
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from lab.compiled import compile_for
 
     from triton_optim.launch import backend, tuning
 
     config = tuning.grad_config(architecture, half=dtype.endswith("16"))
     constants |= {"DTYPE": backend.triton_dtype(dtype), "BLOCK_SIZE": config.block_size}
-    names = kernel.arg_names
-    place = {name: (i,) for i, name in enumerate(names)}
-    source = ASTSource(
-        kernel,
-        {name: POINTERS.get(name, "constexpr") for name in names},
-        {place[name]: value for name, value in constants.items()},
-        {place[n]: [["tt.divisibility", 16]] for n in names if POINTERS.get(n, "")[:1] == "*"},
-    )
-    gpu = architecture.startswith("gfx")
-    target = architecture if gpu else int(architecture.removeprefix("sm_"))
-    return triton.compile(
-        source,
-        target=GPUTarget("hip" if gpu else "cuda", target, GPUS[architecture].warp_size),
-        options={"num_warps": config.num_warps, "enable_fp_fusion": True},
-    )
+    options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
+    return compile_for(architecture, kernel, constants, options, partials_ptr="*fp64")
 
 
 def _adjacent(ttgir: str, dtype: str) -> int:
@@ -74,23 +44,17 @@ def _adjacent(ttgir: str, dtype: str) -> int:
 
 
 def main() -> None:
-    from lab.disassembly import amdgcn, amdgcn_usage, sass, sass_usage
+    from lab.disassembly import disassembled
     from lab.gpus import GPUS
 
     from triton_optim.kernels.norm import norm_kernel, scale_kernel
 
-    os.environ.setdefault("TRITON_HIP_LLD_PATH", shutil.which("true") or "true")
     found = {}
     kernels: Any = ((norm_kernel, {"ADDS": False}), (scale_kernel, {}))
     for architecture, (kernel, flags), aligned in product(GPUS, kernels, (True, False)):
         compiled = [_compile(architecture, kernel, d, ALIGNED=aligned, **flags) for d in DTYPES]
-        if architecture.startswith("gfx"):
-            texts = [c.asm["amdgcn"] for c in compiled]
-            codes, usages = [*map(amdgcn, texts)], [*map(amdgcn_usage, texts)]
-        else:
-            cubins = [c.asm["cubin"] for c in compiled]
-            codes, usages = sass(cubins, architecture), [*map(sass_usage, cubins)]
-        for dtype, code, usage, binary in zip(DTYPES, codes, usages, compiled, strict=True):
+        read = zip(DTYPES, compiled, disassembled(architecture, compiled), strict=True)
+        for dtype, binary, (code, usage) in read:
             widest = {
                 kind: max((i.n_bytes for i in code if i.access == kind), default=0)
                 for kind in ("load", "store")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import triton
 from cases import CASES, DEVICE
+from lab import interpreted_rows
+from lab.audit import Audit
 from lab.gpus import GPUS
 from lab.interpreted import flag_sets, measure
-from lab.kernel_report import Row, findings, from_json
+from lab.kernel_report import DenseReport, RowReport, StepReport
 from torch.nn import Parameter
 
 import triton_optim
@@ -22,8 +24,10 @@ import triton_optim
 ROOT = Path(__file__).parents[2]
 BASELINE = ROOT / "perf/results/audit.json"
 REWRITE = "python perf/audit_kernels.py --json perf/results/audit.json"
+# All dense kernels on sm_90, and each seventh on the other three; a few by rows, and their steps.
+OPTIONS = {"dense": ("--every", "7"), "rows": ("--every", "40", "--arch", "sm_90", "gfx942")}
 
-Audit = tuple[subprocess.CompletedProcess[str], list[Row]]
+Run = tuple[subprocess.CompletedProcess[str], Audit]
 
 
 def _compiling() -> dict[str, str]:
@@ -32,129 +36,136 @@ def _compiling() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def audit(tmp_path_factory: pytest.TempPathFactory) -> Audit:
-    """All kernels on sm_90, and each seventh on the other three."""
-    file = tmp_path_factory.mktemp("audit") / "audit.json"
-    command = [sys.executable, "perf/audit_kernels.py", "--every", "7", "--json", str(file)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=_compiling(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode in (0, 1), done.stderr
-    return done, from_json(file.read_text())[1]
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """By kind of kernels."""
+    found = {}
+    for kind, options in OPTIONS.items():
+        file = tmp_path_factory.mktemp("audit") / "audit.json"
+        command = [sys.executable, "perf/audit_kernels.py", "--kinds", kind, *options]
+        done = subprocess.run(
+            [*command, "--json", str(file)],
+            cwd=ROOT, env=_compiling(), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode in (0, 1), done.stderr
+        found[kind] = done, Audit.from_json(file.read_text())
+    return found
 
 
-def test_nothing_is_found(audit: Audit) -> None:
-    done, rows = audit
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_nothing_is_found(runs: dict[str, Run], kind: str) -> None:
+    done, audit = runs[kind]
+    kernels: list[Any] = [*audit.kernels, *audit.row_kernels]
     assert done.returncode == 0, done.stdout[done.stdout.rindex("\n\n") :]
-    assert done.stdout.endswith(f"{len(rows)} kernels, 0 findings\n")
-    assert {row.architecture for row in rows} == {*GPUS}
+    counts = f"{len(kernels)} kernels, {len(audit.row_steps)} steps by rows, 0 findings\n"
+    assert done.stdout.endswith(counts)
+    assert bool(audit.row_steps) == (kind == "rows")
+    expected = {*GPUS} if kind == "dense" else {"sm_90", "gfx942"}
+    assert {kernel.architecture for kernel in kernels} == expected
     for line in done.stdout.splitlines():
         assert len(line) <= 140
 
 
-def test_the_committed_baseline_holds(audit: Audit) -> None:
-    version, rows = from_json(BASELINE.read_text())
-    assert not [finding for row in rows for finding in findings(row)]
-    if version != triton.__version__:
-        pytest.skip(f"{BASELINE.name} is of Triton {version}, this is {triton.__version__}")
-    committed = {row[:2]: row for row in rows}
-    compiled = {row[:2]: row for row in audit[1]}
-    changed = [
-        f"{row}\nwas {committed.get(k)}" for k, row in compiled.items() if row != committed.get(k)
-    ]
-    changed += [f"{k} is gone" for k in committed if k[0] == "sm_90" and k not in compiled]
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_the_committed_baseline_holds(runs: dict[str, Run], kind: str) -> None:
+    committed, compiled = Audit.from_json(BASELINE.read_text()), runs[kind][1]
+    assert not committed.findings()
+    if committed.triton != triton.__version__:
+        here = triton.__version__
+        pytest.skip(f"{BASELINE.name} is of Triton {committed.triton}, this is {here}")
+    before, after = _by_name(committed), _by_name(compiled)
+    assert after
+    changed = [f"{row}\nwas {before.get(k)}" for k, row in after.items() if row != before.get(k)]
+    if kind == "dense":
+        names = {row[:2] for row in committed.kernels if row.architecture == "sm_90"}
+        changed += [f"{name} is gone" for name in names - after.keys()]
     assert not changed, "\n".join([f"if this is meant: {REWRITE}", *changed[:5]])
 
 
-GOOD = Row(
+def _by_name(audit: Audit) -> dict[tuple[Any, ...], Any]:
+    kernels: list[Any] = [*audit.kernels, *audit.row_kernels]
+    return {kernel[:2]: kernel for kernel in kernels} | {step[:1]: step for step in audit.row_steps}
+
+
+DENSE = DenseReport(
     "sm_90", "adagrad - bf16/bf16/bf16", 16, 56, 0, 0, 128, 128, 128, 39.5, 176.2, 32, 49152, 10.04,
     10, 1,
 )  # fmt: skip
 
 
+BY_ROWS = RowReport(
+    "sm_90", "adagrad - sparse f32 64/4", 16, 4, 4, 128, 0, 4096, 128, 128, 20, 0, 4, 1512, 742, 4,
+    34816,
+)  # fmt: skip
+ALONE = BY_ROWS._replace(kernel="adagrad - sparse f32 64/1", multiple=1, adjacent=1)
+STEP = StepReport("adagrad - f32 64 hot", 512, 326, 64, 32, 464896, 464896, 0, 11468, 4096, 0, 3725)
+
+
 @pytest.mark.parametrize(
-    ("fault", "finding"),
+    ("good", "fault", "finding"),
     [
-        ({"spills": 8}, "spills 8 bytes a thread; 0 are allowed."),
-        ({"narrowest_bits": 32}, "a load or store of 32 bits on its main path; 128 are asked for."),
+        (DENSE, {"spills": 8}, "spills 8 bytes a thread; 0 are allowed."),
         (
+            DENSE,
+            {"narrowest_bits": 32},
+            "has a load or store of 32 bits on its main path; 128 are asked for.",
+        ),
+        (
+            DENSE,
             {"load_bits": 0, "store_bits": 0, "narrowest_bits": 0, "instructions": 0.0},
             "stores no whole block without a mask.",
         ),
-        ({"bytes_per_param": 10.2}, "moves 10.200 bytes a parameter; 10 to 10.100 are allowed."),
-        ({"bytes_per_param": 9.9}, "moves 9.900 bytes a parameter; 10 to 10.100 are allowed."),
-        ({"launches": 2}, "takes 2 update launches a step; 1 is allowed."),
         (
+            DENSE,
+            {"bytes_per_param": 10.2},
+            "moves 10.200 bytes a parameter; 10 to 10.100 are allowed.",
+        ),
+        (
+            DENSE,
+            {"bytes_per_param": 9.9},
+            "moves 9.900 bytes a parameter; 10 to 10.100 are allowed.",
+        ),
+        (DENSE, {"launches": 2}, "takes 2 update launches a step; 1 is allowed."),
+        (
+            DENSE,
             {"instructions": 62.0},
             "issues 62.0 instructions an element; 61.8 fit while memory moves it.",
         ),
+        (BY_ROWS, {"spills": 8}, "spills 8 bytes a thread; 0 are allowed."),
+        (ALONE, {"spills": 8}, None),
+        (
+            BY_ROWS,
+            {"split": 8},
+            "has 8 of 20 loads and stores of rows that are narrower than 4 elements or 128 bits.",
+        ),
+        (ALONE, {"adjacent": 4}, "has 4 elements next to each other a thread, loaded by 1."),
+        (STEP, {"moved": 464640}, "moves 464640 bytes of values and rows, 0 elements not exactly "
+         "once; 464896 are the floor."),
+        (STEP, {"astray": 64}, "moves 464896 bytes of values and rows, 64 elements not exactly "
+         "once; 464896 are the floor."),
+        (STEP, {"keys": 18000}, "moves 25821 bytes of ids, keys, order and tables; 23552 are "
+         "allowed."),
+        (STEP, {"partials": 32769}, "moves 32769 bytes of partial sums; 32768 are allowed."),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
-)
-def test_a_fault_is_a_finding(fault: dict[str, float], finding: str) -> None:
-    assert findings(GOOD) == []
-    found = findings(GOOD._replace(**fault))  # type: ignore[arg-type]
-    assert len(found) == 1
-    assert found[0].startswith("sm_90 adagrad - bf16/bf16/bf16 ")
-    assert found[0].endswith(finding)
-
-
-def test_what_a_misaligned_kernel_is_spared(audit: Audit) -> None:
-    """Its narrow loads, which would be findings were it aligned, but not its spills."""
-    misaligned = [row for row in audit[1] if row.kernel.endswith(" misaligned")]
-    assert len(misaligned) > 100
-    for row in misaligned:
-        assert findings(row) == []
-        assert "bits on its main path" in findings(row._replace(alignment=16))[0]
-        assert "spills" in findings(row._replace(spills=4))[0]
-
-
-EXAMINE = """
-import sys
-sys.path[:0] = sys.argv[1:]
-from audit_kernels import examine
-from lab.interpreted import Step
-from lab.kernel_report import findings
-from triton_optim.launch import backend
-variant = backend.Variant(frozenset(), 1, "float32", "float32", "float32", True, False)
-for row in examine("sm_90", [Step("adagrad_rule", variant, 4, 20.08, 1)]):
-    print(*findings(row))
-"""
-
-
-@pytest.mark.parametrize(
-    ("file", "old", "new", "finding"),
-    [
-        ("kernels/multi_tensor.py", "MASKED=False", "MASKED=True", "32 bits on its main path"),
-        ("kernels/multi_tensor.py", "if remaining >=", "if -1 >=", "without a mask"),
-        ("kernels/chunks.py", "if ALIGNED:", "if False:", "32 bits on its main path"),
-        ("triton_optim/launch/backend.py", '{"num_warps"', '{"maxnreg": 32, "num_warps"', "spills"),
-        (
-            "kernels/rules.py",
-            "    sum = state[0] + grad * grad",
-            "    sum = state[0] + grad * grad\n"
-            "    for _ in tl.static_range(8):\n"
-            "        sum = div(sqrt(sum), param)",
-            "instructions an element",
-        ),
-    ],
-    ids=["masked", "nothing but the end", "no alignment", "few registers", "more arithmetic"],
-)
-def test_a_changed_kernel_is_found(
-    file: str, old: str, new: str, finding: str, tmp_path: Path
+)  # fmt: skip
+def test_a_fault_is_a_finding(
+    good: DenseReport | RowReport | StepReport, fault: dict[str, float], finding: str | None
 ) -> None:
-    """From source to finding, for Adagrad in float32."""
-    for name in ("kernels", "perf", "triton_optim"):
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignored)
-    source = (tmp_path / file).read_text()
-    assert source.count(old) >= 1
-    (tmp_path / file).write_text(source.replace(old, new, 1))
-    command = [sys.executable, "-c", EXAMINE, str(tmp_path), str(tmp_path / "perf")]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=_compiling(), capture_output=True, text=True, check=True
-    )
-    assert finding in done.stdout
+    assert good.findings() == []
+    found = good._replace(**fault).findings()  # type: ignore[arg-type]
+    name = good.name if isinstance(good, StepReport) else f"{good.architecture} {good.kernel}"
+    assert found == ([] if finding is None else [f"{name} {finding}"])
+
+
+def test_what_a_misaligned_kernel_is_spared(runs: dict[str, Run]) -> None:
+    """Its narrow loads, which would be findings were it aligned, but not its spills."""
+    kernels = runs["dense"][1].kernels
+    misaligned = [kernel for kernel in kernels if kernel.kernel.endswith(" misaligned")]
+    assert len(misaligned) > 100
+    for kernel in misaligned:
+        assert kernel.findings() == []
+        assert "bits on its main path" in kernel._replace(alignment=16).findings()[0]
+        assert "spills" in kernel._replace(spills=4).findings()[0]
 
 
 def test_every_flag_set_is_reached() -> None:
@@ -173,6 +184,55 @@ def test_every_flag_set_is_reached() -> None:
         assert optimizer.rule.active_flags(optimizer.param_groups[0]) in reached[case.optimizer]
 
 
+LAUNCHED = """
+import re, sys, tempfile
+sys.path[:0] = sys.argv[1:]
+import torch
+from torch.nn import Parameter
+import triton_optim
+from lab.disassembly import _run
+from lab.dry_gpu import dry_gpu
+from lab.row_code import instructions
+from lab.row_kernels import Kernel, kernel_of
+from triton_optim.kernels.keys import keys_kernel
+from triton_optim.kernels.rows import rows_kernel
+
+param = Parameter(torch.zeros(100, 64))
+ids, values = torch.arange(9)[None], torch.ones(9, 64)
+param.grad = torch.sparse_coo_tensor(ids, values, param.shape, check_invariants=True)
+with dry_gpu("sm_90"):
+    triton_optim.Adagrad([param]).step()
+    kernel = kernel_of("Adagrad", {}, (torch.float32,) * 3, 64)
+    for function, audited in ((rows_kernel, kernel), (keys_kernel, Kernel("keys"))):
+        (launched,) = (k for c in function.device_caches.values() for k in c[0].values())
+        assert launched.asm["cubin"] == audited.compiled("sm_90").asm["cubin"]
+    binary = kernel.compiled("sm_90")
+
+with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+    file.write(binary.asm["cubin"])
+    file.flush()
+    listing = _run("nvdisasm", "-g", "-c", file.name)
+machine, place = set(), ("", 0)
+for line in listing.splitlines():
+    if found := re.search(r'File "[^"]*/(\\w+[.]py)", line (\\d+)', line):
+        place = (found[1], int(found[2]))
+    elif found := re.search(r"(LDG|STG)[.]E(?:[.](64|128))?", line):
+        way = "load" if found[1] == "LDG" else "store"
+        machine.add((way, place, int(found[2] or 32)))
+ptx = {(way, at[:2], bits) for way, at, bits in instructions(binary.asm["ptx"])}
+vectors = {access for access in ptx if access[2] == 128}
+assert len(vectors) > 4
+assert vectors == {access for access in machine if access[2] == 128}
+"""
+
+
+def test_what_is_audited_is_what_is_launched() -> None:
+    """To the bit; and its vectors are those of PTX, line by line."""
+    command = [sys.executable, "-c", LAUNCHED, str(ROOT), str(ROOT / "perf")]
+    done = subprocess.run(command, env=_compiling(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
 def test_a_step_is_measured() -> None:
     step = measure(
@@ -181,3 +241,16 @@ def test_a_step_is_measured() -> None:
     assert step.name == "sgd MOMENTUM bf16/bf16/f32"
     assert step.launches == 1
     assert 14 < step.bytes_per_param < 14.14
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
+def test_a_step_by_rows_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted by hand where that can be done."""
+    monkeypatch.undo()
+    step = interpreted_rows.measure("RowwiseAdagrad", {}, torch.bfloat16, 256, "uniform")
+    assert step.name == "rowwise_adagrad - bf16 256 uniform"
+    assert step.programs == 32
+    assert step.floor == step.moved == 128 * 256 * 2 + 2 * step.rows * (256 * 2 + 4)
+    assert step.astray == 0
+    assert step.order == 8 * 128
+    assert step.findings() == []

@@ -19,7 +19,8 @@ import pytest
 import torch
 from cases import DEVICE
 from fake_device import FakeDevice
-from lab import group, rows, suites, workload
+from lab import bench, reference, rows, suites, workload
+from lab.group import Group
 from lab.implementations import (
     COPIES,
     COPY,
@@ -129,7 +130,7 @@ def test_the_check_gives_every_step_new_gradients() -> None:
         seen.append(tuple(float(grad.abs().sum()) for grad in grads))
 
     tensors.check(step, lambda: None)
-    assert len(set(seen)) == len(seen) == workload.CHECKED_STEPS
+    assert len(set(seen)) == len(seen) == reference.CHECKED_STEPS
     assert all(all(sums) for sums in seen)
     assert all(param.grad is grad for param, grad in zip(tensors.params, grads, strict=True))
 
@@ -235,14 +236,14 @@ def whole_run(
         _added("broken", lambda rule, params: _Broken(params)),
     )
     known = [item for item in IMPLEMENTATIONS if not item.compiled]
-    monkeypatch.setattr(group, "IMPLEMENTATIONS", (*known, *added))
+    monkeypatch.setattr(workload.Workload, "implementations", (*known, *added))
     monkeypatch.setattr(torch, "compile", lambda **_: lambda step: step)
     small, huge = (
         Layout(name, [("weight", (n,))]) for name, n in (("small", 300), ("huge", 1 << 30))
     )
     monkeypatch.setitem(suites.SUITES, "sweep", lambda: [TINY, small, huge])
     options = ["--rules", "momentum", "--storages", "float32", "--repeats", "4"]
-    path = bench_step.run(FakeDevice(), bench_step.arguments(options), tmp_path)
+    path = bench_step.run(FakeDevice(), bench_step.arguments(options), tmp_path).path
     assert path.parent == tmp_path
     assert path.name.startswith("step-sweep-no-gpu-2-20")
     return rows.read(path), capsys.readouterr().out
@@ -292,23 +293,23 @@ def _assert_shares_of_the_copies_and_of_the_peak(small: dict[str, rows.Row]) -> 
 
 
 def test_without_a_known_peak_there_is_no_share_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group, "IMPLEMENTATIONS", IMPLEMENTATIONS[:1])
+    monkeypatch.setattr(workload.Workload, "implementations", IMPLEMENTATIONS[:1])
     device = FakeDevice()
     device.peak_bandwidth = None
-    item = group.Group("", Layout("small", [("weight", (400,))]), SGD, FLOAT32)
-    ours = group.bench(device, item, rows.Row(), 3, math.inf)[0]
+    item = Group("", Layout("small", [("weight", (400,))]), SGD, FLOAT32)
+    ours = bench.bench(device, item, rows.Row(), 3, math.inf)[0]
     assert ours.percent_of_mixed_copy
     assert ours.peak_gb_per_s is ours.percent_of_peak is None
 
 
 def test_peak_memory_counts_state_once() -> None:
     """What a package keeps of its own is among what was allocated since before it was built."""
-    item = group.Group("", TINY, MOMENTUM, MIXED)
-    row = rows.Row(params=10, model_bytes=80, kept_bytes=7, step_extra_bytes=1)
+    item = Group("", TINY, MOMENTUM, MIXED)
+    row = rows.Row(model_bytes=80, kept_bytes=7, step_extra_bytes=1)
     shares = _added("shares", _for_loop)
-    assert group._peak_bytes(item, shares, row) == 80 + 7 + 1
-    row.kept_bytes = 47
-    assert group._peak_bytes(item, shares._replace(torch_state=False), row) == 80 + 7 + 1
+    assert bench._peak_bytes(item, shares, row) == 80 + 7 + 1
+    row.kept_bytes = 7 + 4 * TINY.params
+    assert bench._peak_bytes(item, shares._replace(torch_state=False), row) == 80 + 7 + 1
 
 
 def test_what_has_no_time_says_why(whole_run: Run) -> None:
@@ -328,10 +329,18 @@ def test_what_has_no_time_says_why(whole_run: Run) -> None:
 
 def test_a_run_ends_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = bench_step.arguments(["--suite", "gpt2", "moe", "--minutes", "0"])
-    assert rows.read(bench_step.run(FakeDevice(), options, tmp_path)) == []
+    assert rows.read(bench_step.run(FakeDevice(), options, tmp_path).path) == []
     assert "the time was up before 28 groups, the first of them gpt2, sgd, float32" in (
         capsys.readouterr().out
     )
+
+
+def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    for given in (["--repeats", "1"], ["--rules", "adam"]):
+        with pytest.raises(SystemExit):
+            bench_step.arguments(given)
+    printed = capsys.readouterr().err
+    assert "two at least" in printed and "'adam'" in printed
 
 
 def _run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:

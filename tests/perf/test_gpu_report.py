@@ -19,6 +19,7 @@ import torch
 from fake_device import FakeDevice
 from gpu_report import PARTS, is_here, report
 from lab import implementations, parts
+from lab.embedding_tables import EMBEDDING_SUITES
 from lab.parts import FAILED, OK, OUT_OF_TIME, SKIPPED, Part, Record
 from lab.suites import SUITES
 
@@ -72,7 +73,7 @@ def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     if shutil.which("compute-sanitizer") is None:
         expected["sanitizer"] = SKIPPED
     assert outcomes == {**expected, "tests": OUT_OF_TIME, "plots": OK}
-    for pattern in ("raw/step-*.csv", "raw/host.csv", "raw/sparse.csv", "raw/tune-*.csv",
+    for pattern in ("raw/step-*.csv", "raw/host.csv", "raw/tune-*.csv",
                     "raw/profile_step.json.gz", "raw/tests.log", "raw/roofline-*.png"):  # fmt: skip
         assert [*tmp_path.glob(pattern)], pattern
     written = _page(tmp_path)
@@ -94,12 +95,14 @@ def test_every_suite_has_a_part() -> None:
 
 
 def test_the_short_benchmark_has_a_layout_a_suite() -> None:
-    groups = [*bench_step.groups(bench_step.arguments(["--short"]))]
+    groups = bench_step.groups(bench_step.arguments(["--short"]))
     assert {group.storage.name for group in groups} == {"float32"}
     found = {(group.suite, group.layout.name) for group in groups}
     assert len(found) == len(SUITES)
     assert ("sweep", "1000x1024") in found
-    assert len(groups) == len(found) * len(implementations.RULES)
+    dense = len(found) - len(EMBEDDING_SUITES)
+    rules, by_rows = implementations.RULES, implementations.EMBEDDING_RULES
+    assert len(groups) == dense * len(rules) + len(EMBEDDING_SUITES) * len(by_rows)
     sizes = [group.layout.params for group in groups]
     assert sizes == sorted(sizes)
 

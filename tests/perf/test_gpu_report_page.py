@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from lab import against_torch, implementations, page, sparse_implementations
+from lab import against_torch, embedding_steps, implementations, page
 from lab.parts import OK, Record
 
 
@@ -75,10 +75,10 @@ def test_the_page_says_what_is_ahead_and_what_is_behind(tmp_path: Path) -> None:
 
 
 def test_the_page_of_sparse_gradients_and_host_time(tmp_path: Path) -> None:
-    shape = {"rule": "adagrad", "tables": 1, "rows": 1000, "dim": 16, "batch": 9,
+    shape = {"rule": "adagrad", "tensors": 1, "rows": 1000, "dim": 16, "batch": 9,
              "distribution": "zipf", "status": "ok"}  # fmt: skip
     _plant(
-        tmp_path / "raw" / "sparse.csv",
+        tmp_path / "raw" / "step-embeddings.csv",
         {**shape, "implementation": "triton_optim", "gpu_us": 2},
         {**shape, "implementation": "torch sparse", "gpu_us": 1},
         {**shape, "implementation": "FBGEMM", "gpu_us": 0.1},
@@ -92,10 +92,11 @@ def test_the_page_of_sparse_gradients_and_host_time(tmp_path: Path) -> None:
     )
     page.write(tmp_path, [], {})
     written = (tmp_path / "README.md").read_text()
-    sparse = "adagrad, 1 tables, 1000 rows, 16 dim, 9 batch, zipf"
+    sparse = "adagrad, 1 tensors, 1000 rows, 16 dim, 9 batch, zipf"
     assert f"| {sparse} | GPU | 2.0 | 1.0 | torch sparse | 0.50 |" in _section(
         written, "Behind torch"
     )
+    assert "No row yet." in _section(written, "A step of dense gradients: GPU time")
     assert "| sgd, 10 tensors, 1 groups, stay | host | 4.0 | 5.0 | fused | 1.25 |" in _section(
         written, "Ahead of torch"
     )
@@ -113,7 +114,8 @@ def test_names_are_the_benchmarks() -> None:
     step, sparse, host = against_torch.SOURCES
     assert against_torch.OURS == implementations.OURS
     assert {*step.rivals} == {*implementations.TORCH_BEST}
+    assert against_torch.COPIES == implementations.COPIES
     assert {*sparse.rivals} == {
-        sparse_implementations.TORCH_SPARSE, sparse_implementations.TORCH_DENSE,
+        embedding_steps.TORCH_SPARSE, embedding_steps.TORCH_DENSE,
     }  # fmt: skip
     assert {f"torch {name}" for name in host.rivals} < {*implementations.TORCH_BEST}

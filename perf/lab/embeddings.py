@@ -3,83 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import count
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable
+from itertools import cycle
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-DISTRIBUTIONS = ("uniform", "zipf")
-ZIPF_EXPONENT = 1.05  # the row of rank k has a share of k**-1.05
+from lab.device import Device
+from lab.embedding_ids import ids_of
+from lab.embedding_steps import EMBEDDING_IMPLEMENTATIONS, Candidate
+from lab.embedding_tables import ZIPF, Tables, state_bytes, step_bytes
+from lab.implementations import Implementation, Rule, Step, Storage
+from lab.reference import CHECKED_STEPS, check
+
 BATCHES = 3  # gradients that take turns while steps are timed
 CHECKED = (0, 1, 0)  # batches of the checked steps: rows of the first rest while the second steps
 UNITS = 8  # in the last place, that an addition may be off
 PROBED = 4096  # rows of a table that are checked, about; all where it has no more
 FREQUENT = 8  # the most frequent rows, which are checked in any case
-GOLDEN = 0.618  # spreads multiples evenly
-
-
-class Shape(NamedTuple):
-    """Tables, all alike, each of which gets a gradient of `batch` rows."""
-
-    rows: int
-    dim: int
-    batch: int
-    distribution: str
-    tables: int = 1
-
-    @property
-    def table_bytes(self) -> int:
-        """Of all tables."""
-        return 4 * self.tables * self.rows * self.dim
-
-    @property
-    def value_bytes(self) -> int:
-        """Of the values of one batch's gradients."""
-        return 4 * self.tables * self.batch * self.dim
-
-    def __str__(self) -> str:
-        tables = "1 table" if self.tables == 1 else f"{self.tables} tables"
-        return f"{tables} of {self.rows:,} x {self.dim}, {self.batch:,} ids {self.distribution}"
-
-
-class Candidate(Protocol):
-    """What is checked and timed."""
-
-    @property
-    def tables(self) -> Sequence[Tensor]:
-        """That it steps."""
-
-    def load(self, batch: int) -> None:
-        """Make this batch's gradients those of the next steps."""
-
-    def step(self) -> object: ...
-
-
-class Reference(Protocol):
-    """An optimizer over float64 parameters with dense gradients."""
-
-    def step(self) -> object: ...
-
-
-def ids_of(shape: Shape, device: str, generator: torch.Generator) -> Callable[[], Tensor]:
-    """What draws the ids of one table's batch, with duplicates."""
-    rows, size = shape.rows, (shape.batch,)
-    if shape.distribution == "uniform":
-        return lambda: torch.randint(rows, size, device=device, generator=generator)
-    ranks = torch.arange(1, rows + 1, dtype=torch.float64, device=device)
-    cumulative = ranks.pow_(-ZIPF_EXPONENT).cumsum_(0)
-    # Frequent rows are to lie all over the table, as hashed ids do: each rank has a row of its own.
-    factor = next(n for n in count(max(1, int(GOLDEN * rows))) if math.gcd(n, rows) == 1)
-
-    def draw() -> Tensor:
-        drawn = torch.rand(size, dtype=torch.float64, device=device, generator=generator)
-        found = torch.searchsorted(cumulative, drawn * cumulative[-1], right=True)
-        return found.clamp_(max=rows - 1) * factor % rows
-
-    return draw
+PASSING_VALUES = 8  # times the gradients' values that sorting and summing them may take
 
 
 class Embeddings:
@@ -95,8 +38,10 @@ class Embeddings:
         grads: sparse COO, by batch and table.
     """
 
-    def __init__(self, shape: Shape, device: str) -> None:
-        self.shape = shape
+    implementations: tuple[Implementation, ...] = EMBEDDING_IMPLEMENTATIONS
+
+    def __init__(self, shape: Tables, rule: Rule, _: Storage, device: str) -> None:
+        self.shape, self.rule, self._batches = shape, rule, cycle(range(BATCHES))
         self._generator = generator = torch.Generator(device).manual_seed(0)
         draw, n_tables = ids_of(shape, device, generator), range(shape.tables)
         self.ids = [[draw() for _ in n_tables] for _ in range(BATCHES)]
@@ -112,11 +57,62 @@ class Embeddings:
         return torch.sparse_coo_tensor(ids[None], values, size, check_invariants=False)
 
     @staticmethod
-    def size(shape: Shape) -> int:
+    def size(shape: Tables, rule: Rule, storage: Storage) -> int:
         """Bytes of tables, gradients and what it takes to draw them."""
         ids = 8 * BATCHES * shape.tables * shape.batch
-        zipf = 16 * shape.rows if shape.distribution == "zipf" else 0
+        zipf = 16 * shape.rows if shape.distribution == ZIPF else 0
         return shape.value_bytes + ids + max(shape.table_bytes, zipf)
+
+    @staticmethod
+    def state_bytes(shape: Tables, rule: Rule, storage: Storage) -> int:
+        return state_bytes(rule, shape)
+
+    @staticmethod
+    def columns(shape: Tables, rule: Rule, storage: Storage) -> dict[str, Any]:
+        """What a row says of these tables."""
+        return {
+            "rows": shape.rows,
+            "dim": shape.dim,
+            "batch": shape.batch,
+            "distribution": shape.distribution,
+            "model_bytes": shape.table_bytes + shape.value_bytes + state_bytes(rule, shape),
+        }
+
+    def drawn(self) -> dict[str, Any]:
+        """What else a row says, that only the drawn ids tell."""
+        unique_rows, _ = self.counted()
+        return {
+            "unique_rows": unique_rows,
+            "step_bytes": step_bytes(self.rule, self.shape, unique_rows),
+        }
+
+    def tolerance(self, implementation: Implementation) -> float:
+        """The largest error of one that is right."""
+        one_by_one = self.rule.name in implementation.one_by_one
+        return tolerance(self.counted()[1] if one_by_one else 1)
+
+    def needed(self, implementation: Implementation) -> tuple[int, int]:
+        """Bytes that it keeps beside what all share, and that its steps take."""
+        shape = self.shape
+        kept = implementation.tables * shape.table_bytes + state_bytes(self.rule, shape)
+        passing = implementation.passing * shape.table_bytes
+        return kept, max(PASSING_VALUES * shape.value_bytes, passing)
+
+    def copies(self, device: Device) -> dict[str, tuple[Step, int]]:
+        """None beside the plain one."""
+        return {}
+
+    def build(self, implementation: Implementation) -> Candidate:
+        candidate: Candidate = implementation.build(self.rule, self)
+        candidate.load(0)
+        return candidate
+
+    def renew(self, steps: Iterable[Step]) -> None:
+        """The next batch for all."""
+        batch = next(self._batches)
+        for step in steps:
+            if isinstance(step, Candidate):
+                step.load(batch)
 
     def new_values(self) -> None:
         """Random ones, at the same addresses."""
@@ -157,6 +153,21 @@ class Embeddings:
         chosen: Tensor = torch.unique(torch.cat([spread, (spread + 1) % rows, frequent, ends]))
         return chosen
 
+    def check(self, candidate: Candidate, synchronize: Step) -> tuple[float, float]:
+        """See `check`. Rules work row by row: the reference needs only the checked ones."""
+        probes = self.probes()
+
+        def probe() -> list[Tensor]:
+            named = zip(candidate.tables, probes, strict=True)
+            return [table.detach()[rows].double() for table, rows in named]
+
+        def new_gradients(number: int) -> list[Tensor]:
+            self.new_values()
+            candidate.load(CHECKED[number])
+            return [self.summed(CHECKED[number], i, rows) for i, rows in enumerate(probes)]
+
+        return check(candidate, synchronize, self.rule, probe, new_gradients)
+
 
 def tolerance(additions: int = 1) -> float:
     """The largest error that a right implementation makes in the checked steps, relative.
@@ -164,38 +175,4 @@ def tolerance(additions: int = 1) -> float:
     Args:
         additions: to an element in a step. Each rounds it, up or down by chance.
     """
-    return len(CHECKED) * UNITS * math.sqrt(additions) * torch.finfo(torch.float32).eps
-
-
-def check(
-    work: Embeddings, candidate: Candidate, reference: Callable[[list[Parameter]], Reference]
-) -> float:
-    """Take steps with new gradients, beside a reference in float64 over some rows.
-
-    Rules work row by row, so that the reference needs only those rows.
-
-    Returns:
-        The largest error, relative to the value where that is above 1.
-    """
-    probes = work.probes()
-
-    def probed() -> list[Tensor]:
-        return [
-            table.detach()[rows].double()
-            for table, rows in zip(candidate.tables, probes, strict=True)
-        ]
-
-    exact = [Parameter(values) for values in probed()]
-    expected = reference(exact)
-    for batch in CHECKED:
-        work.new_values()
-        candidate.load(batch)
-        candidate.step()
-        for table, param in enumerate(exact):
-            param.grad = work.summed(batch, table, probes[table])
-        expected.step()
-    errors = [
-        ((found - param).abs() / param.abs().clamp(min=1)).max()
-        for found, param in zip(probed(), (param.detach() for param in exact), strict=True)
-    ]
-    return float(torch.stack(errors).max())
+    return CHECKED_STEPS * UNITS * math.sqrt(additions) * torch.finfo(torch.float32).eps

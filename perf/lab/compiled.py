@@ -1,0 +1,88 @@
+"""Kernels compiled ahead of time, as a launch on a GPU would have them compiled."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lab.gpus import GPUS
+from triton_optim.launch import backend
+from triton_optim.rule import Rule
+
+# The kernels' run-time arguments as a GPU is given them; keys of fewer than 2**31 rows.
+ARGUMENTS = {
+    "owners_ptr": "*i32",
+    "rows_ptr": "*i64",
+    "tensors_ptr": "*i64",
+    "grads_ptr": "*i64",
+    "hypers_ptr": "*fp64",
+    "steps_ptr": "*fp64",
+    "keys_ptr": "*i32",
+    "order_ptr": "*i64",
+    "ticket_ptr": "*i32",
+    "tickets_ptr": "*i32",
+    "sum_ptr": "*fp64",
+    "norm_ptr": "*fp64",
+    "found_inf_ptr": "*fp32",
+    "grad_scale_ptr": "*fp32",
+    "grad_norm_ptr": "*fp64",
+    "max_norm_ptr": "*fp64",
+    "happened_ptr": "*fp32",
+    "n_bytes": "fp32",
+    "blocks": "i32",
+    "first_tensor": "i32",
+    "n_tensors": "i32",
+    "chunk": "i32",
+}
+
+
+def compile_for(
+    architecture: str,
+    kernel: Any,
+    constants: Mapping[str, Any],
+    options: Mapping[str, Any],
+    **types: str,
+) -> Any:
+    """A Triton kernel for "sm_90" or another of `GPUS`. Not in a process where Triton interprets.
+
+    Args:
+        constants: the arguments that it is compiled for.
+        types: of arguments that are not in `ARGUMENTS`; pointers are multiples of 16 bytes.
+    """
+    names = kernel.arg_names
+    given = {name: {**ARGUMENTS, **types}[name] for name in names if name not in constants}
+    source = ASTSource(
+        kernel,
+        {name: given.get(name, "constexpr") for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in given if given[n][0] == "*"},
+    )
+    warp_size = GPUS[architecture].warp_size
+    if architecture.startswith("gfx"):
+        # Triton before 3.5 wants ROCm's linker; what is read here is the assembly before it.
+        os.environ.setdefault("TRITON_HIP_LLD_PATH", shutil.which("true") or "true")
+        target = GPUTarget("hip", architecture, warp_size)
+    else:
+        target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), warp_size)
+    return triton.compile(source, target=target, options=dict(options))
+
+
+def built_in(function: str) -> Rule:
+    """A rule as kernels know it, of the name of its function in kernels/rules.py."""
+    return Rule(getattr(backend.rules, function), doubles=True)
+
+
+def rule_and_flags(rule: str, flags: Iterable[str]) -> str:
+    """How reports call an update: "rmsprop CENTERED+MOMENTUM"."""
+    return f"{rule.removesuffix('_rule')} {'+'.join(sorted(flags)) or '-'}"
+
+
+def short(dtype: str) -> str:
+    """ "f32" of "float32"."""
+    return dtype.replace("float", "f")

@@ -1,0 +1,90 @@
+"""The kernels that update whole tensors: compiled as `UpdateLaunch` would, and their code read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from lab.compiled import built_in, compile_for, rule_and_flags, short
+from lab.control_flow import Instruction
+from lab.disassembly import Usage
+from lab.gpus import GPUS
+from lab.kernel_report import DenseReport
+from lab.machine_code import Code, MainPath
+from triton_optim.kernels.multi_tensor import multi_tensor_kernel
+from triton_optim.launch import backend, tuning
+from triton_optim.launch.tuning import Config
+
+
+class Kernel(NamedTuple):
+    """One kernel, and what an interpreted step with it moves."""
+
+    rule: str
+    variant: backend.Variant
+    n_hypers: int
+    bytes_per_param: float
+    launches: int
+
+    @property
+    def storage(self) -> tuple[str, str, str]:
+        """Dtypes of parameter, gradient and state."""
+        return self.variant.param_dtype, self.variant.grad_dtype, self.variant.state_dtype
+
+    @property
+    def name(self) -> str:
+        storage = "/".join(map(short, self.storage))
+        aligned = "" if self.variant.aligned else " misaligned"
+        gated = " gated" if self.variant.gate else ""
+        return f"{rule_and_flags(self.rule, self.variant.flags)} {storage}{gated}{aligned}"
+
+    def misaligned(self) -> Kernel:
+        """The same over addresses that are no multiple of 16 bytes."""
+        return self._replace(variant=self.variant._replace(aligned=False))
+
+    def _config(self, architecture: str) -> Config:
+        return tuning.config(architecture, half=self.variant.half)
+
+    def compiled(self, architecture: str) -> Any:
+        config = self._config(architecture)
+        rule = built_in(self.rule)
+        constants = backend.constants(rule, self.variant, config, self.n_hypers)
+        constants |= dict.fromkeys(backend.unused_pointers(self.variant))
+        options = backend.options(self.variant, config, architecture)
+        return compile_for(architecture, multi_tensor_kernel, constants, options)
+
+    def report(
+        self, architecture: str, binary: Any, code: Sequence[Instruction], usage: Usage
+    ) -> DenseReport:
+        """What its machine code says.
+
+        Raises:
+            ValueError: the code is not understood.
+        """
+        gpu, variant, config = GPUS[architecture], self.variant, self._config(architecture)
+        elements = config.chunk // (config.num_warps * gpu.warp_size)  # a thread
+        sizes = backend.ITEM_SIZES
+        written = sizes[variant.param_dtype] + variant.n_states * sizes[variant.state_dtype]
+        written += sizes[variant.grad_dtype] if "UNSCALE" in variant.gate else 0
+        path = Code(code).main_path(elements * written) or MainPath(0, 0, (), (), 0)
+        if path.stores and sum(path.loads) < elements * (variant.bytes_per_element - written):
+            raise ValueError("not every load was found")
+        shared = binary.metadata.shared
+        warps = gpu.resident_warps(config.num_warps, usage.registers, shared)
+        return DenseReport(
+            architecture,
+            self.name,
+            backend.ALIGNMENT if variant.aligned else min(sizes[dtype] for dtype in self.storage),
+            registers=usage.registers,
+            spills=usage.spills,
+            shared=shared,
+            load_bits=8 * max(path.loads, default=0),
+            store_bits=8 * max(path.stores, default=0),
+            narrowest_bits=8 * min(path.loads + path.stores, default=0),
+            instructions=round(path.instructions / elements, 2),
+            with_detours=round((path.instructions + path.detours) / elements, 2),
+            resident_warps=warps,
+            in_flight=warps * gpu.warp_size * path.outstanding,
+            bytes_per_param=round(self.bytes_per_param, 4),
+            floor=variant.bytes_per_element,
+            launches=self.launches,
+        )
