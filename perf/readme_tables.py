@@ -2,7 +2,8 @@
 
     python perf/readme_tables.py
 
-Host time in README.md, and in perf/README.md what a step costs on many ranks, which is computed.
+Host time in triton_optim/README.md, and in perf/README.md what a step costs on many ranks, which is
+computed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from lab.host_rows import Row, read
 ROOT = Path(__file__).parent.parent
 ROWS = ROOT / "perf" / "results" / "host-cpu.csv"
 PARTS: dict[Path, tuple[str, Callable[[Sequence[Row]], str]]] = {
-    ROOT / "README.md": ("host time", host_report.report),
+    ROOT / "triton_optim" / "README.md": ("host time", host_report.report),
     ROOT / "perf" / "README.md": ("scaling", scaling.table),
 }
 

@@ -107,36 +107,36 @@ def test_lightning_resumes(case: Case, tmp_path: Path) -> None:
     _assert_resumed(_with_lightning(case.ours), lambda: _with_lightning(case.ours, half))
 
 
-def _run_readme(framework: str, names: dict[str, Any]) -> dict[str, Any]:
-    """Run the README's lines for a framework, given what they take as given."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    blocks = re.findall(r"(\w+):\n\n```python\n(.*?)```", readme, re.DOTALL)
+def _run_guide(framework: str, names: dict[str, Any]) -> dict[str, Any]:
+    """Run the guide's lines for a framework, given what they take as given."""
+    guide = (Path(__file__).parents[2] / "triton_optim" / "README.md").read_text()
+    blocks = re.findall(r"(\w+):\n\n```python\n(.*?)```", guide, re.DOTALL)
     given = {"RMSprop": triton_optim.RMSprop, "ExponentialLR": ExponentialLR, **names}
     exec(dict(blocks)[framework], given)
     return given
 
 
-def test_readme_trainer(tmp_path: Path) -> None:
+def test_guide_trainer(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     arguments = frameworks.training_arguments(tmp_path)
     with record_launches() as launches:
         names = {"Trainer": transformers.Trainer, "data": frameworks.rows()}
-        _run_readme("Trainer", {**names, "model": frameworks.llama(), "arguments": arguments})
+        _run_guide("Trainer", {**names, "model": frameworks.llama(), "arguments": arguments})
     assert len(launches) == STEPS
 
 
-def test_readme_accelerate() -> None:
+def test_guide_accelerate() -> None:
     names = {"accelerator": frameworks.accelerator(), "loss": frameworks.loss_of}
     loader = DataLoader(frameworks.rows(), frameworks.BATCH)
     with record_launches() as launches:
-        _run_readme("Accelerate", {**names, "model": frameworks.language_model(), "loader": loader})
+        _run_guide("Accelerate", {**names, "model": frameworks.language_model(), "loader": loader})
     assert len(launches) == STEPS
 
 
-def test_readme_lightning() -> None:
+def test_guide_lightning() -> None:
     lightning = pytest.importorskip("lightning")
     base = type(frameworks.lightning_module(triton_optim.SGD))
-    names = _run_readme("Lightning", {"LightningModule": base})
+    names = _run_guide("Lightning", {"LightningModule": base})
     with record_launches() as launches:
         frameworks.fit(names["Model"]())
     assert len(launches) == STEPS

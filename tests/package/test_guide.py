@@ -1,0 +1,106 @@
+"""The code of the guide's "Your own rule" runs, and links of the documents lead somewhere."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from cases import DEVICE
+from torch.nn import Parameter
+
+ROOT = Path(__file__).parents[2]
+GUIDE = ROOT / "triton_optim" / "README.md"
+LION = ROOT / "tests" / "helpers" / "lion.py"
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "triton_optim/*.md", "perf/*.md", "tests/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+IMPORTS = "import triton_optim\nfrom triton_optim import RowWise, StateTensor\n"
+
+
+def _blocks() -> list[str]:
+    """The Python blocks of "Your own rule": Lion, its use, Signum."""
+    section = re.split(r"^## ", GUIDE.read_text(), flags=re.MULTILINE)
+    (rule,) = [text for text in section if text.startswith("Your own rule\n")]
+    return re.findall(r"```python\n(.*?)```", rule, re.DOTALL)
+
+
+def _code(source: str) -> str:
+    """Without comments, the module's docstring and imports from the future."""
+    module = ast.parse(source)
+    if ast.get_docstring(module) is not None:
+        del module.body[0]
+    module.body = [
+        node
+        for node in module.body
+        if not (isinstance(node, ast.ImportFrom) and node.module == "__future__")
+    ]
+    return ast.unparse(module)
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """A file with the rules of the guide: Triton reads a function's source."""
+    lion, _, signum = _blocks()
+    path = tmp_path_factory.mktemp("guide") / "shown_rules.py"
+    path.write_text(f"{lion}\n{IMPORTS}\n{signum}")
+    spec = importlib.util.spec_from_file_location("shown_rules", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_lion_is_the_one_that_is_tested() -> None:
+    assert _code(_blocks()[0]) == _code(LION.read_text())
+
+
+def test_lion_is_used_as_shown(shown: ModuleType) -> None:
+    model = torch.nn.Linear(3, 2, device=DEVICE)
+    names = {"Lion": shown.Lion, "model": model}
+    exec(_blocks()[1], names)
+    model(torch.ones(1, 3, device=DEVICE)).sum().backward()
+    before = model.weight.detach().clone()
+    names["optimizer"].step()
+    torch.testing.assert_close(model.weight.detach(), before - 3e-4)
+
+
+def test_signum(shown: ModuleType) -> None:
+    """Two groups, one without an average and with a sparse gradient."""
+    averaged, table = (Parameter(torch.ones(shape, device=DEVICE)) for shape in ((3,), (3, 2)))
+    groups = [{"params": [averaged]}, {"params": [table], "beta": 0.0}]
+    optimizer = shown.Signum(groups, lr=0.5, beta=0.5, lr_decay=1.0, fused=True)
+    for first, row in ((-4.0, 1), (1.0, 2)):
+        averaged.grad = torch.tensor([first, 1.0, 0.0], device=DEVICE)
+        index = torch.tensor([[row]], device=DEVICE)
+        values = torch.ones(1, 2, device=DEVICE)
+        table.grad = torch.sparse_coo_tensor(index, values, (3, 2), check_invariants=False)
+        optimizer.step()
+    # The first step is 0.5, the second 0.5 / 2; the average of -4 and 1 is negative.
+    assert averaged.tolist() == [1.75, 0.25, 1.0]
+    assert table.tolist() == [[1.0, 1.0], [0.5, 0.5], [0.75, 0.75]]
+    assert [*optimizer.state[averaged]] == ["step", "exp_avg"]
+    assert [*optimizer.state[table]] == ["step"]
+
+
+def _anchors(path: Path) -> set[str]:
+    """Of headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if link.startswith("http"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target), link
