@@ -21,7 +21,6 @@ DOCUMENTS = sorted(
     for pattern in ("*.md", "triton_optim/*.md", "perf/*.md", "tests/**/*.md")
     for path in ROOT.glob(pattern)
 )
-IMPORTS = "import triton_optim\nfrom triton_optim import RowWise, StateTensor\n"
 
 
 def _blocks() -> list[str]:
@@ -49,7 +48,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """A file with the rules of the guide: Triton reads a function's source."""
     lion, _, signum = _blocks()
     path = tmp_path_factory.mktemp("guide") / "shown_rules.py"
-    path.write_text(f"{lion}\n{IMPORTS}\n{signum}")
+    path.write_text(f"{lion}\n{signum}")
     spec = importlib.util.spec_from_file_location("shown_rules", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
