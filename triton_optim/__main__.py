@@ -41,15 +41,15 @@ def main() -> int:
     else:
         print(f"device: CPU ({platform.machine()}), no GPU")
     if backend.DEVICE_TYPE is None:
-        print("way: torch's own for every parameter, because Triton is not installed")
+        print("torch's implementation steps every parameter, because Triton is not installed")
         return 0
     if backend.DEVICE_TYPE == "cuda" and not torch.cuda.is_available():
-        print("way: torch's own for every parameter; with TRITON_INTERPRET=1 the kernels, which")
+        print("torch's implementation steps every parameter; with TRITON_INTERPRET=1 the kernels, which")
         print("     are checked so below:\n", flush=True)
         command = [sys.executable, "-m", "triton_optim"]
         return subprocess.call(command, env={**os.environ, "TRITON_INTERPRET": "1"})
     how = "compiled" if backend.DEVICE_TYPE == "cuda" else "in Triton's interpreter"
-    print(f"way: dense parameters on {backend.DEVICE_TYPE} through the kernels, {how}\n")
+    print(f"dense parameters on {backend.DEVICE_TYPE} through the kernels, {how}\n")
 
     print(f"largest error of {sum(NUMELS)} elements after {STEPS} steps, against torch's for-loop")
     print("in float64:\n")

@@ -121,6 +121,20 @@ def test_own_constructor_and_flag() -> None:
         assert param.tolist() == [expected] * 3
 
 
+@pytest.mark.parametrize("hyperparameters", [{}, {"lr": 0.25}], ids=["none", "one"])
+def test_few_hyperparameters(hyperparameters: dict[str, float]) -> None:
+    class Halving(FusedOptimizer):
+        rule = Rule(_halving_rule, hyperparameters=hyperparameters)
+
+    param = Parameter(torch.ones(3, device=DEVICE))
+    optimizer = Halving([param])
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert param.tolist() == [0.25] * 3
+    assert float(optimizer.state[param]["step"]) == 2
+
+
 def test_arguments_that_there_are_not() -> None:
     with pytest.raises(TypeError, match=r"unexpected .* 'momentum'; its rule has .*lr"):
         Lion([new_param(3)], momentum=0.9)
@@ -190,6 +204,11 @@ def _rogue_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):  # type: 
     else:
         param -= hyper[0] * state[0]
     return param, state
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _halving_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):  # type: ignore[no-untyped-def]
+    return param / 2, state
 
 
 @triton.jit

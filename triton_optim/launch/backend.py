@@ -32,7 +32,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] != "triton":
         raise
-    # Triton has no wheel for this platform: every parameter goes torch's own way.
+    # Triton has no wheel for this platform: every parameter falls back to torch's implementation.
     COMPILED = False
     DEVICE_TYPE = None
     ROW_WIDTH = 0

@@ -66,7 +66,7 @@ class RowwiseAdagrad(FusedOptimizer):
     Args:
         params: tensors, dicts of groups or `named_parameters()`; any shape, float32, bfloat16,
             float16 or float64. Those that are not contiguous, or with rows of more than 4,096
-            elements (2,048 of float64), go the way of `fused=False`.
+            elements (2,048 of float64), fall back as with `fused=False`.
         lr: learning rate :math:`\gamma`; a float or a one-element tensor.
         weight_decay: :math:`\lambda`.
         initial_accumulator_value: what :math:`s` starts from.

@@ -111,7 +111,7 @@ def grad_launch(
 
 
 def square_sums(grads: Iterable[Tensor], scale: Tensor | None) -> list[SquareSum]:
-    """torch's way, of gradients divided by `scale`. Those of DTensors are over all ranks already.
+    """torch's implementation, of gradients divided by `scale`. Those of DTensors are over all ranks already.
 
     Ranks call it together where there are DTensors.
     """

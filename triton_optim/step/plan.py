@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..launch import backend
 from ..launch.grad_signature import GradSignature
+from ..options import Group
 from ..rule import State
 from ..tensors.layout import LayoutGuard
 from . import grad_norm
@@ -45,8 +46,8 @@ class Values:
 
     def __init__(self, view: OptimizerView, *, uses_kernels: bool) -> None:
         self._uses_kernels = uses_kernels
-        names = (name for name in view.defaults if all(name in group for group in view.groups))
-        self._get = itemgetter(*names)
+        self._names = [n for n in view.defaults if all(n in group for group in view.groups)]
+        self._get = itemgetter(*self._names) if len(self._names) > 1 else self._get_one_by_one
         # Options that a group may have for itself, and get later.
         self._optional = sorted(view.option_names & {"fused", "capturable"})
         self.structure = view.structure_key()
@@ -55,6 +56,9 @@ class Values:
     def read(self, view: OptimizerView) -> list[object]:
         optional = [group.get(name) for group in view.groups for name in self._optional]
         return [*chain.from_iterable(map(self._get, view.groups)), *optional]
+
+    def _get_one_by_one(self, group: Group) -> list[object]:
+        return [group[name] for name in self._names]
 
     def update(self, view: OptimizerView) -> bool:
         """Bring the hyperparameters up to date; False if parameters go other routes now."""
