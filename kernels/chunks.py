@@ -24,7 +24,7 @@ def pointer(address, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def find_chunk(owners_ptr, rows_ptr, FIRST: tl.constexpr, chunk):
+def find_chunk(block_to_tensor_ptr, tensor_table_ptr, FIRST: tl.constexpr, chunk):
     """What a program works on, a chunk of so many elements or the rest of a tensor.
 
     Returns:
@@ -34,8 +34,8 @@ def find_chunk(owners_ptr, rows_ptr, FIRST: tl.constexpr, chunk):
         remaining: elements from there to the tensor's end.
     """
     program = tl.program_id(0)
-    tensor = tl.load(owners_ptr + program).to(tl.int64)
-    row_ptr = rows_ptr + tensor * ROW_WIDTH
+    tensor = tl.load(block_to_tensor_ptr + program).to(tl.int64)
+    row_ptr = tensor_table_ptr + tensor * ROW_WIDTH
     start = (program - tl.load(row_ptr + FIRST)) * chunk
     return tensor, row_ptr, start, tl.load(row_ptr + NUMEL) - start
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .gate import happens
+from .conditions import step_is_taken
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
@@ -26,7 +26,7 @@ def count_kernel(
     - steps_ptr: int64 [n_tensors], addresses of one number of DTYPE each, no two the same;
     - grads_ptr: int64 [n_tensors, GRAD_COLUMNS]; the last is 0 where there is no gradient;
     - column_ptr: float64 [n_tensors], given the steps of before, or None;
-    - found_inf_ptr, grad_norm_ptr: see gate.py.
+    - found_inf_ptr, grad_norm_ptr: see conditions.py.
     """
     tensor = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = tensor < n_tensors
@@ -35,5 +35,5 @@ def count_kernel(
     step = tl.load(step_ptr, mask=mask, other=0.0)
     if column_ptr is not None:
         tl.store(column_ptr + tensor, step.to(tl.float64), mask=mask)
-    counted = mask & (grad != 0) & happens(found_inf_ptr, grad_norm_ptr, SKIP_NONFINITE)
+    counted = mask & (grad != 0) & step_is_taken(found_inf_ptr, grad_norm_ptr, SKIP_NONFINITE)
     tl.store(step_ptr, step + 1, mask=counted)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .chunks import FIRST, GROUP, PARAM, STATES, find_chunk, in_dtype, pointer, scalars
-from .gate import clipping, happens, unscaling
+from .conditions import clip_coef, inv_scale, step_is_taken
 from .numerics import narrow, widen
 
 
@@ -59,16 +59,16 @@ def _update_block(
 
 @triton.jit(launch_metadata=_launch_metadata)
 def multi_tensor_kernel(
-    owners_ptr,
-    rows_ptr,
+    block_to_tensor_ptr,
+    tensor_table_ptr,
     grads_ptr,
-    hypers_ptr,
+    hyperparameters_ptr,
     steps_ptr,
     found_inf_ptr,
     grad_scale_ptr,
     grad_norm_ptr,
     max_norm_ptr,
-    happened_ptr,
+    step_status_ptr,
     n_bytes,
     RULE: tl.constexpr,
     FLAGS: tl.constexpr,
@@ -91,15 +91,15 @@ def multi_tensor_kernel(
 
     Preconditions, none of which the kernel can check:
 
-    - owners_ptr: int32, one a program: its tensor. The programs of a tensor follow one another, as
-      many as it has chunks;
-    - rows_ptr: int64 [tensors, ROW_WIDTH], the columns of chunks.py;
+    - block_to_tensor_ptr: int32, one a program: its tensor. The programs of a tensor follow one
+      another, as many as it has chunks;
+    - tensor_table_ptr: int64 [tensors, ROW_WIDTH], the columns of chunks.py;
     - grads_ptr: int64 [tensors], addresses of gradients; a tensor at 0 is left alone;
-    - hypers_ptr: float64 [groups, N_HYPERS];
+    - hyperparameters_ptr: float64 [groups, N_HYPERS];
     - steps_ptr: float64 [tensors], or None where RULE reads no step;
-    - found_inf_ptr, grad_scale_ptr, grad_norm_ptr, max_norm_ptr: see gate.py. A skipped step writes
-      nothing; gradients are divided by the scale in memory too, and are not clipped there;
-    - happened_ptr: float32 [2], or None; told (1, 0) or, of a skipped step, (0, 1);
+    - found_inf_ptr, grad_scale_ptr, grad_norm_ptr, max_norm_ptr: see conditions.py. A skipped step
+      writes nothing; gradients are divided by the scale in memory too, and are not clipped there;
+    - step_status_ptr: float32 [2], or None; becomes (1, 0) or, of a skipped step, (0, 1);
     - n_bytes: float, what the launch loads and stores of the tensors; for a profiler alone;
     - every table starts at a multiple of 16 bytes;
     - every address points to numel dense elements of its dtype, in the memory order of the
@@ -110,21 +110,23 @@ def multi_tensor_kernel(
     before the next step.
     """
     CHUNK: tl.constexpr = BLOCKS * BLOCK_SIZE
-    tensor, row_ptr, start, remaining = find_chunk(owners_ptr, rows_ptr, FIRST, CHUNK)
+    tensor, row_ptr, start, remaining = find_chunk(
+        block_to_tensor_ptr, tensor_table_ptr, FIRST, CHUNK
+    )
     grad_address = tl.load(grads_ptr + tensor)
     remaining = tl.where(grad_address == 0, 0, remaining)
-    if happened_ptr is not None:
-        go = happens(found_inf_ptr, grad_norm_ptr, SKIP_NONFINITE)
-        remaining = tl.where(go, remaining, 0)
+    if step_status_ptr is not None:
+        taken = step_is_taken(found_inf_ptr, grad_norm_ptr, SKIP_NONFINITE)
+        remaining = tl.where(taken, remaining, 0)
     COMPUTE_DTYPE: tl.constexpr = tl.float64 if PARAM_DTYPE == tl.float64 else tl.float32
     unscale = None
     if grad_scale_ptr is not None:
-        unscale = unscaling(grad_scale_ptr, COMPUTE_DTYPE)
+        unscale = inv_scale(grad_scale_ptr, COMPUTE_DTYPE)
     clip = None
     if max_norm_ptr is not None:
-        clip = clipping(grad_norm_ptr, max_norm_ptr, COMPUTE_DTYPE)
+        clip = clip_coef(grad_norm_ptr, max_norm_ptr, COMPUTE_DTYPE)
 
-    hyper = scalars(hypers_ptr + tl.load(row_ptr + GROUP) * N_HYPERS, N_HYPERS)
+    hyper = scalars(hyperparameters_ptr + tl.load(row_ptr + GROUP) * N_HYPERS, N_HYPERS)
     step = None
     if steps_ptr is not None:
         step = tl.load(steps_ptr + tensor).to(tl.float64)
@@ -156,7 +158,7 @@ def multi_tensor_kernel(
             )  # fmt: skip
 
     # Last: after a store, AMD's compiler takes addresses that are loaded for a thread's own.
-    if happened_ptr is not None:
+    if step_status_ptr is not None:
         if tl.program_id(0) == 0:
-            tl.store(happened_ptr, go.to(tl.float32))
-            tl.store(happened_ptr + 1, 1 - go.to(tl.float32))
+            tl.store(step_status_ptr, taken.to(tl.float32))
+            tl.store(step_status_ptr + 1, 1 - taken.to(tl.float32))

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .chunks import NORM_FIRST, find_chunk, pointer
-from .gate import clipping, unscaling
+from .conditions import clip_coef, inv_scale
 from .numerics import narrow, widen
 
 # Partial sums that the last program adds at a time. Not as many as a block of gradients has
@@ -49,11 +49,11 @@ def _launch_metadata(grid, metadata, args):
 
 @triton.jit(launch_metadata=_launch_metadata, do_not_specialize=["blocks"])
 def norm_kernel(
-    owners_ptr,
-    rows_ptr,
+    block_to_tensor_ptr,
+    tensor_table_ptr,
     grads_ptr,
     partials_ptr,
-    ticket_ptr,
+    arrival_count_ptr,
     sum_ptr,
     norm_ptr,
     grad_scale_ptr,
@@ -61,7 +61,7 @@ def norm_kernel(
     blocks,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    ADDS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     """The sum of squares of every gradient that owns a program, and its root.
@@ -73,25 +73,27 @@ def norm_kernel(
     as zeros):
 
     - partials_ptr: float64, one a program;
-    - ticket_ptr: int32, 0; it is 0 again afterwards. No other launch uses it at the same time;
-    - sum_ptr, norm_ptr: float64, written; with ADDS, what `sum_ptr` holds is added;
-    - grad_scale_ptr: see gate.py;
+    - arrival_count_ptr: int32, 0; it is 0 again afterwards. No other launch uses it meanwhile;
+    - sum_ptr, norm_ptr: float64, written; with ACCUMULATE, what `sum_ptr` holds is added;
+    - grad_scale_ptr: see conditions.py;
     - n_bytes: float, what the launch loads of the gradients; for a profiler alone.
     """
     chunk = blocks * BLOCK_SIZE
-    tensor, _, start, remaining = find_chunk(owners_ptr, rows_ptr, NORM_FIRST, chunk)
+    tensor, _, start, remaining = find_chunk(
+        block_to_tensor_ptr, tensor_table_ptr, NORM_FIRST, chunk
+    )
     grad_address = tl.load(grads_ptr + tensor)
     remaining = tl.where(grad_address == 0, 0, remaining)
     grad_ptr = pointer(grad_address, start, DTYPE, ALIGNED)
     unscale = None
     if grad_scale_ptr is not None:  # before it is squared, or a large scale would overflow
-        unscale = unscaling(grad_scale_ptr, tl.float64 if DTYPE == tl.float64 else tl.float32)
+        unscale = inv_scale(grad_scale_ptr, tl.float64 if DTYPE == tl.float64 else tl.float32)
     partial = _sum_of_squares(grad_ptr, remaining, unscale, blocks, DTYPE, BLOCK_SIZE)
     tl.store(partials_ptr + tl.program_id(0), partial.to(tl.float64))
 
     # Acquire and release: the program that draws the last number sees all that was stored before.
     n_programs = tl.num_programs(0)
-    if tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == n_programs - 1:
+    if tl.atomic_add(arrival_count_ptr, 1, sem="acq_rel", scope="gpu") == n_programs - 1:
         offsets = tl.arange(0, PARTIALS_BLOCK)
         sums = tl.zeros((PARTIALS_BLOCK,), tl.float64)
         for first in tl.range(0, n_programs, PARTIALS_BLOCK):
@@ -100,17 +102,17 @@ def norm_kernel(
                 partials_ptr + at, mask=at < n_programs, other=0.0, cache_modifier=".cg"
             )
         total = tl.sum(sums)
-        if ADDS:
+        if ACCUMULATE:
             total += tl.load(sum_ptr)
         tl.store(sum_ptr, total)
         tl.store(norm_ptr, tl.sqrt(total))
-        tl.store(ticket_ptr, 0)
+        tl.store(arrival_count_ptr, 0)
 
 
 @triton.jit(launch_metadata=_launch_metadata, do_not_specialize=["blocks"])
 def scale_kernel(
-    owners_ptr,
-    rows_ptr,
+    block_to_tensor_ptr,
+    tensor_table_ptr,
     grads_ptr,
     norm_ptr,
     max_norm_ptr,
@@ -122,13 +124,15 @@ def scale_kernel(
 ):
     """Clip every gradient that owns a program, in place; where nothing is clipped, touch nothing.
 
-    Preconditions: those of `norm_kernel` and of gate.py.
+    Preconditions: those of `norm_kernel` and of conditions.py.
     """
     COMPUTE_DTYPE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     chunk = blocks * BLOCK_SIZE
-    tensor, _, start, remaining = find_chunk(owners_ptr, rows_ptr, NORM_FIRST, chunk)
+    tensor, _, start, remaining = find_chunk(
+        block_to_tensor_ptr, tensor_table_ptr, NORM_FIRST, chunk
+    )
     grad_ptr = pointer(tl.load(grads_ptr + tensor), start, DTYPE, ALIGNED)
-    coefficient = clipping(norm_ptr, max_norm_ptr, COMPUTE_DTYPE)
+    coefficient = clip_coef(norm_ptr, max_norm_ptr, COMPUTE_DTYPE)
     remaining = tl.where(coefficient == 1, 0, remaining)
 
     offsets = tl.arange(0, BLOCK_SIZE)

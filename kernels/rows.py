@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .chunks import in_dtype, pointer, scalars
-from .gate import happens, unscaling
+from .conditions import inv_scale, step_is_taken
 from .keys import (
     COUNT,
     FIRST,
@@ -29,7 +29,7 @@ from .rules import CATCH_UP
 
 
 @triton.jit
-def _sum_up(grad, key):
+def _segmented_scan(grad, key):
     """Every row of `grad` becomes the sum of the rows up to it that have its key.
 
     Keys ascend. The order of additions depends on the places of the rows alone: Hillis and Steele,
@@ -130,15 +130,15 @@ def _update_rows(
 def rows_kernel(
     tensors_ptr,
     grads_ptr,
-    hypers_ptr,
+    hyperparameters_ptr,
     steps_ptr,
     keys_ptr,
-    order_ptr,
+    permutation_ptr,
     partials_ptr,
-    tickets_ptr,
+    arrival_counts_ptr,
     found_inf_ptr,
     grad_scale_ptr,
-    happened_ptr,
+    step_status_ptr,
     first_tensor,
     n_tensors,
     chunk,
@@ -167,13 +167,13 @@ def rows_kernel(
     - tensors_ptr, grads_ptr: int64 [tensors, TENSOR_COLUMNS], [tensors, GRAD_COLUMNS]. The launch
       is about n_tensors of them from first_tensor on, whose programs follow one another, as many as
       each has chunks;
-    - hypers_ptr, steps_ptr, happened_ptr: as for `multi_tensor_kernel`; found_inf_ptr,
-      grad_scale_ptr: see gate.py;
+    - hyperparameters_ptr, steps_ptr, step_status_ptr: as for `multi_tensor_kernel`; found_inf_ptr,
+      grad_scale_ptr: see conditions.py;
     - keys_ptr: `keys_kernel`'s, sorted, or None: then gradients are dense, and position is row;
-    - order_ptr: int64, the position of each key before;
+    - permutation_ptr: int64, the position of each key before;
     - partials_ptr: [programs, 2, COLUMNS] of the arithmetic's dtype. A tensor's rows there are as
       wide as its own: what is loaded one by one stays so, or a warp would touch sectors again;
-    - tickets_ptr: int32, 0, one a program;
+    - arrival_counts_ptr: int32, 0, one a program;
     - addresses are those of rows that follow one another without gaps; COLUMNS is no less than
       their width, and a power of two;
     - MULTIPLE divides the width; if it is not 1, all addresses but row state's and ids' are
@@ -192,7 +192,7 @@ def rows_kernel(
     tensor_pointers = _tensor_pointers(
         tensor_ptr, N_STATES, PARAM_DTYPE, STATE_DTYPE, ROW_DTYPE, ALIGNED
     )
-    hyper = scalars(hypers_ptr + tl.load(tensor_ptr + GROUP) * N_HYPERS, N_HYPERS)
+    hyper = scalars(hyperparameters_ptr + tl.load(tensor_ptr + GROUP) * N_HYPERS, N_HYPERS)
     step = None
     if steps_ptr is not None:
         step = tl.load(steps_ptr + tensor).to(tl.float64)
@@ -203,12 +203,12 @@ def rows_kernel(
 
     start = (program - first_program) * chunk
     stop = tl.minimum(start + chunk, count)
-    if happened_ptr is not None:
-        go = happens(found_inf_ptr, None, False)
-        stop = tl.where(go, stop, start)
+    if step_status_ptr is not None:
+        taken = step_is_taken(found_inf_ptr, None, False)
+        stop = tl.where(taken, stop, start)
     unscale = None
     if grad_scale_ptr is not None:
-        unscale = unscaling(grad_scale_ptr, COMPUTE_DTYPE)
+        unscale = inv_scale(grad_scale_ptr, COMPUTE_DTYPE)
 
     block_row = tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, COLUMNS)
@@ -219,7 +219,7 @@ def rows_kernel(
     if keys_ptr is not None:
         position = tl.load(grad_ptr + POSITION)
         keys_ptr += position
-        order_ptr += position
+        permutation_ptr += position
         partials_ptr += first_program.to(tl.int64) * (2 * COLUMNS)
         base = tl.load(tensor_ptr + KEY)
         n_rows = tl.load(tensor_ptr + ROWS).to(tl.int32)
@@ -234,7 +234,7 @@ def rows_kernel(
         if keys_ptr is not None:
             row = row_of(keys_ptr + place, base, inside, -1)
             after = row_of(keys_ptr + place + 1, base, place + 1 < count, -1)
-            source = tl.load(order_ptr + place, mask=inside, other=0) - position
+            source = tl.load(permutation_ptr + place, mask=inside, other=0) - position
             ends = inside & (row != after)
             complete = ends & (row != before) & (row != n_rows)
         grad_offsets = source[:, None] * width + column[None, :]
@@ -249,7 +249,7 @@ def rows_kernel(
             tl.store(values_ptr + grad_offsets, narrow(grad, GRAD_DTYPE), mask=mask)
         if keys_ptr is not None:
             if BLOCK_ROWS > 1:
-                grad = _sum_up(grad, tl.where(inside, row, -2 - block_row))
+                grad = _segmented_scan(grad, tl.where(inside, row, -2 - block_row))
             grad = tl.where((row == carried)[:, None], grad + carry[None, :], grad)
             last = tl.minimum(block + BLOCK_ROWS, stop) - 1
             carried = row_of(keys_ptr + last, base, last < stop, -1)
@@ -276,9 +276,9 @@ def rows_kernel(
             if crosses & (row != n_rows) & (row != done):
                 begin = first_chunk(keys_ptr, base + row, chunk, index)
                 end = last_chunk(keys_ptr, base + row, chunk, index, count)
-                ticket_ptr = tickets_ptr + first_program + begin
+                arrival_count_ptr = arrival_counts_ptr + first_program + begin
                 # Acquire and release: the last one sees all that was stored before.
-                n_done = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
+                n_done = tl.atomic_add(arrival_count_ptr, 1, sem="acq_rel", scope="gpu")
                 if n_done == end - begin:
                     sums = tl.zeros((BLOCK_ROWS, COLUMNS), COMPUTE_DTYPE)
                     for earliest in tl.range(begin, end + 1, BLOCK_ROWS):
@@ -299,7 +299,7 @@ def rows_kernel(
                     )
 
     # Last: after a store, AMD's compiler takes addresses that are loaded for a thread's own.
-    if happened_ptr is not None:
+    if step_status_ptr is not None:
         if program == 0:
-            tl.store(happened_ptr, go.to(tl.float32))
-            tl.store(happened_ptr + 1, 1 - go.to(tl.float32))
+            tl.store(step_status_ptr, taken.to(tl.float32))
+            tl.store(step_status_ptr + 1, 1 - taken.to(tl.float32))

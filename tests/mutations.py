@@ -117,7 +117,7 @@ MUTATIONS = [
     Mutation("autograd is not told", "[*found.written, *found.wrappers, *found.counted]", "[]",
              "test_step.py", "autograd_sees"),
     Mutation("a missing gradient is updated from", "tl.where(grad_address == 0, 0, remaining)\n"
-             "    if happened_ptr", "remaining\n    if happened_ptr",
+             "    if step_status_ptr", "remaining\n    if step_status_ptr",
              "test_missing_gradients.py", "left_alone"),
     Mutation("a missing gradient counts", "mask & (grad != 0) & happens", "mask & happens",
              "test_missing_gradients.py", "clipping and True"),
@@ -151,7 +151,7 @@ MUTATIONS = [
              "test_clip_grad_norm.py", "is_torchs and float32"),
     Mutation("a norm of NaN clips nothing", "tl.where(coefficient > 1, 1, coefficient)",
              "tl.where(coefficient < 1, coefficient, 1)", "test_clipping.py", "nan_spreads"),
-    Mutation("sums of several launches are not added", "if ADDS:", "if False:",
+    Mutation("sums of several launches are not added", "if ACCUMULATE:", "if False:",
              "test_clip_grad_norm.py", "is_torchs and float32"),
     Mutation("a captured step sends nothing at a replay", "self._capture(content)", "pass",
              "test_capture.py", "eager_steps"),

@@ -44,8 +44,10 @@ def main() -> int:
         print("torch's implementation steps every parameter, because Triton is not installed")
         return 0
     if backend.DEVICE_TYPE == "cuda" and not torch.cuda.is_available():
-        print("torch's implementation steps every parameter; with TRITON_INTERPRET=1 the kernels, which")
-        print("     are checked so below:\n", flush=True)
+        print(
+            "torch's implementation steps every parameter; with TRITON_INTERPRET=1 the kernels do,"
+        )
+        print("which are checked so below:\n", flush=True)
         command = [sys.executable, "-m", "triton_optim"]
         return subprocess.call(command, env={**os.environ, "TRITON_INTERPRET": "1"})
     how = "compiled" if backend.DEVICE_TYPE == "cuda" else "in Triton's interpreter"

@@ -34,7 +34,7 @@ class Kernel(NamedTuple):
     def name(self) -> str:
         storage = "/".join(map(short, self.storage))
         aligned = "" if self.variant.aligned else " misaligned"
-        gated = " gated" if self.variant.gate else ""
+        gated = " gated" if self.variant.conditions else ""
         return f"{rule_and_flags(self.rule, self.variant.flags)} {storage}{gated}{aligned}"
 
     def misaligned(self) -> Kernel:
@@ -64,7 +64,7 @@ class Kernel(NamedTuple):
         elements = config.chunk // (config.num_warps * gpu.warp_size)  # a thread
         sizes = backend.ITEM_SIZES
         written = sizes[variant.param_dtype] + variant.n_states * sizes[variant.state_dtype]
-        written += sizes[variant.grad_dtype] if "UNSCALE" in variant.gate else 0
+        written += sizes[variant.grad_dtype] if "UNSCALE" in variant.conditions else 0
         path = Code(code).main_path(elements * written) or MainPath(0, 0, (), (), 0)
         if path.stores and sum(path.loads) < elements * (variant.bytes_per_element - written):
             raise ValueError("not every load was found")

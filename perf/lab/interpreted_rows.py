@@ -33,7 +33,7 @@ HOT = 7  # a row that many programs meet
 LONG = 131_072  # ids, as many as the larger batches of bench_step.py: longer chunks, fewer sums
 LONG_WIDTH = 64
 KINDS = ("uniform", "hot", "long")
-SCRATCH = {"keys_ptr": "keys", "order_ptr": "order", "partials_ptr": "partials"}
+SCRATCH = {"keys_ptr": "keys", "permutation_ptr": "order", "partials_ptr": "partials"}
 
 
 def cases() -> list[tuple[Any, ...]]:

@@ -63,9 +63,9 @@ def _special() -> Iterator[Kernel]:
     for (name, kwargs), (dtypes, width) in product(
         OPTIMIZERS, ((wide, 64), (half, 64), (wide, 1024), (wide, 63))
     ):
-        yield _with(kernel_of(name, kwargs, dtypes, width), gate=GATE)
+        yield _with(kernel_of(name, kwargs, dtypes, width), conditions=GATE)
     for name, kwargs in OPTIMIZERS[2:]:
-        yield _with(kernel_of(name, kwargs, wide, 64, sparse=False), gate=GATE)
+        yield _with(kernel_of(name, kwargs, wide, 64, sparse=False), conditions=GATE)
     mixed = ((*half[:2], torch.float32), (torch.float32, torch.bfloat16, torch.float32))
     for (name, kwargs), dtypes in product(OPTIMIZERS, mixed):
         yield kernel_of(name, kwargs, dtypes, 64)

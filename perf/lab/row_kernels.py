@@ -44,7 +44,7 @@ class Kernel(NamedTuple):
         storage = names[0] if len({*names}) == 1 else "/".join(names)
         kind = "sparse" if variant.sparse else "dense"
         shape = f"{variant.columns}/{variant.multiple}"
-        gated = " gated" if variant.gate else ""
+        gated = " gated" if variant.conditions else ""
         return f"{rule_and_flags(self.rule, variant.flags)} {kind} {storage} {shape}{gated}"
 
     def compiled(self, architecture: str) -> Any:

@@ -45,11 +45,11 @@ class Sanitizer:
         table: LaunchGroup,
         found: StepTensors,
         copies: GradCopies,
-        gate: StepConditions,
+        conditions: StepConditions,
     ) -> None:
         """`LaunchGroup.update`, watched; under capture nothing runs."""
         if backend.is_capturing(table.device):
-            update(table, found, copies, gate)
+            update(table, found, copies, conditions)
             return
         replaced = dict(copies)
         grads = ((i, grad) for i, grad in enumerate(found.grads) if grad is not None)
@@ -58,14 +58,14 @@ class Sanitizer:
             self._writable = touched(table, found)
         else:
             self._writable = _spans(found.written)
-        if gate.grad_scale is not None:
+        if conditions.grad_scale is not None:
             self._writable = sorted(self._writable + self._grads)
         self._stored = []
         try:
-            update(table, found, copies, gate)
+            update(table, found, copies, conditions)
             assert sorted(self._stored) == _merged(self._stored), "stored twice"
-            happened = table.step_status
-            skipped = gate.may_skip and happened is not None and not happened[0]
+            status = table.step_status
+            skipped = conditions.may_skip and status is not None and not status[0]
             assert _size(self._stored) == (0 if skipped else _size(self._writable)), "not stored"
         finally:
             self._writable = []
@@ -81,7 +81,7 @@ class Sanitizer:
             self._scratch = _spans([arguments["keys_ptr"]])
             self._readable = _merged([*bound, *_ids(launch)])
         elif isinstance(launch, RowLaunch):
-            scratch = ("partials_ptr", "tickets_ptr", "happened_ptr")
+            scratch = ("partials_ptr", "arrival_counts_ptr", "step_status_ptr")
             self._scratch = _spans(t for name in scratch if (t := arguments[name]) is not None)
             self._readable = _merged([*bound, *self._grads, *self._writable])
             _check_row_alignment(launch)
@@ -197,8 +197,8 @@ def _counts(arguments: dict[str, Any]) -> list[Span]:
 def _listed(arguments: dict[str, Any]) -> list[Span]:
     """The gradients of a launch over gradients alone."""
     size = arguments["DTYPE"].primitive_bitwidth // 8
-    owners = arguments["owners_ptr"].unique()
-    numels = arguments["rows_ptr"][owners, NUMEL.value].tolist()
+    owners = arguments["block_to_tensor_ptr"].unique()
+    numels = arguments["tensor_table_ptr"][owners, NUMEL.value].tolist()
     starts = arguments["grads_ptr"][owners].tolist()
     return [(start, start + size * n) for start, n in zip(starts, numels, strict=True)]
 

@@ -50,7 +50,7 @@ def main() -> None:
     from triton_optim.kernels.norm import norm_kernel, scale_kernel
 
     found = {}
-    kernels: Any = ((norm_kernel, {"ADDS": False}), (scale_kernel, {}))
+    kernels: Any = ((norm_kernel, {"ACCUMULATE": False}), (scale_kernel, {}))
     for architecture, (kernel, flags), aligned in product(GPUS, kernels, (True, False)):
         compiled = [_compile(architecture, kernel, d, ALIGNED=aligned, **flags) for d in DTYPES]
         read = zip(DTYPES, compiled, disassembled(architecture, compiled), strict=True)

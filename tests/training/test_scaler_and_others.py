@@ -176,7 +176,7 @@ def test_fused_unscales_and_skips_in_the_kernel(name: str, change: Callable[...,
             scaler = torch.amp.GradScaler(DEVICE, init_scale=SCALE)
             scaler.scale((param * torch.arange(3.0, device=DEVICE)).sum()).backward()
             scaler.step(optimizer)
-        gates.append([getattr(launch.variant, "gate", None) for launch in launches][-1])
+        gates.append([getattr(launch.variant, "conditions", None) for launch in launches][-1])
     assert gates == [frozenset(), {"FOUND_INF", "UNSCALE"}]
     torch.testing.assert_close(*params)
 

@@ -87,7 +87,7 @@ class Variant(NamedTuple):
     state_dtype: str  # the parameter's where there is no state
     aligned: bool
     reads_step: bool
-    gate: frozenset[str] = frozenset()  # see StepConditions.kinds
+    conditions: frozenset[str] = frozenset()  # see StepConditions.enabled
 
     @property
     def bytes_per_element(self) -> int:
@@ -96,13 +96,13 @@ class Variant(NamedTuple):
         And the gradient written once, where it is unscaled.
         """
         states = self.n_states * ITEM_SIZES[self.state_dtype]
-        grads = 2 if "UNSCALE" in self.gate else 1
+        grads = 2 if "UNSCALE" in self.conditions else 1
         return 2 * (ITEM_SIZES[self.param_dtype] + states) + grads * ITEM_SIZES[self.grad_dtype]
 
     @property
     def may_skip(self) -> bool:
         """Whether the kernel may find that the step does not happen."""
-        return not self.gate.isdisjoint(("FOUND_INF", "SKIP_NONFINITE"))
+        return not self.conditions.isdisjoint(("FOUND_INF", "SKIP_NONFINITE"))
 
     @property
     def half(self) -> bool:
@@ -211,7 +211,7 @@ def constants(rule: Rule, variant: Variant, config: Config, n_hypers: int) -> di
         "GRAD_DTYPE": getattr(tl, variant.grad_dtype),
         "STATE_DTYPE": getattr(tl, variant.state_dtype),
         "ALIGNED": variant.aligned,
-        "SKIP_NONFINITE": "SKIP_NONFINITE" in variant.gate,
+        "SKIP_NONFINITE": "SKIP_NONFINITE" in variant.conditions,
         "BLOCK_SIZE": config.block_size,
         "BLOCKS": config.blocks,
         "NUM_STAGES": config.num_stages,
@@ -221,14 +221,14 @@ def constants(rule: Rule, variant: Variant, config: Config, n_hypers: int) -> di
 
 def unused_pointers(variant: Variant) -> list[str]:
     """The update kernel's pointers that are None."""
-    gate = variant.gate
+    enabled = variant.conditions
     used = {
         "steps_ptr": variant.reads_step,
-        "found_inf_ptr": "FOUND_INF" in gate,
-        "grad_scale_ptr": "UNSCALE" in gate,
-        "grad_norm_ptr": not gate.isdisjoint(("CLIP", "SKIP_NONFINITE")),
-        "max_norm_ptr": "CLIP" in gate,
-        "happened_ptr": variant.may_skip,
+        "found_inf_ptr": "FOUND_INF" in enabled,
+        "grad_scale_ptr": "UNSCALE" in enabled,
+        "grad_norm_ptr": not enabled.isdisjoint(("CLIP", "SKIP_NONFINITE")),
+        "max_norm_ptr": "CLIP" in enabled,
+        "step_status_ptr": variant.may_skip,
     }
     return [name for name, is_used in used.items() if not is_used]
 
@@ -245,7 +245,7 @@ def options(variant: Variant, config: Config, architecture: str) -> dict[str, An
     ):
         if variant.n_states == 2:
             chosen["maxnreg"] = TWO_STATES_REGISTERS
-        elif variant.n_states == 1 and variant.gate and not variant.aligned:
+        elif variant.n_states == 1 and variant.conditions and not variant.aligned:
             chosen["maxnreg"] = GATED_REGISTERS
     return chosen
 

@@ -129,17 +129,17 @@ class UpdateLaunch(Launch):
         self.owners, self.tables, self._rule = owners, tables, rule
         device = owners.device
         arguments = {
-            "owners_ptr": owners,
-            "rows_ptr": tables.rows,
+            "block_to_tensor_ptr": owners,
+            "tensor_table_ptr": tables.rows,
             "grads_ptr": tables.grads,
-            "hypers_ptr": tables.hypers,
+            "hyperparameters_ptr": tables.hypers,
             "steps_ptr": tables.steps,
             # Bound to a float32 scalar; `run` is given the step's own.
             "found_inf_ptr": tables.step_status,
             "grad_scale_ptr": tables.step_status,
             "grad_norm_ptr": tables.norm,
             "max_norm_ptr": tables.max_norm,
-            "happened_ptr": tables.step_status,
+            "step_status_ptr": tables.step_status,
             "n_bytes": float(n_bytes),
             **dict.fromkeys(backend.unused_pointers(variant)),
             **backend.constants(rule, variant, config, tables.hypers.shape[1]),

@@ -50,7 +50,7 @@ class RowVariant(NamedTuple):
     columns: int  # the least power of two that is no less than the elements of a row
     reads_step: bool
     multiple: int = 1  # of elements that are loaded together
-    gate: frozenset[str] = frozenset()
+    conditions: frozenset[str] = frozenset()  # see StepConditions.enabled
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -121,12 +121,12 @@ def constants(rule: Rule, variant: RowVariant, config: RowConfig, n_hypers: int)
     used = {
         "steps_ptr": variant.reads_step,
         "keys_ptr": variant.sparse,
-        "order_ptr": variant.sparse,
+        "permutation_ptr": variant.sparse,
         "partials_ptr": variant.sparse,
-        "tickets_ptr": variant.sparse,
-        "found_inf_ptr": "FOUND_INF" in variant.gate,
-        "grad_scale_ptr": "UNSCALE" in variant.gate,
-        "happened_ptr": "FOUND_INF" in variant.gate,
+        "arrival_counts_ptr": variant.sparse,
+        "found_inf_ptr": "FOUND_INF" in variant.conditions,
+        "grad_scale_ptr": "UNSCALE" in variant.conditions,
+        "step_status_ptr": "FOUND_INF" in variant.conditions,
     }
     return {
         **dict.fromkeys(name for name, is_used in used.items() if not is_used),
@@ -191,15 +191,15 @@ class RowLaunch(Launch):
         arguments = {
             "tensors_ptr": tables.rows,
             "grads_ptr": tables.grads,
-            "hypers_ptr": tables.hypers,
+            "hyperparameters_ptr": tables.hypers,
             "steps_ptr": tables.steps,
             "keys_ptr": later(key_dtype),
-            "order_ptr": later(torch.int64),
+            "permutation_ptr": later(torch.int64),
             "partials_ptr": later(variant.compute_dtype),
-            "tickets_ptr": later(torch.int32),
+            "arrival_counts_ptr": later(torch.int32),
             "found_inf_ptr": tables.step_status,
             "grad_scale_ptr": tables.step_status,
-            "happened_ptr": tables.step_status,
+            "step_status_ptr": tables.step_status,
             "first_tensor": tensors.start,
             "n_tensors": len(tensors),
             "chunk": cut.block_rows,

@@ -180,7 +180,7 @@ class DenseLaunchGroup(LaunchGroup):
         launches = [
             UpdateLaunch(
                 self._rule,
-                cut.variant._replace(gate=enabled),
+                cut.variant._replace(conditions=enabled),
                 cut.config,
                 cut.owners,
                 tables if norm is None else tables._replace(norm=norm.norm),

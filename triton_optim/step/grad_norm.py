@@ -63,16 +63,16 @@ class GradNorm:
         begun: set[ReduceGroups] = set()
         for cut in self.cuts:
             tensors = {
-                "owners_ptr": cut.owners,
-                "rows_ptr": rows,
+                "block_to_tensor_ptr": cut.owners,
+                "tensor_table_ptr": rows,
                 "grads_ptr": grads,
                 "partials_ptr": self._partials,
-                "ticket_ptr": self._ticket,
+                "arrival_count_ptr": self._ticket,
                 "sum_ptr": sums[spreads.index(cut.reduce_groups)],
                 "norm_ptr": self.norm,
                 "grad_scale_ptr": scaled,
             }
-            constants = {"ADDS": cut.reduce_groups in begun}
+            constants = {"ACCUMULATE": cut.reduce_groups in begun}
             self._launches.append(grad_launch(norm_kernel, cut, tensors, constants))
             begun.add(cut.reduce_groups)
 
@@ -111,7 +111,7 @@ def grad_launch(
 
 
 def square_sums(grads: Iterable[Tensor], scale: Tensor | None) -> list[SquareSum]:
-    """torch's implementation, of gradients divided by `scale`. Those of DTensors are over all ranks already.
+    """By torch's operations, of gradients divided by `scale`; of DTensors over all ranks already.
 
     Ranks call it together where there are DTensors.
     """

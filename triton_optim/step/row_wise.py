@@ -152,7 +152,11 @@ class RowWiseLaunchGroup(LaunchGroup):
             self._keys = KeysLaunch(self._tables, self._key_dtype)
         self._launches[enabled] = [
             RowLaunch(
-                self._rule, variant._replace(gate=enabled), self._tables, tensors, self._key_dtype
+                self._rule,
+                variant._replace(conditions=enabled),
+                self._tables,
+                tensors,
+                self._key_dtype,
             )
             for variant, tensors in self._cuts
         ]
@@ -228,14 +232,14 @@ class RowWiseLaunchGroup(LaunchGroup):
         self._keys.grid = (-(-max(counts) // row_launcher.KEYS_BLOCK), len(counts), 1)
         self._keys.run(keys_ptr=keys)
         keys, order = torch.sort(keys, stable=True)
-        return {"keys_ptr": keys, "order_ptr": order}
+        return {"keys_ptr": keys, "permutation_ptr": order}
 
     def _scratch(self, variant: RowVariant, n_programs: int) -> dict[str, Tensor | int]:
         """Where programs meet that share a row."""
         shape = (n_programs, 2, variant.columns)
         partials = torch.empty(shape, dtype=variant.compute_dtype, device=self.device)
         tickets = torch.zeros(n_programs, dtype=torch.int32, device=self.device)
-        return {"partials_ptr": partials, "tickets_ptr": tickets}
+        return {"partials_ptr": partials, "arrival_counts_ptr": tickets}
 
     def _launch(self, told: Mapping[str, Tensor], conditions: StepConditions) -> bool:
         work, self._work = self._work, []

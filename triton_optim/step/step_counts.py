@@ -149,25 +149,25 @@ class DeviceCounts:
             self.column.copy_(torch.stack([step.view(()) for step in steps]))
 
     def launch(
-        self, grads: Tensor, kinds: frozenset[str], told: Mapping[str, Tensor | None]
+        self, grads: Tensor, enabled: frozenset[str], told: Mapping[str, Tensor | None]
     ) -> Launch:
         """Compile the launch for a table whose gradients' addresses are in `grads`.
 
         Args:
             grads: int64 [tensors, columns], of which the last is the address, or 0.
-            kinds: of the step's gate.
+            enabled: of the step's conditions.
             told: the kernel's pointers to what decides about the step.
         """
         arguments = {
             "steps_ptr": self._addresses,
             "grads_ptr": grads,
             "column_ptr": self.column,
-            "found_inf_ptr": told["found_inf_ptr"] if "FOUND_INF" in kinds else None,
-            "grad_norm_ptr": told["grad_norm_ptr"] if "SKIP_NONFINITE" in kinds else None,
+            "found_inf_ptr": told["found_inf_ptr"] if "FOUND_INF" in enabled else None,
+            "grad_norm_ptr": told["grad_norm_ptr"] if "SKIP_NONFINITE" in enabled else None,
             "n_tensors": self._n,
             "DTYPE": backend.triton_dtype(dtype_name(self._dtype)),
             "GRAD_COLUMNS": grads.shape[1],
-            "SKIP_NONFINITE": "SKIP_NONFINITE" in kinds,
+            "SKIP_NONFINITE": "SKIP_NONFINITE" in enabled,
             "BLOCK_SIZE": COUNT_BLOCK,
         }
         options = {"num_warps": 4, "enable_fp_fusion": True} if backend.COMPILED else {}

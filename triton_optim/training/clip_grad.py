@@ -122,8 +122,8 @@ def _clip(grads: list[Tensor], max_norm: float, error_if_nonfinite: bool) -> Ten
         )
     for cut in squares.cuts:
         tensors = {
-            "owners_ptr": cut.owners,
-            "rows_ptr": squares.rows,
+            "block_to_tensor_ptr": cut.owners,
+            "tensor_table_ptr": squares.rows,
             "grads_ptr": tables[1],
             "norm_ptr": squares.norm,
             "max_norm_ptr": tables[2].view(torch.float64)[0],

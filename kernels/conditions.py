@@ -17,24 +17,24 @@ CLIP_EPS = tl.constexpr(1e-6)  # torch.nn.utils.clip_grad_norm_'s
 
 
 @triton.jit
-def happens(found_inf_ptr, grad_norm_ptr, SKIP_NONFINITE: tl.constexpr):
+def step_is_taken(found_inf_ptr, grad_norm_ptr, SKIP_NONFINITE: tl.constexpr):
     """Whether the step happens: an int1 scalar."""
-    go = tl.full((), 1, tl.int1)
+    taken = tl.full((), 1, tl.int1)
     if found_inf_ptr is not None:
-        go = go & (tl.load(found_inf_ptr) == 0)
+        taken = taken & (tl.load(found_inf_ptr) == 0)
     if SKIP_NONFINITE:
-        go = go & (tl.abs(tl.load(grad_norm_ptr)) < float("inf"))
-    return go
+        taken = taken & (tl.abs(tl.load(grad_norm_ptr)) < float("inf"))
+    return taken
 
 
 @triton.jit
-def unscaling(grad_scale_ptr, DTYPE: tl.constexpr):
+def inv_scale(grad_scale_ptr, DTYPE: tl.constexpr):
     """What undoes the scale."""
     return div(tl.full((), 1, DTYPE), tl.load(grad_scale_ptr).to(DTYPE))
 
 
 @triton.jit
-def clipping(grad_norm_ptr, max_norm_ptr, DTYPE: tl.constexpr):
+def clip_coef(grad_norm_ptr, max_norm_ptr, DTYPE: tl.constexpr):
     """min(max_norm / (norm + eps), 1); NaN where the norm is."""
     norm = tl.load(grad_norm_ptr).to(DTYPE)
     coefficient = div(tl.load(max_norm_ptr).to(DTYPE), norm + CLIP_EPS)
