@@ -103,6 +103,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if issubclass(base, torch.optim.Optimizer) and not issubclass(base, FusedOptimizer):
                 cls._torch_class = None if base is torch.optim.Optimizer else base
                 break
+        cls.__signature__ = _signature(cls)  # type: ignore[attr-defined]
 
     def _defaults(self, given: dict[str, Any]) -> dict[str, Any]:
         """Hyperparameters of the rule, where the class has no constructor of its own.
@@ -419,6 +420,24 @@ class FusedOptimizer(torch.optim.Optimizer):
             return None
         skipped = self._stepper.skipped
         return torch.zeros(()).long() if skipped is None else skipped.long()
+
+
+def _signature(cls: type[FusedOptimizer]) -> inspect.Signature:
+    """The constructor's, each option by its name."""
+    inherits = cls.__init__ is FusedOptimizer.__init__
+    known = {"params": inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)}
+    known = known if inherits else dict([*inspect.signature(cls.__init__).parameters.items()][1:])
+    if inherits and not callable(cls.rule.hyperparameters):
+        known |= {name: _keyword(name, value) for name, value in cls.rule.hyperparameters.items()}
+    rest = [n for n, p in known.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    if inherits or rest:
+        options = (f for f in fields(Options) if f.name not in {*known, *cls._without_options})
+        known |= {option.name: _keyword(option.name, option.default) for option in options}
+    return inspect.Signature([p for name, p in known.items() if name not in rest])
+
+
+def _keyword(name: str, default: object) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
 
 
 def _is_scaled_through_wrapper(optimizer: torch.optim.Optimizer) -> bool:

@@ -24,8 +24,8 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_ as torchs
 
 from triton_optim import clip_grad_norm_
+from triton_optim.launch import chunking
 from triton_optim.launch.launcher import record_launches
-from triton_optim.step import grad_norm
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
 # Gradients that lie dense in memory; torch's function is what clips the others.
@@ -57,7 +57,7 @@ def test_two_launches() -> None:
 
 def test_large_gradients_have_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their chunks are longer: the last program adds a sum of each."""
-    monkeypatch.setattr(grad_norm, "MAX_PROGRAMS", 3)
+    monkeypatch.setattr(chunking, "MAX_PROGRAMS", 3)
     ours = [new_param(*shape) for shape in ((40 * BLOCK + 7,), (5,), (BLOCK, 9))]
     theirs = copies_of(ours)
     with record_launches() as launches:
