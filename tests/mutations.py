@@ -119,7 +119,7 @@ MUTATIONS = [
     Mutation("a missing gradient is updated from", "tl.where(grad_address == 0, 0, remaining)\n"
              "    if step_status_ptr", "remaining\n    if step_status_ptr",
              "test_missing_gradients.py", "left_alone"),
-    Mutation("a missing gradient counts", "mask & (grad != 0) & happens", "mask & happens",
+    Mutation("a missing gradient counts", "mask & (grad != 0) & step_is_taken", "mask & step_is_taken",
              "test_missing_gradients.py", "clipping and True"),
     Mutation("a missing gradient counts on the host", "array(typecode, [*pick(present)])",
              "array(typecode, [1 for _ in pick(present)])",
@@ -144,8 +144,8 @@ MUTATIONS = [
              "tl.load(found_inf_ptr) != 1", "test_scaler.py", "skipped_step and sgd-None"),
     Mutation("unscaled gradients are not written back", "narrow(grad, grad_ptr.dtype.element_ty)",
              "narrow(grad / unscale, grad_ptr.dtype.element_ty)", "test_scaler.py", "unscaling_in"),
-    Mutation("skipped steps are counted", "happens(found_inf_ptr, grad_norm_ptr, SKIP_NONFINITE)\n"
-             "    tl.store(step_ptr", "mask\n    tl.store(step_ptr",
+    Mutation("skipped steps are counted", "step_is_taken(found_inf_ptr, grad_norm_ptr, "
+             "SKIP_NONFINITE)\n    tl.store(step_ptr", "mask\n    tl.store(step_ptr",
              "test_scaler.py", "skipped_step and rmsprop"),
     Mutation("a small norm is clipped too", "coefficient > 1, 1", "coefficient > 1, coefficient",
              "test_clip_grad_norm.py", "is_torchs and float32"),

@@ -7,7 +7,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
-from functools import partial
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -177,7 +176,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             conditions = StepConditions.read(told, stepper.options)
             stepper.may_skip |= conditions.may_skip
             view = self._view(groups, state, stepper)
-            stepper.step(view, conditions, partial(self._fallback, view), type(self).__name__)
+            stepper.step(view, conditions, self._fallback, type(self).__name__)
         except BaseException:
             for name in ("grad_scale", "found_inf"):  # GradScaler would multiply by the old one
                 told.pop(name, None)

@@ -88,6 +88,7 @@ class Others:
     other: list[tuple[int, int, str]] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)  # of all parameters, where some fall back
     guard: LayoutGuard | None = None  # of `strided`: gradients, then parameters
+    need_watching: bool = False
 
     def watch(self, signatures: Sequence[GradSignature | None], params: Iterable[Tensor]) -> None:
         seen = [item for i in self.strided if (item := signatures[i]) is not None]
@@ -95,13 +96,12 @@ class Others:
         rows = [(i, len(seen) + i) for i in range(len(seen))]
         self.guard = LayoutGuard([layout for layout in layouts if layout is not None], rows)
         self.ids = [*map(id, params)] if self.fallback else []
+        self.need_watching = bool(self.fallback or self.without_grad)
 
     def changed(self, view: OptimizerView, params: Sequence[Tensor]) -> bool:
         """Whether one of them must be looked at again."""
         if self.fallback and [*map(id, params)] != self.ids:
             return True
-        if not (self.fallback or self.without_grad):
-            return False
         for i, _, where in self.other:
             grad = params[i].grad
             if grad is not None and grad.layout == torch.sparse_coo and not is_traced():
@@ -181,7 +181,7 @@ class Plan:
         ):
             return None
         params = [*view.params]
-        if self._others.changed(view, params):
+        if self._others.need_watching and self._others.changed(view, params):
             return None
         inputs = []
         current = CurrentTensors.of(view, params)

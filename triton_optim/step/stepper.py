@@ -19,7 +19,7 @@ from .step_counts import StepPool
 from .view import OptimizerView
 
 # Steps these parameters with torch's implementation; their gradients are unscaled and clipped.
-Fallback = Callable[[list[Tensor]], None]
+Fallback = Callable[[OptimizerView, list[Tensor]], None]
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Stepper:
             if is_taken:
                 grads = [param.grad for param in others if param.grad is not None]
                 conditions.unscale_and_clip_(grads, norm)
-                fallback(others)
+                fallback(view, others)
         plan.launch(inputs, copies, conditions)
         if conditions.skip_nonfinite:
             skipped = plan.skipped()
