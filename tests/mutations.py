@@ -119,8 +119,8 @@ MUTATIONS = [
     Mutation("a missing gradient is updated from", "tl.where(grad_address == 0, 0, remaining)\n"
              "    if step_status_ptr", "remaining\n    if step_status_ptr",
              "test_missing_gradients.py", "left_alone"),
-    Mutation("a missing gradient counts", "mask & (grad != 0) & step_is_taken", "mask & step_is_taken",
-             "test_missing_gradients.py", "clipping and True"),
+    Mutation("a missing gradient counts", "mask & (grad != 0) & step_is_taken",
+             "mask & step_is_taken", "test_missing_gradients.py", "clipping and True"),
     Mutation("a missing gradient counts on the host", "array(typecode, [*pick(present)])",
              "array(typecode, [1 for _ in pick(present)])",
              "test_missing_gradients.py", "are_torchs"),
