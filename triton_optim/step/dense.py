@@ -164,11 +164,8 @@ class DenseLaunchGroup(LaunchGroup):
             shards.append(None if grad is None else local_of(grad))
         return shards
 
-    def is_prepared(self, enabled: frozenset[str]) -> bool:
-        return enabled in self._launches
-
     def compile(self, enabled: frozenset[str]) -> None:
-        if self.is_prepared(enabled):
+        if enabled in self._launches:
             return
         tables, norm = self.tables, None
         if enabled:

@@ -160,10 +160,6 @@ class LaunchGroup:
         """Compile what a step under these conditions launches. Writes nothing."""
         raise NotImplementedError
 
-    def is_prepared(self, enabled: frozenset[str]) -> bool:
-        """Whether that was compiled."""
-        raise NotImplementedError
-
     def _prepare_counts(
         self, enabled: frozenset[str], grads: Tensor, told: Mapping[str, Tensor | None]
     ) -> None:

@@ -143,6 +143,8 @@ class Plan:
     ) -> None:
         self.launch_groups, self.signatures = launch_groups, signatures
         self._others, self._values = others, values
+        self.has_fallback = bool(others.fallback)  # to torch's implementation
+        self._compiled: set[frozenset[str]] = set()
         self.lengths, self._may_skip = view.lengths, view.may_skip
         self._is_inference = torch.is_inference_mode_enabled()
         gpus = {group.device for group in launch_groups}
@@ -153,14 +155,9 @@ class Plan:
         """See `OptimizerView.structure_key`."""
         return self._values.structure
 
-    @property
-    def has_fallback(self) -> bool:
-        """Whether some parameters fall back to torch's implementation."""
-        return bool(self._others.fallback)
-
     def fallback(self, view: OptimizerView) -> list[Tensor]:
         """The parameters that fall back to torch's implementation."""
-        params = [*view.params] if self.has_fallback else []
+        params = [*view.params]
         return [params[i] for i in self._others.fallback]
 
     def group_values(self, view: OptimizerView) -> list[object]:
@@ -169,7 +166,7 @@ class Plan:
 
     def is_prepared(self, conditions: StepConditions) -> bool:
         """Whether all kernels of such a step are compiled."""
-        return all(group.is_prepared(conditions.enabled) for group in self.launch_groups)
+        return conditions.enabled in self._compiled
 
     def read(self, view: OptimizerView) -> list[StepTensors] | None:
         """This step's tensors by launch group; None if the plan no longer fits the optimizer."""
@@ -198,13 +195,17 @@ class Plan:
         Raises:
             RuntimeError: the conditions do not go with the tensors.
         """
+        enabled = conditions.enabled
+        if not enabled and enabled in self._compiled:
+            return
         for group, tensors in zip(self.launch_groups, inputs, strict=True):
-            if conditions.enabled:
+            if enabled:
                 conditions.check_device(group.device)
             if conditions.grad_scale is not None:
                 check_writable(group.grads_to_copy(tensors))
                 group.check_no_overlap(tensors)
-            group.compile(conditions.enabled)
+            group.compile(enabled)
+        self._compiled.add(enabled)
 
     def upload(self, inputs: Sequence[StepTensors], conditions: StepConditions) -> list[GradCopies]:
         """Bring the tables on the device up to date; nothing of the optimizer is written."""

@@ -140,11 +140,8 @@ class RowWiseLaunchGroup(LaunchGroup):
             check_indices(ids, param.shape, where)
         return self._of_present(found, present)
 
-    def is_prepared(self, enabled: frozenset[str]) -> bool:
-        return enabled in self._launches
-
     def compile(self, enabled: frozenset[str]) -> None:
-        if self.is_prepared(enabled):
+        if enabled in self._launches:
             return
         if enabled:
             self._tables = self._tables._replace(step_status=self._tell_here())

@@ -78,7 +78,8 @@ class Stepper:
             self.captured = (*self.captured, plan)
         plan.compile(inputs, conditions)
         copies = plan.upload(inputs, conditions)
-        others, norm, is_taken = plan.fallback(view), None, True
+        others = plan.fallback(view) if plan.has_fallback else []
+        norm, is_taken = None, True
         if conditions.max_norm is not None:
             norm = self._record_norm(plan.grad_norm(others, conditions), conditions)
         if others:
