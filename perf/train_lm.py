@@ -69,8 +69,7 @@ def train_together(args: argparse.Namespace, text: Text) -> list[Run]:
     try:
         with ends_with_a_message(remedy), joined(args.device, sharded=args.shard) as processes:
             if processes.rank == 0:
-                each = "a part of the model in each" if args.shard else "not sharded"
-                print(f"{processes.size} processes, {each}; checkpoints in {args.folder}")
+                print(f"processes: {processes.size}, checkpoints in {args.folder}")
             return train_all(args, text, processes)
     except DamagedCheckpoint as error:
         sys.exit(f"{error}; without this folder, --resume goes on from the checkpoint before it")

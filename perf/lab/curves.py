@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,10 +22,10 @@ def report(runs: list[Run]) -> None:
         other = ours.setdefault(run.optimizer, run)
         pairs = zip(run.losses, other.losses, strict=True)
         difference = "" if other is run else f"{max(abs(a - b) for a, b in pairs):11.1e}"
-        ms = median(run.step_ms) if run.step_ms else math.nan
+        ms = f"{median(run.step_ms):9.3f}" if run.step_ms else f"{'-':>9}"
         print(
             f"{run.optimizer:<10} {run.implementation:<12} {run.losses[0]:7.3f} {run.end:7.3f} "
-            f"{ms:9.3f} {difference}"
+            f"{ms} {difference}"
         )
 
 

@@ -84,21 +84,26 @@ def ends_with_a_message(remedy: Callable[[], str]) -> Iterator[None]:
         os._exit(1)  # leaving the group could wait for the process that is lost
 
     def wait_for_sigterm() -> None:
-        while os.read(received, 1)[0] != signal.SIGTERM:
-            pass
-        end("SIGTERM came, which torchrun sends when another process is lost")
+        while received := os.read(signals, 1):
+            if received[0] == signal.SIGTERM:
+                end("SIGTERM came, which torchrun sends when another process is lost")
 
     # A handler in Python would wait for the main thread, which may wait for a GPU.
-    received, wakeup = os.pipe()
+    signals, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
     signal.set_wakeup_fd(wakeup)
     signal.signal(signal.SIGTERM, lambda *_: None)
-    Thread(target=wait_for_sigterm, daemon=True).start()
+    thread = Thread(target=wait_for_sigterm, daemon=True)
+    thread.start()
     try:
         yield
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        end(f"another process is lost, or waited {TIMEOUT}: {str(error).splitlines()[0]}")
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.set_wakeup_fd(-1)
+        end(f"another process is lost or hangs: {str(error).split('. ')[0]}")
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        os.close(wakeup)
+        thread.join()
+        os.close(signals)

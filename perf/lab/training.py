@@ -84,6 +84,8 @@ def train(
         record = load(checkpoint, parts)
         run.losses.extend(record["losses"])
         run.rates.update({int(step): rate for step, rate in record["rates"].items()})
+        if processes.rank == 0:
+            print(f"{name} ({implementation}) goes on from {checkpoint}")
 
     start, every = len(run.losses), max(1, args.steps // N_RATES)
     steps = range(start, args.steps)
