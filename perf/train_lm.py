@@ -63,8 +63,7 @@ def train_together(args: argparse.Namespace, text: Text) -> list[Run]:
 
     def remedy() -> str:
         whole = " and ".join(map(str, last_of_each(args.folder)))
-        goes_on = f"--resume {args.folder} goes on from the last whole checkpoint: {whole}"
-        return goes_on if whole else "No checkpoint had been saved"
+        return f"--resume {args.folder} goes on from {whole}" if whole else "It had not saved yet"
 
     try:
         with ends_with_a_message(remedy), joined(args.device, sharded=args.shard) as processes:

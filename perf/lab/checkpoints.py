@@ -73,7 +73,7 @@ def save(folder: Path, step: int, parts: Parts, record: dict[str, Any]) -> None:
             json.dump(record, file)
             file.flush()
             os.fsync(file.fileno())
-        unfinished.rename(whole)
+        os.replace(unfinished, whole)
 
 
 def read(checkpoint: Path) -> dict[str, Any]:
