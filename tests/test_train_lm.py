@@ -138,7 +138,7 @@ def test_torchrun_ends_a_process() -> None:
         from lab.processes import ends_with_a_message
         with ends_with_a_message(lambda: "This is how to go on"):
             os.kill(os.getpid(), signal.SIGTERM)
-            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)
     """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT / "perf", capture_output=True, text=True, check=False
