@@ -28,12 +28,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from lab.options import positive
+from lab.training import timed_step
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
-from train_lm import positive, timed_step
 
 
 class Spec(NamedTuple):
