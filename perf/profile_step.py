@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lab.language_model import make_model
+from lab.training import OPTIMIZERS, make_optimizer
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
-from train_lm import OPTIMIZERS, make_model, make_optimizer
 
 VOCABULARY = 256
 BATCH = 16
@@ -86,13 +87,13 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=64, help="tokens")
     parser.add_argument("--trace", type=Path, default=Path("profile_step.json"))
     args = parser.parse_args()
-    args.lr = None
+    args.lr = args.max_grad_norm = None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton_optim imports triton
         torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = make_model(args, VOCABULARY).to(device)
+    model = make_model(args.model, VOCABULARY, args.size, args.context).to(device)
     optimizer = make_optimizer(args, model, args.optimizer, args.by)
     tokens = torch.randint(VOCABULARY, (BATCH, args.context + 1), device=device)
     for _ in range(WARMUP):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import math
+import os
 import re
 import sys
 import sysconfig
@@ -27,8 +28,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from lab import training
-from lab.training import positive, timed_step
+from lab.options import positive
+from lab.training import timed_step
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -210,8 +211,11 @@ def plot(runs: list[Run], path: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for run in runs:
-        place, label = [*OPTIMIZERS].index(run.optimizer), f"{run.optimizer}, lr {run.lr:g}"
-        style = training.style(place, label, None if run.by == "triton_optim" else run.by)
+        color = f"C{list(OPTIMIZERS).index(run.optimizer)}"
+        label = f"{run.optimizer}, lr {run.lr:g}"
+        style: dict[str, Any] = {"label": label, "color": color, "linewidth": 1.3}
+        if run.by != "triton_optim":
+            style = {"label": run.by, "color": "black", "linewidth": 0.9, "linestyle": ":"}
         window = min(SMOOTHING, len(run.losses))
         smooth = torch.tensor(run.losses).unfold(0, window, 1).mean(1).tolist()
         left.plot(range(window, len(run.losses) + 1), smooth, **style)
@@ -219,22 +223,38 @@ def plot(runs: list[Run], path: Path) -> None:
     left.set(title=f"Loss, mean of {SMOOTHING} steps", ylabel="nats per docstring", yscale="log")
     left.yaxis.set_major_formatter("{x:g}")
     right.set(title="Held-out accuracy", ylim=(0, 1))
-    training.save(figure, path)
+    for panel in (left, right):
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+        handles, labels = panel.get_legend_handles_labels()
+        unique = dict(zip(labels, handles, strict=True))  # torch's runs look alike: one entry
+        panel.legend(unique.values(), unique.keys(), frameon=False)
+    figure.savefig(path, format="png", dpi=150)
 
 
 def arguments() -> tuple[argparse.Namespace, Corpus]:
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    default_plot = Path("train_text_classifier.png")
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=["sgd", "adagrad"])
     parser.add_argument("--lr", nargs="+", type=float, help="one for each optimizer")
     parser.add_argument("--modules", type=positive, default=40, help="how many to tell apart")
-    training.add_options(parser, size=64, steps=250, batch=64, plot="train_text_classifier.png")
+    parser.add_argument("--size", type=positive, default=64, help="of an embedding")
+    parser.add_argument("--steps", type=positive, default=250)
+    parser.add_argument("--batch", type=positive, default=64, help="docstrings")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=devices, default=devices[0])
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--against", choices=["torch"], help="run torch's operations beside ours")
     mode.add_argument("--sweep", action="store_true", help="only print losses by learning rate")
-    args = training.parse(parser)
+    parser.add_argument("--plot", type=Path, default=default_plot, help="a PNG")
+    args = parser.parse_args()
     args.lr = args.lr or [OPTIMIZERS[name].lr for name in args.optimizer]
     if len(args.lr) != len(args.optimizer) or not all(0 < lr < math.inf for lr in args.lr):
         parser.error("--lr: needs a positive rate for each optimizer")
+    if args.plot.is_dir() or not args.plot.parent.is_dir():
+        parser.error(f"--plot {args.plot}: not a file in an existing folder")
     docstrings = read_docstrings()
     here = len(set(docstrings.values()))
     if not 2 <= args.modules <= here:
@@ -244,7 +264,10 @@ def arguments() -> tuple[argparse.Namespace, Corpus]:
 
 def main() -> None:
     args, corpus = arguments()
-    training.prepare(args.device)
+    if args.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton_optim imports triton
+        torch.set_num_threads(1)  # see train_lm.py
+        print("On the CPU the very same kernels run in Triton's interpreter.")
     # Said outright, for torch warns where it was not.
     torch.sparse.check_sparse_tensor_invariants.disable()
     commonest = (corpus.held_out.tensors[1] == 0).double().mean().item()
@@ -262,6 +285,7 @@ def main() -> None:
     ]
     failures = report(runs)
     plot(runs, args.plot)
+    print(f"wrote {args.plot}")
     if failures:
         sys.exit("; ".join(failures))
 

@@ -1,51 +1,136 @@
-"""What the training scripts have in common: options, a timed step, and curves."""
+"""The training loop of the main job, in one process or in several."""
 
 from __future__ import annotations
 
 import argparse
-import os
+import math
 import time
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
-from matplotlib.figure import Figure
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from lab.checkpoints import Parts, last_whole, load, save
+from lab.language_model import Text, make_model
+from lab.processes import ALONE, Processes
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
+class Spec(NamedTuple):
+    """An optimizer's class in torch.optim and in triton_optim, and rates that suit the models."""
+
+    cls: str
+    kwargs: dict[str, Any]
+    lr: dict[str, float]
 
 
-def add_options(
-    parser: argparse.ArgumentParser, size: int, steps: int, batch: int, plot: str
-) -> None:
-    """Those that both scripts have, with their defaults."""
-    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    parser.add_argument("--size", type=positive, default=size, help="width of the model")
-    parser.add_argument("--steps", type=positive, default=steps)
-    parser.add_argument("--batch", type=positive, default=batch)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=devices, default=devices[0])
-    parser.add_argument("--plot", type=Path, default=Path(plot), help="a PNG")
+OPTIMIZERS = {
+    "sgd": Spec("SGD", {}, {"gru": 1.0, "transformer": 1.0}),
+    "momentum": Spec("SGD", {"momentum": 0.9}, {"gru": 0.3, "transformer": 0.3}),
+    "nag": Spec("SGD", {"momentum": 0.9, "nesterov": True}, {"gru": 0.3, "transformer": 0.3}),
+    "adagrad": Spec("Adagrad", {}, {"gru": 0.03, "transformer": 0.01}),
+    "rmsprop": Spec("RMSprop", {"alpha": 0.9}, {"gru": 0.004, "transformer": 0.002}),
+}
+SQUARES = {"adagrad": "sum", "rmsprop": "square_avg"}  # state under the root
+N_RATES = 100  # effective step sizes that a run records
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    args = parser.parse_args()
-    if args.plot.is_dir() or not args.plot.parent.is_dir():
-        parser.error(f"--plot {args.plot}: not a file in an existing folder")
-    return args
+class Run(NamedTuple):
+    """What training with one optimizer showed."""
+
+    optimizer: str
+    implementation: str
+    losses: list[float]
+    step_ms: list[float]  # of this process's own steps, not of those before a checkpoint
+    rates: dict[int, float]  # effective step size by step
+
+    @property
+    def end(self) -> float:
+        return fmean(self.losses[-max(10, len(self.losses) // 20) :])
 
 
-def prepare(device: str) -> None:
-    """Before triton_optim is imported: on the CPU its kernels are interpreted."""
-    if device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when triton_optim imports triton
-        # OpenMP's threads spin for one another: where another process holds a core, two are 100
-        # times as slow as one, which these models keep busy anyway.
-        torch.set_num_threads(1)
-        print("On the CPU the very same kernels run in Triton's interpreter.")
+def train(
+    args: argparse.Namespace,
+    text: Text,
+    name: str,
+    implementation: str,
+    processes: Processes = ALONE,
+    folder: Path | None = None,
+) -> Run:
+    """Trains to `args.steps` steps.
+
+    Args:
+        args: of train_lm.py.
+        text: what to learn.
+        name: of the optimizer.
+        implementation: "triton_optim" or "torch".
+        processes: those that train together; each calls this.
+        folder: for the run's checkpoints. It goes on from the last one there.
+    """
+    torch.manual_seed(args.seed)
+    model = make_model(args.model, text.vocabulary, args.size, args.context).to(args.device)
+    processes.shard(model)
+    optimizer = make_optimizer(args, model, name, implementation)
+    windows = text.tokens.to(args.device).unfold(0, args.context + 1, 1)
+    batches = torch.Generator().manual_seed(args.seed)
+    parts = Parts(model, optimizer, batches)
+    run = Run(name, implementation, [], [], {})
+    if folder and (checkpoint := last_whole(folder)):
+        record = load(checkpoint, parts)
+        run.losses.extend(record["losses"])
+        run.rates.update({int(step): rate for step, rate in record["rates"].items()})
+        if processes.rank == 0:
+            print(f"{name} ({implementation}) goes on from {checkpoint}")
+
+    start, every = len(run.losses), max(1, args.steps // N_RATES)
+    steps = range(start, args.steps)
+    label = f"{name} ({implementation})"
+    progress = tqdm(
+        steps, label, args.steps, initial=start, unit="step", disable=processes.rank > 0
+    )
+    for step in progress:
+        batch = windows[torch.randint(len(windows), (args.batch,), generator=batches)]
+        batch = processes.part(batch)
+        logits = model(batch[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        run.losses.append(processes.mean(loss))
+        run.step_ms.append(timed_step(optimizer, args.device))
+        if name in SQUARES and step >= args.steps // 20 and step % every == 0:
+            run.rates[step] = effective_step_size(optimizer, SQUARES[name])
+        if folder and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
+            record = {"settings": args.settings, "losses": run.losses, "rates": run.rates}
+            save(folder, step + 1, parts, record)
+        progress.set_postfix(loss=f"{run.losses[-1]:.3f}", refresh=False)
+    return run
+
+
+def make_optimizer(
+    args: argparse.Namespace, model: nn.Module, name: str, implementation: str
+) -> torch.optim.Optimizer:
+    """That of `args.lr` or the default rate, clipping to `args.max_grad_norm` if it is not None."""
+    spec = OPTIMIZERS[name]
+    kwargs = {"lr": args.lr or spec.lr[args.model], **spec.kwargs}
+    if implementation == "torch":
+        module = torch.optim
+    else:
+        module = import_module("triton_optim")
+        kwargs["fused"] = True  # the kernels or an error, never torch's own way
+        kwargs["max_grad_norm"] = args.max_grad_norm
+    optimizer: torch.optim.Optimizer = getattr(module, spec.cls)(model.parameters(), **kwargs)
+
+    def clip(*_: Any) -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+
+    if implementation == "torch" and args.max_grad_norm is not None:
+        optimizer.register_step_pre_hook(clip)
+    return optimizer
 
 
 def timed_step(optimizer: torch.optim.Optimizer, device: str) -> float:
@@ -59,21 +144,14 @@ def timed_step(optimizer: torch.optim.Optimizer, device: str) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def style(color: int, label: str, reference: str | None) -> dict[str, Any]:
-    """How a curve is drawn; those of a reference look alike, and are called so."""
-    if reference is not None:
-        return {"label": reference, "color": "black", "linewidth": 0.9, "linestyle": ":"}
-    return {"label": label, "color": f"C{color}", "linewidth": 1.3}
+def effective_step_size(optimizer: torch.optim.Optimizer, square: str) -> float:
+    """Median over all elements of lr / (sqrt(state) + eps), of which the root is monotonic."""
+    squares = torch.cat([_whole(state[square]).flatten() for state in optimizer.state.values()])
+    group = optimizer.param_groups[0]
+    lr, eps = float(group["lr"]), float(group["eps"])
+    return lr / (math.sqrt(squares.median().item()) + eps)
 
 
-def save(figure: Figure, path: Path) -> None:
-    for panel in figure.axes:
-        panel.set_xlabel("step")
-        panel.grid(alpha=0.3, which="both")
-        panel.spines[["top", "right"]].set_visible(False)
-        handles, labels = panel.get_legend_handles_labels()
-        unique = dict(zip(labels, handles, strict=True))  # torch's runs look alike: one entry
-        if unique:
-            panel.legend(unique.values(), unique.keys(), frameon=False)
-    figure.savefig(path, format="png", dpi=150)
-    print(f"wrote {path}")
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, of which each process may have a part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import DEVICE
+from lab.language_model import Transformer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader
-from train_lm import Transformer
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when Hugging Face's packages are imported
 
