@@ -130,7 +130,7 @@ MUTATIONS = [
              "tl.PropagateNan.ALL)", "variance", "test_rules.py", "storage_made_negative"),
     Mutation("a step on the instance is not seen", 'vars(self).get("step", type(self).step)',
              "type(self).step", "test_scaler_and_others.py", "on_the_instance"),
-    Mutation("a wrapper is not seen", "and not _is_scaled_through_wrapper(self)", "",
+    Mutation("a wrapper is not seen", "and not is_scaled_through_wrapper(self)", "",
              "test_scaler_and_others.py", "wrapped"),
     Mutation("the kernels unscale by default", "all(options.is_fused(g) and not", "all(not",
              "test_scaler_and_others.py", "in_the_kernel"),

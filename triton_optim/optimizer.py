@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
-from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -22,16 +19,15 @@ from torch.optim.optimizer import (
 )
 
 from .launch import backend
-from .options import Group, Options
+from .options import Group, Options, signature
 from .rule import Rule
-from .step.catch_up import catch_up
-from .step.conditions import StepConditions
+from .step.catch_up import caught_up
+from .step.conditions import StepConditions, is_scaled_through_wrapper
 from .step.fallback import make_missing_state, reference_step
 from .step.state import (
     adopt_steps,
     check_loaded,
     restore_row_state,
-    step_dtype,
     widen_steps,
 )
 from .step.stepper import Stepper
@@ -102,7 +98,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             if issubclass(base, torch.optim.Optimizer) and not issubclass(base, FusedOptimizer):
                 cls._torch_class = None if base is torch.optim.Optimizer else base
                 break
-        cls.__signature__ = _signature(cls)  # type: ignore[attr-defined]
+        inherits = cls.__init__ is FusedOptimizer.__init__
+        hyperparameters = cls.rule.hyperparameters if inherits else {}
+        cls.__signature__ = signature(  # type: ignore[attr-defined]
+            None if inherits else cls.__init__,
+            {} if callable(hyperparameters) else hyperparameters,
+            cls._without_options,
+        )
 
     def _defaults(self, given: dict[str, Any]) -> dict[str, Any]:
         """Hyperparameters of the rule, where the class has no constructor of its own.
@@ -286,13 +288,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._stepper.plan.forget_skipped(view)
         if rows is None or rows.lazy is None:
             return super().state_dict()
-        catch_up(view, self._stepper.lazy_values or [])
         try:
-            self.state = defaultdict(dict)
-            for param, values in state.items():
-                step = {"step": values["step"].to(step_dtype())} if rows.state in values else {}
-                kept = {k: v for k, v in values.items() if k != rows.state}
-                self.state[param] = {**kept, **step}
+            self.state = caught_up(view, self._stepper.lazy_values or [])
             return super().state_dict()
         finally:
             self.state = state
@@ -367,7 +364,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             and any(local(p).device.type == backend.DEVICE_TYPE for p in self._view().params)
             and not self._has_hooks
             and not self._is_overridden()
-            and not _is_scaled_through_wrapper(self)
+            and not is_scaled_through_wrapper(self)
         )
 
     @_step_supports_amp_scaling.setter
@@ -419,32 +416,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             return None
         skipped = self._stepper.skipped
         return torch.zeros(()).long() if skipped is None else skipped.long()
-
-
-def _signature(cls: type[FusedOptimizer]) -> inspect.Signature:
-    """The constructor's, each option by its name."""
-    inherits = cls.__init__ is FusedOptimizer.__init__
-    known = {"params": inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)}
-    known = known if inherits else dict([*inspect.signature(cls.__init__).parameters.items()][1:])
-    if inherits and not callable(cls.rule.hyperparameters):
-        known |= {name: _keyword(name, value) for name, value in cls.rule.hyperparameters.items()}
-    rest = [n for n, p in known.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
-    if inherits or rest:
-        options = (f for f in fields(Options) if f.name not in {*known, *cls._without_options})
-        known |= {option.name: _keyword(option.name, option.default) for option in options}
-    return inspect.Signature([p for name, p in known.items() if name not in rest])
-
-
-def _keyword(name: str, default: object) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-
-
-def _is_scaled_through_wrapper(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a GradScaler asks on behalf of another object, where it will leave its numbers."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not torch.amp.GradScaler.step.__code__:
-        frame = frame.f_back
-    return frame is not None and frame.f_locals.get("optimizer") is not optimizer
 
 
 def _keep_for_setstate(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypedDict
 
 Group = dict[str, Any]
@@ -86,3 +88,27 @@ def checked_max_norm(max_norm: float, name: str) -> float:
     if math.isnan(value) or value < 0:
         raise ValueError(f"Invalid {name} value: {max_norm}; it must be 0 or more")
     return value
+
+
+def signature(
+    constructor: Callable[..., None] | None, more: Mapping[str, object], without: Collection[str]
+) -> inspect.Signature:
+    """An optimizer's, each option by its name.
+
+    Args:
+        constructor: what takes `self`, its own arguments and options, or None if it has none.
+        more: names and defaults of arguments that it takes besides.
+        without: options that it does not take.
+    """
+    known = {"params": inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)}
+    if constructor is not None:
+        known = dict([*inspect.signature(constructor).parameters.items()][1:])
+    rest = [name for name, p in known.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    keywords = dict(more)
+    if rest or constructor is None:
+        options = (field for field in fields(Options) if field.name not in {*known, *without})
+        keywords |= {option.name: option.default for option in options}
+    named = [p for name, p in known.items() if name not in rest]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    named += [inspect.Parameter(name, kind, default=value) for name, value in keywords.items()]
+    return inspect.Signature(named)

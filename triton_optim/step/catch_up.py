@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
+from torch import Tensor
 
 from ..launch.chunking import PlannedParam
 from ..launch.grad_signature import GradSignature
+from ..rule import State
 from .routing import laid_out_like, misplaced, tensors_unsupported
 from .row_wise import RowWiseLaunchGroup
-from .state import check_state_of
+from .state import check_state_of, step_dtype
 from .view import OptimizerView
 
 
@@ -51,3 +53,20 @@ def catch_up(view: OptimizerView, since: list[float]) -> None:
         on_device = view.counts_on_device
         launch_group = RowWiseLaunchGroup(view, device, here, values, counts_on_device=on_device)
         launch_group.catch_up(values)
+
+
+def caught_up(view: OptimizerView, since: list[float]) -> defaultdict[Tensor, State]:
+    """All state after `catch_up`, without the steps of rows, for a state dict.
+
+    Args:
+        view: of the optimizer.
+        since: see `catch_up`.
+    """
+    catch_up(view, since)
+    rows, states = view.rule.row_wise, defaultdict[Tensor, State](dict)
+    assert rows is not None
+    for param, values in view.state.items():
+        states[param] = {name: value for name, value in values.items() if name != rows.state}
+        if rows.state in values:
+            states[param]["step"] = values["step"].to(step_dtype())
+    return states
