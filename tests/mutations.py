@@ -95,7 +95,7 @@ MUTATIONS = [
              "test_refusals.py", "share"),
     Mutation("expanded parameters are taken", "stride == 0 and size > 1", "False",
              "test_refusals.py", "expanded"),
-    Mutation("what is loaded is not checked", "check_loaded(self._view())", "pass",
+    Mutation("what is loaded is not checked", "check_loaded(self._fused_view())", "pass",
              "test_bad_checkpoints.py", "damaged"),
     Mutation("a bad checkpoint is not rolled back", "self.param_groups, self.state = groups, state",
              "pass", "test_bad_checkpoints.py", "damaged"),

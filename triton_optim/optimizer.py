@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any, ClassVar
 
@@ -34,8 +34,6 @@ from .step.stepper import Stepper
 from .step.validation import check_entries, check_groups, check_rule, check_values
 from .step.view import OptimizerView
 from .tensors.sharding import local
-
-_OPTIONS = frozenset(field.name for field in fields(Options))
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -75,62 +73,80 @@ class FusedOptimizer(torch.optim.Optimizer):
     _without_options: ClassVar[frozenset[str]] = frozenset({"sparse"})
 
     def __init__(self, params: ParamsT, *args: Any, **kwargs: Any) -> None:
-        torchs = self._torch_class
+        torchs, rule = self._torch_class, getattr(type(self), "rule", None)
+        if not isinstance(rule, Rule):
+            raise TypeError(
+                f"{type(self).__name__} has no rule; give it a Rule as a class attribute"
+            )
         taken = inspect.signature(torchs.__init__).parameters if torchs is not None else {}
-        names = _OPTIONS - self._without_options - taken.keys()
+        excluded = {*self._without_options, *taken}
+        names = [field.name for field in fields(Options) if field.name not in excluded]
         given = {name: kwargs.pop(name) for name in [*kwargs] if name in names}
-        self._stepper = Stepper(Options(**given), names)
+        self._stepper = Stepper(Options(**given), frozenset(names))
         if torchs is not None:
             super().__init__(params, *args, **kwargs)
         else:
-            super().__init__(params, *args or [self._defaults(kwargs)])
-            check_rule(self.rule, self.param_groups, backend.flag_names())
+            super().__init__(params, self._rule_defaults(rule, args, kwargs))
+        check_rule(rule, self.param_groups, backend.flag_names())
         # So that type(optimizer)(params, **optimizer.defaults) makes another one like it.
         self.defaults.update({name: getattr(self._stepper.options, name) for name in names})
         reasons = [*filter(None, map(self._stepper.options.unsupported, self.param_groups))]
         if self._stepper.options.capturable and reasons:
             raise RuntimeError(f"`capturable` does not support {reasons[0]}")
-        adopt_steps(self._view(), replaces=False)
+        adopt_steps(self._fused_view(), replaces=False)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for base in cls.__mro__:
-            if issubclass(base, torch.optim.Optimizer) and not issubclass(base, FusedOptimizer):
-                cls._torch_class = None if base is torch.optim.Optimizer else base
-                break
-        inherits = cls.__init__ is FusedOptimizer.__init__
-        hyperparameters = cls.rule.hyperparameters if inherits else {}
+        after = cls.__mro__[cls.__mro__.index(FusedOptimizer) + 1 :]
+        base = next(base for base in after if issubclass(base, torch.optim.Optimizer))
+        cls._torch_class = None if base is torch.optim.Optimizer else base
+        constructor: Any = cls.__init__
+        more: Mapping[str, object] = {}
+        if constructor is FusedOptimizer.__init__:
+            rule = getattr(cls, "rule", None)
+            known = rule.hyperparameters if isinstance(rule, Rule) else {}
+            constructor = base.__init__ if cls._torch_class is not None else None
+            more = {"fused": None} if callable(known) else known
         cls.__signature__ = signature(  # type: ignore[attr-defined]
-            None if inherits else cls.__init__,
-            {} if callable(hyperparameters) else hyperparameters,
-            cls._without_options,
+            constructor, more, cls._without_options
         )
 
-    def _defaults(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Hyperparameters of the rule, where the class has no constructor of its own.
+    def _rule_defaults(
+        self, rule: Rule, args: tuple[Any, ...], given: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Hyperparameters of the rule, or a dict that the class's own constructor hands on.
 
         Raises:
-            TypeError: one that the rule has not.
+            TypeError: an argument that there is not.
         """
-        known = self.rule.hyperparameters
-        defaults: dict[str, Any] = {} if callable(known) else {**known}
-        if unknown := sorted(given.keys() - defaults.keys()):
+        known = {} if callable(rule.hyperparameters) else {**rule.hyperparameters}
+        if args and isinstance(args[0], dict):
+            known, args = args[0], args[1:]
+            unknown = sorted(given)
+        else:
+            unknown = sorted(given.keys() - known.keys())
+        if args or unknown:
+            what = f"an unexpected keyword argument {unknown[0]!r}" if unknown else f"{args[0]!r}"
             raise TypeError(
-                f"{type(self).__name__}() got an unexpected keyword argument {unknown[0]!r}; its "
-                f"rule has the hyperparameters {[*defaults]}"
+                f"{type(self).__name__}(params, ...) got {what}; its hyperparameters are keywords "
+                f"{[*known]}, or what its own constructor hands on as a dict"
             )
-        return {**defaults, **given}
+        return {**known, **given}
 
-    def _view(
+    def _current_rule(self) -> Rule:
+        """The class's; an option may choose another."""
+        return type(self).rule
+
+    def _fused_view(
         self,
         groups: list[Group] | None = None,
         state: Any = None,
         stepper: Stepper | None = None,
     ) -> OptimizerView:
         """What the layers below see of it, or of some of its parameters."""
-        stepper = stepper or self._stepper
+        stepper, rule = stepper or self._stepper, self._current_rule()
         return OptimizerView(
-            self.rule,
+            rule,
             self.param_groups if groups is None else groups,
             self.state if state is None else state,
             self.defaults,
@@ -138,7 +154,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             stepper.option_names,
             stepper.counters,
             stepper.may_skip,
-            self.rule.reference is not None or self._torch_class is not None,
+            rule.reference is not None or self._torch_class is not None,
         )
 
     def add_param_group(self, param_group: Group) -> None:
@@ -162,23 +178,25 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        self._fused_step()
         return loss
 
-    def _step(
+    def _fused_step(
         self,
         groups: list[Group] | None = None,
         state: Any = None,
         stepper: Stepper | None = None,
     ) -> None:
         """Step its groups, or some of its parameters."""
-        enabled, told, stepper = torch.is_grad_enabled(), vars(self), stepper or self._stepper
+        enabled, told = torch.is_grad_enabled(), vars(self)
+        attributes = told if stepper is None else {}  # a GradScaler tells of all parameters
+        stepper = stepper or self._stepper
         try:
             torch.set_grad_enabled(self.defaults.get("differentiable", False))
-            conditions = StepConditions.read(told, stepper.options)
+            conditions = StepConditions.read(attributes, stepper.options)
             stepper.may_skip |= conditions.may_skip
-            view = self._view(groups, state, stepper)
-            stepper.step(view, conditions, self._fallback, type(self).__name__)
+            view = self._fused_view(groups, state, stepper)
+            stepper.step(view, conditions, self._fused_fallback, type(self).__name__)
         except BaseException:
             for name in ("grad_scale", "found_inf"):  # GradScaler would multiply by the old one
                 told.pop(name, None)
@@ -242,7 +260,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             getattr(step, "__func__", step) is not FusedOptimizer.step
         )
 
-    def _fallback(self, view: OptimizerView, params: Iterable[Tensor]) -> None:
+    def _fused_fallback(self, view: OptimizerView, params: Iterable[Tensor]) -> None:
         """Step these parameters with torch's implementation, or the rule's reference.
 
         Gradients are unscaled. torch's step is unwrapped: hooks have run, and the gradient mode is
@@ -263,15 +281,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         if view.rule.eager_state:
             make_missing_state(view, groups)
-        kept, told = (self.param_groups, self.state), vars(self)
-        names: list[str] = [name for name in ("grad_scale", "found_inf") if name in told]
-        scaler = {name: told.pop(name) for name in names}
-        try:
-            self.param_groups, self.state = groups, view.state  # type: ignore[assignment]
-            step(self)
-        finally:
-            self.param_groups, self.state = kept
-            told.update(scaler)
+        # Another one with the same attributes: buckets of other devices may step meanwhile.
+        part = object.__new__(type(self))
+        vars(part).update(vars(self), param_groups=groups, state=view.state)
+        for name in ("grad_scale", "found_inf"):
+            vars(part).pop(name, None)
+        step(part)
 
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
@@ -283,7 +298,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: state of such rows does not fit its parameter, or no kernel runs there.
         """
-        view, rows, state = self._view(), self.rule.row_wise, self.state
+        view, state = self._fused_view(), self.state
+        rows = view.rule.row_wise
         if self._stepper.plan is not None:
             self._stepper.plan.forget_skipped(view)
         if rows is None or rows.lazy is None:
@@ -322,7 +338,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         stepper = self._stepper
         if stepper.plan is not None:
-            stepper.plan.forget_skipped(self._view())
+            stepper.plan.forget_skipped(self._fused_view())
         kept = Stepper(stepper.options, stepper.option_names)
         kept.skipped, kept.lazy_values = stepper.skipped, stepper.lazy_values
         return {**super().__getstate__(), "_stepper": kept}
@@ -334,9 +350,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             for group in state["param_groups"]:
                 group.setdefault("fused", None)  # torch sets False, which would refuse the kernels
         if loads:
-            groups, counts = state["param_groups"], self.rule.counts_step
+            groups, counts = state["param_groups"], self._current_rule().counts_step
             check_entries(state["state"], groups, counts_steps=counts)
-            view = self._view(groups, state["state"])
+            view = self._fused_view(groups, state["state"])
             if "_loaded" in vars(self):
                 restore_row_state(view, vars(self)["_loaded"])
         super().__setstate__(state)
@@ -345,9 +361,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._stepper.plan = None
         if loads:
             check_groups(self.param_groups, self.defaults.keys() - names)
-            check_loaded(self._view())
-        adopt_steps(self._view(), replaces=loads)
-        widen_steps(self._view())
+            check_loaded(self._fused_view())
+        adopt_steps(self._fused_view(), replaces=loads)
+        widen_steps(self._fused_view())
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -361,7 +377,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return (
             self._stepper.amp_scaling
             and all(options.is_fused(g) and not options.unsupported(g) for g in self.param_groups)
-            and any(local(p).device.type == backend.DEVICE_TYPE for p in self._view().params)
+            and any(local(p).device.type == backend.DEVICE_TYPE for p in self._fused_view().params)
             and not self._has_hooks
             and not self._is_overridden()
             and not is_scaled_through_wrapper(self)
@@ -389,7 +405,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         stepper.options = replace(stepper.options, max_grad_norm=max_norm)
         self.defaults["max_grad_norm"] = stepper.options.max_grad_norm
         if (before is None) != (max_norm is None):
-            stepper.drop_plan(self._view())
+            stepper.drop_plan(self._fused_view())
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -402,7 +418,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         norm = self._stepper.norm
         if norm is None or self.max_grad_norm is None:
             return None
-        dtypes = (param.dtype for param in self._view().params)
+        dtypes = (param.dtype for param in self._fused_view().params)
         double = any(dtype in (torch.float64, torch.complex128) for dtype in dtypes)
         return norm.to(torch.float64 if double else torch.float32, copy=True)
 

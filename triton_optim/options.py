@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, ClassVar, TypedDict
 
 Group = dict[str, Any]
@@ -96,19 +97,23 @@ def signature(
     """An optimizer's, each option by its name.
 
     Args:
-        constructor: what takes `self`, its own arguments and options, or None if it has none.
-        more: names and defaults of arguments that it takes besides.
+        constructor: what takes `self`, its own arguments and maybe options; None: only `params`.
+        more: names and defaults of arguments that the optimizer takes besides, and options too.
         without: options that it does not take.
     """
     known = {"params": inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)}
     if constructor is not None:
         known = dict([*inspect.signature(constructor).parameters.items()][1:])
-    rest = [name for name, p in known.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
-    keywords = dict(more)
-    if rest or constructor is None:
-        options = (field for field in fields(Options) if field.name not in {*known, *without})
-        keywords |= {option.name: option.default for option in options}
-    named = [p for name, p in known.items() if name not in rest]
-    kind = inspect.Parameter.KEYWORD_ONLY
-    named += [inspect.Parameter(name, kind, default=value) for name, value in keywords.items()]
-    return inspect.Signature(named)
+    ours = [name for name, p in known.items() if str(p.annotation).endswith("Options]")]
+    keyword = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
+    options = fields(Options) if ours or more or constructor is None else ()
+    named = [
+        *(p for name, p in known.items() if name not in ours),
+        *(keyword(name, default=value) for name, value in more.items() if name not in known),
+        *(
+            keyword(option.name, default=option.default, annotation=option.type)
+            for option in options
+            if option.name not in {*known, *more, *without}
+        ),
+    ]
+    return inspect.Signature(named, return_annotation=None)

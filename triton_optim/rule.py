@@ -14,8 +14,9 @@ from .options import Group, Options
 State = dict[str, Any]
 Scalars = tuple[float | Tensor, ...]
 
-N_ARGUMENTS = (6, 8)  # of a rule's function; one for rows has two more
-MAX_STATES = 3  # columns that the table of tensors has for them: kernels/chunks.py
+ARGUMENTS, ROW_ARGUMENTS = 6, 8  # of a rule's function
+MAX_STATES = 3  # columns of the table of tensors for them: kernels/chunks.py
+MAX_ROW_STATES = 2  # of that for rows: kernels/keys.py
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class Rule:
         row_wise: how single rows are updated, if they can be.
         reference: `(param, grad, state, group)` in torch's operations, in place, for what the
             kernels cannot take.
-        eager_state: state is made with the optimizer, and follows a parameter to another device.
+        eager_state: torch's class makes the state in its constructor, from its defaults; it follows
+            a parameter to another device.
 
     Raises:
         TypeError: `function` is no jit function with these arguments.
@@ -113,24 +115,27 @@ class Rule:
     eager_state: bool = False
 
     def __post_init__(self) -> None:
-        function = self.function
-        if function is not None and len(getattr(function, "arg_names", ())) not in N_ARGUMENTS:
+        function, rows = self.function, self.row_wise
+        n_arguments = ROW_ARGUMENTS if rows is not None and rows.always else ARGUMENTS
+        if function is not None and len(getattr(function, "arg_names", ())) != n_arguments:
             raise TypeError(
                 f"the function of a Rule is {function!r}; give a @triton.jit function of (param, "
                 "grad, state, hyper, step, FLAGS)"
             )
         names = [state.name for state in self.states]
-        if len(names) > MAX_STATES or len({*names, "step"}) <= len(names):
+        every = [*names, "step", *([] if self.row_state is None else [self.row_state])]
+        if len(names) > MAX_STATES or len({*every}) < len(every):
             raise ValueError(
-                f"a Rule has the states {names}; it takes up to {MAX_STATES}, each named once, and "
+                f"a Rule has the states {every}; it takes up to {MAX_STATES}, each named once, and "
                 "none of them 'step'"
             )
+        if self.reads_step is True and not self.counts_step:
+            raise ValueError("reads_step=True needs counts_step=True, which makes the step")
 
     @property
     def name(self) -> str:
         """The function's."""
-        name: str = self.function.__name__
-        return name
+        return getattr(self.function, "__name__", "the rule")
 
     @property
     def states(self) -> tuple[StateTensor, ...]:
@@ -180,6 +185,8 @@ class Rule:
         """Why rows of a group cannot be updated alone, or None."""
         if self.row_wise is None:
             return "its gradient is sparse"
+        if len(self.state_names(group)) > MAX_ROW_STATES:
+            return f"its rows have more states than {MAX_ROW_STATES}"
         return self.row_wise.unsupported(group, options)
 
     def has_state(self, state: State) -> bool:

@@ -71,9 +71,8 @@ def measure(
         run = _Watched(optimizer, param)
         with patch.object(Launch, "run", run.launch(Launch.run)), watched(run.traffic.count):
             optimizer.step()
-    update = rule_and_flags(
-        optimizer.rule.row_function.__name__, optimizer.rule.active_flags(optimizer.param_groups[0])
-    )
+    rule, (group, *_) = optimizer._current_rule(), optimizer.param_groups
+    update = rule_and_flags(rule.row_function.__name__, rule.active_flags(group))
     return run.report(f"{update} {short(dtype_name(dtype))} {width} {kind}", ids)
 
 

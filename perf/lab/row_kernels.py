@@ -130,13 +130,13 @@ def kernel_of(
     param = Parameter(torch.empty(2, width, dtype=param_dtype))
     optimizer = getattr(triton_optim, name)([param], **kwargs)
     (group,) = optimizer.param_groups
-    names = optimizer.rule.state_names(group)
+    names = optimizer._current_rule().state_names(group)
     optimizer.state[param] = {n: torch.empty_like(param, dtype=state_dtype) for n in names}
     grad = torch.empty_like(param, dtype=grad_dtype)
     if sparse:
         ids = torch.zeros(1, 2, dtype=torch.int64)
         grad = torch.sparse_coo_tensor(ids, grad, param.shape, check_invariants=False)
-    rule, signature = optimizer.rule, GradSignature.of(param, grad, row_wise=True)
+    rule, signature = optimizer._current_rule(), GradSignature.of(param, grad, row_wise=True)
     planned = PlannedParam(
         0, param, param, grad, signature, (), 0, rule.active_flags(group), names,
         row_state=rule.row_state,

@@ -284,3 +284,16 @@ def test_cpu_without_the_interpreter_goes_torchs_way(name: str, fused: str) -> N
 
 def test_without_triton_all_goes_torchs_way() -> None:
     _laptop("import sys; sys.modules['triton'] = None\n", "RMSprop", "None", "None")
+
+
+def test_row_wise_adagrad_without_triton() -> None:
+    script = """
+import sys
+sys.modules["triton"] = None
+import torch, triton_optim
+param = torch.nn.Parameter(torch.ones(2, 2))
+param.grad = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+triton_optim.RowwiseAdagrad([param], lr=12.5 ** 0.5, eps=0).step()
+assert param[0].tolist() == [-2.0, -3.0], param
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

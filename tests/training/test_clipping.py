@@ -62,7 +62,7 @@ def test_the_order_of_programs_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -
 
 def _norm(optimizer: triton_optim.SGD) -> torch.Tensor:
     """Of its gradients, and nothing is stepped."""
-    plan = Planning(optimizer._view()).finish()
+    plan = Planning(optimizer._fused_view()).finish()
     conditions = StepConditions.read({}, optimizer._stepper.options)
     inputs = [group.first_inputs for group in plan.launch_groups]
     plan.compile(inputs, conditions)

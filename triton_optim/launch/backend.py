@@ -184,9 +184,9 @@ def triton_dtype(name: str) -> Any:
     return getattr(tl, name)
 
 
-def flag_names() -> Collection[str]:
-    """Of all flags that were made."""
-    return flags.BITS.keys() if DEVICE_TYPE else ()
+def flag_names() -> Collection[str] | None:
+    """Of all flags that were made; None where there is no Triton."""
+    return flags.BITS.keys() if DEVICE_TYPE else None
 
 
 def rule_constants(rule: Rule, function: Any, names: Iterable[str]) -> dict[str, Any]:

@@ -100,7 +100,47 @@ class Launch:
             self._start(changed)
 
 
-class UpdateLaunch(Launch):
+class RuleLaunch(Launch):
+    """One that runs a rule, which a user may have written.
+
+    Raises:
+        RuntimeError: the rule's function does not compile; interpreted, when it is run.
+    """
+
+    variant: Variant | Any
+    _rule: Rule
+
+    def _bound(self) -> Callable[[Mapping[str, Tensor | int]], object]:
+        with self._explained():
+            start = super()._bound()
+        if COMPILED:
+            return start
+
+        def run(changed: Mapping[str, Tensor | int]) -> None:
+            with self._explained():
+                start(changed)
+
+        return run
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say what a rule's function is given, where it fails."""
+        try:
+            yield
+        except (CompilationError, InterpreterError) as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            step = "step" if self.arguments["steps_ptr"] is not None else "step=None"
+            raise RuntimeError(
+                f"{self._rule.name} failed: {cause}\nIt is given param, grad, a tuple of "
+                f"{self.variant.n_states} states, a tuple of {self.arguments['N_HYPERS']} "
+                f"hyperparameters, {step} and FLAGS {sorted(self.variant.flags)}, and returns "
+                "param and a tuple of as many states; see triton_optim.Rule."
+            ) from error
+
+
+class UpdateLaunch(RuleLaunch):
     """One update launch over all tensors of a variant.
 
     Args:
@@ -110,9 +150,6 @@ class UpdateLaunch(Launch):
         owners: int32, one a program: the row of its tensor.
         tables: on the device of `owners`.
         n_bytes: what the launch loads and stores of the tensors.
-
-    Raises:
-        RuntimeError: the rule's function does not compile; interpreted, when it is run.
     """
 
     variant: Variant
@@ -147,35 +184,6 @@ class UpdateLaunch(Launch):
         options = backend.options(variant, config, backend.architecture(device)) if COMPILED else {}
         kernel = multi_tensor.multi_tensor_kernel
         super().__init__(kernel, variant, len(owners), arguments, options, device)
-
-    def _bound(self) -> Callable[[Mapping[str, Tensor | int]], object]:
-        with self._explained():
-            start = super()._bound()
-        if COMPILED:
-            return start
-
-        def run(changed: Mapping[str, Tensor | int]) -> None:
-            with self._explained():
-                start(changed)
-
-        return run
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Say what a rule's function is given, where it fails."""
-        try:
-            yield
-        except (CompilationError, InterpreterError) as error:
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            step = "step" if self.arguments["steps_ptr"] is not None else "step=None"
-            raise RuntimeError(
-                f"{self._rule.name} failed: {cause}\nIt is given param, grad, a tuple of "
-                f"{self.variant.n_states} states, a tuple of {self.arguments['N_HYPERS']} "
-                f"hyperparameters, {step} and FLAGS {sorted(self.variant.flags)}, and returns "
-                "param and a tuple of as many states; see triton_optim.Rule."
-            ) from error
 
 
 def checked_grid(x: int, y: int) -> Grid:

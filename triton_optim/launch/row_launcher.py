@@ -13,7 +13,7 @@ from ..rule import Rule
 from ..tensors.layout import is_contiguous_resolved
 from . import backend, tuning
 from .backend import ALIGNMENT, COMPILED, ITEM_SIZES, Tables
-from .launcher import Launch
+from .launcher import Launch, RuleLaunch
 from .pointer_tables import is_aligned
 from .tuning import RowConfig
 
@@ -161,7 +161,7 @@ def _registers(variant: RowVariant) -> int:
     return FOUR_PROGRAMS_REGISTERS
 
 
-class RowLaunch(Launch):
+class RowLaunch(RuleLaunch):
     """One update launch over all tensors of a variant.
 
     Args:
@@ -182,6 +182,7 @@ class RowLaunch(Launch):
         tensors: range,
         key_dtype: torch.dtype,
     ) -> None:
+        self._rule = rule
         device = tables.rows.device
         cut = config(variant, device)
 

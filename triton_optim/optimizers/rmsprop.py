@@ -86,8 +86,9 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
 
     _without_options = frozenset()
 
-    @property
-    def rule(self) -> Rule:  # type: ignore[override]
+    rule = RULE
+
+    def _current_rule(self) -> Rule:
         return RULE if self._stepper.options.sparse is None else LAZY_RULE
 
     def __init__(
@@ -108,14 +109,14 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         sparse: str | None = None,
         **options: Unpack[ClippingOptions],
     ) -> None:
-        if fused and differentiable:
-            raise RuntimeError("`fused` does not support `differentiable`")
-        if fused and foreach:
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         super().__init__(
             params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize,
             differentiable, fused=fused, sparse=sparse, **options,
         )  # fmt: skip
+        if fused and differentiable:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if fused and foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`.

@@ -26,6 +26,8 @@ def reference_step(view: OptimizerView, groups: Iterable[Group]) -> None:
         if view.rule.counts_step:
             state["step"] += 1
         reference(param, grad, state, group)
+        if state:
+            view.state[param] = state
 
 
 def _with_state(

@@ -46,7 +46,9 @@ class Values:
 
     def __init__(self, view: OptimizerView, *, uses_kernels: bool) -> None:
         self._uses_kernels = uses_kernels
-        self._names = [n for n in view.defaults if all(n in group for group in view.groups)]
+        first = view.groups[0] if view.groups else {}
+        names = first.keys() - {"params", "param_names", "_places"}
+        self._names = sorted(n for n in names if all(n in group for group in view.groups))
         self._get = itemgetter(*self._names) if len(self._names) > 1 else self._get_one_by_one
         # Options that a group may have for itself, and get later.
         self._optional = sorted(view.option_names & {"fused", "capturable"})
@@ -54,8 +56,9 @@ class Values:
         self._keep(view, self.read(view))
 
     def read(self, view: OptimizerView) -> list[object]:
-        optional = [group.get(name) for group in view.groups for name in self._optional]
-        return [*chain.from_iterable(map(self._get, view.groups)), *optional]
+        groups = view.groups
+        optional = [group.get(name) for group in groups for name in self._optional]
+        return [*chain.from_iterable(map(self._get, groups)), *optional, *map(len, groups)]
 
     def _get_one_by_one(self, group: Group) -> list[object]:
         return [group[name] for name in self._names]
@@ -73,7 +76,7 @@ class Values:
     def _keep(self, view: OptimizerView, values: list[object]) -> None:
         self._values: list[object] = []  # until all is done: an interrupt may come between
         self.hyperparameters = view.hyperparameters() if self._uses_kernels else []
-        self._mutate = not all(v is None or isinstance(v, (float, int)) for v in values)
+        self._mutate = not all(v is None or isinstance(v, (float, int, str)) for v in values)
         self._values = values
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..launch.chunking import PlannedParam
 from ..options import Group
-from ..rule import State
+from ..rule import RowWise, Rule, State
 from ..tensors.layout import picker
 from ..tensors.sharding import PLAIN_TYPES, local
 from .routing import is_traced, unsupported
@@ -34,7 +34,8 @@ def states_of(
         states.append(state)
         new.append({} if complete else new_state(view, param, view.groups[entry.group]))
         if entry.row_state is not None and entry.row_state not in {**state, **new[-1]}:
-            new[-1][entry.row_state] = _new_last_step(param, state)
+            group = view.groups[entry.group]
+            new[-1][entry.row_state] = _new_row_state(rule, param, state, group)
     return states, new
 
 
@@ -43,18 +44,21 @@ def new_state(view: OptimizerView, param: Tensor, group: Group) -> State:
     rule, rows = view.rule, view.rule.row_wise
     state: State = {"step": new_step(view, param, group)} if rule.counts_step else {}
     if rows is not None and rows.always and rows.state is not None:
-        shape, value, dtype = param.shape[:1], rows.initial(group), rows.dtype(param)
-        state[rows.state] = torch.full(shape, value, dtype=dtype, device=param.device)
+        state[rows.state] = _new_row_state(rule, param, state, group)
+    source = {**group, **view.defaults} if rule.eager_state else group
     for item in rule.states:
         if item.when is None or item.when(group):
-            state[item.name] = item.new(param, group)
+            state[item.name] = item.new(param, source)
     return state
 
 
-def _new_last_step(param: Tensor, state: State) -> Tensor:
-    """The step up to which each row is: all of those that were."""
-    last = torch.zeros(param.shape[:1], dtype=torch.int32, device=param.device)
-    return last + state["step"].to(torch.int32) if "step" in state else last
+def _new_row_state(rule: Rule, param: Tensor, state: State, group: Group) -> Tensor:
+    """One number a row. Of lazy rows the step up to which they are: all of those that were."""
+    rows = rule.row_wise or RowWise()
+    made = torch.full(
+        param.shape[:1], rows.initial(group), dtype=rows.dtype(param), device=param.device
+    )
+    return made + state["step"].to(made.dtype) if rows.lazy and "step" in state else made
 
 
 def new_step(

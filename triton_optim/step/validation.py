@@ -345,19 +345,19 @@ def _check_has_norm(options: Options, grad: Tensor, where: str) -> None:
         )
 
 
-def check_rule(rule: Rule, groups: Iterable[Group], known_flags: Collection[str]) -> None:
+def check_rule(rule: Rule, groups: Iterable[Group], known_flags: Collection[str] | None) -> None:
     """Refuse a rule that asks for what its optimizer has not.
 
     Args:
         rule: the optimizer's.
         groups: its parameter groups.
-        known_flags: names that were given to `triton_optim.flag`.
+        known_flags: names that were given to `triton_optim.flag`; None where there is no Triton.
 
     Raises:
         TypeError: it asks a group for a name that is no argument of the optimizer.
         ValueError: a flag was not made by `triton_optim.flag`.
     """
-    if unknown := sorted(rule.flags.keys() - {*known_flags}):
+    if known_flags is not None and (unknown := sorted(rule.flags.keys() - {*known_flags})):
         raise ValueError(
             f"the flag {unknown[0]!r} of {rule.name} is unknown; make it beside the function: "
             f"{unknown[0]} = triton_optim.flag({unknown[0]!r})"

@@ -89,6 +89,8 @@ class OptimizerView(NamedTuple):
             for name, value in self.defaults.items()
             if isinstance(value, Real | Tensor) and not isinstance(value, bool)
         ]
+        known = self.rule.hyperparameters
+        numbers += [] if callable(known) else known
         for index, group in enumerate(self.groups):
             for name in numbers:
                 if not hasattr(group.get(name, 0), "__float__"):

@@ -40,14 +40,14 @@ class GraphedStep:
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self._optimizer = optimizer
         self._graph = torch.cuda.CUDAGraph()
-        param = next(iter(optimizer._view().params))
+        param = next(iter(optimizer._fused_view().params))
         with backend.current(local(param).device), torch.cuda.graph(self._graph):
             optimizer.step()
         stepper = optimizer._stepper
         assert stepper.plan is not None
         self._plan, self._options = stepper.plan, stepper.options
         self._addresses = self._gradients()
-        self._values = self._plan.group_values(optimizer._view())
+        self._values = self._plan.group_values(optimizer._fused_view())
 
     def __call__(self) -> None:
         """Replay the step.
@@ -56,7 +56,7 @@ class GraphedStep:
             RuntimeError: a parameter, a gradient or state is no longer where it was captured, or a
                 value in the groups was replaced. Nothing has been replayed then.
         """
-        plan, stepper, view = self._plan, self._optimizer._stepper, self._optimizer._view()
+        plan, stepper, view = self._plan, self._optimizer._stepper, self._optimizer._fused_view()
         if stepper.options is not self._options or not_identical(
             plan.group_values(view), self._values
         ):
@@ -78,5 +78,5 @@ class GraphedStep:
 
     def _gradients(self) -> list[int]:
         """Their addresses; 0 of one that is missing."""
-        grads = (param.grad for param in self._optimizer._view().params)
+        grads = (param.grad for param in self._optimizer._fused_view().params)
         return [0 if grad is None else local(grad).data_ptr() for grad in grads]

@@ -79,7 +79,7 @@ class GradBucket:
         own = [{**groups[i], **_lists(groups[i], places)} for i, places in self._own]
         state = defaultdict(dict, {p: s for p in params if (s := get(p)) is not None})
         try:
-            optimizer._step(own, state, self._stepper)
+            optimizer._fused_step(own, state, self._stepper)
         finally:
             optimizer.state.update(state)
         optimizer._opt_called = True  # type: ignore[attr-defined]  # else schedulers warn

@@ -94,9 +94,9 @@ class StepInBackward:
         places: dict[int, list[ParamIndex]],
         bucket_bytes: int,
     ) -> None:
-        optimizer._stepper.drop_plan(optimizer._view())  # its tables would only take memory
+        optimizer._stepper.drop_plan(optimizer._fused_view())  # its tables would only take memory
         self._optimizer = optimizer
-        self._ids = [*map(id, optimizer._view().params)]
+        self._ids = [*map(id, optimizer._fused_view().params)]
         # What the autograd engine will call at the end of the pass that is under way.
         self._end: weakref.ref[partial[None]] | None = None
         expected = [param for param in reversed([*model.parameters()]) if id(param) in places]
@@ -133,7 +133,7 @@ class StepInBackward:
         queue = Variable._execution_engine.queue_callback
         queue(partial(queue, end))
         _check_optimizer(self._optimizer)
-        params = [*self._optimizer._view().params]
+        params = [*self._optimizer._fused_view().params]
         if [*map(id, params)] != self._ids or not all(map(_is_hooked, params)):
             raise RuntimeError(
                 "the optimizer's parameters are not those of the call of step_in_backward(); call "
@@ -151,7 +151,7 @@ class StepInBackward:
         """The engine dropped a pass before its end: there was an exception."""
         if end is self._end:
             self._end = None
-            for param in self._optimizer._view().params:
+            for param in self._optimizer._fused_view().params:
                 param.grad = None
 
 
