@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 
 from lab.gpus import GPUS
 from triton_optim.launch import backend
-from triton_optim.rule import Rule
+from triton_optim.rule import ROW_ARGUMENTS, RowWise, Rule
 
 # The kernels' run-time arguments as a GPU is given them; keys of fewer than 2**31 rows.
 ARGUMENTS = {
@@ -73,9 +73,11 @@ def compile_for(
     return triton.compile(source, target=target, options=dict(options))
 
 
-def built_in(function: str) -> Rule:
+def built_in(name: str) -> Rule:
     """A rule as kernels know it, of the name of its function in kernels/rules.py."""
-    return Rule(getattr(backend.rules, function), doubles=True)
+    function = getattr(backend.rules, name)
+    of_rows = len(function.arg_names) == ROW_ARGUMENTS
+    return Rule(function, doubles=True, row_wise=RowWise(always=of_rows))
 
 
 def rule_and_flags(rule: str, flags: Iterable[str]) -> str:

@@ -58,15 +58,15 @@ class Values:
     def read(self, view: OptimizerView) -> list[object]:
         groups = view.groups
         optional = [group.get(name) for group in groups for name in self._optional]
-        return [*chain.from_iterable(map(self._get, groups)), *optional, *map(len, groups)]
+        return [*chain.from_iterable(map(self._get, groups)), *optional]
 
     def _get_one_by_one(self, group: Group) -> list[object]:
         return [group[name] for name in self._names]
 
     def update(self, view: OptimizerView) -> bool:
         """Bring the hyperparameters up to date; False if parameters go other routes now."""
-        values = self.read(view)
-        if self._mutate or not_identical(values, self._values):
+        values, sizes = self.read(view), [*map(len, view.groups)]
+        if self._mutate or sizes != self._sizes or not_identical(values, self._values):
             view.check_hyperparameters()
             if view.structure_key() != self.structure:
                 return False
@@ -75,6 +75,7 @@ class Values:
 
     def _keep(self, view: OptimizerView, values: list[object]) -> None:
         self._values: list[object] = []  # until all is done: an interrupt may come between
+        self._sizes = [*map(len, view.groups)]
         self.hyperparameters = view.hyperparameters() if self._uses_kernels else []
         self._mutate = not all(v is None or isinstance(v, (float, int, str)) for v in values)
         self._values = values
