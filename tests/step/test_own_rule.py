@@ -5,14 +5,19 @@ from __future__ import annotations
 import copy
 import inspect
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import triton
 import triton.language as tl
 from cases import DEVICE, SPECS, Tensors, assert_no_worse, assert_same_bits, double, new_param
+from fake_graph import fake_cuda
 from lion import Lion, lion_reference, lion_rule
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter
 
 import triton_optim
@@ -95,6 +100,51 @@ def test_step_in_backward() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert_same_bits([*model.parameters()], [*other.parameters()])
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="pretends a GPU where there is none")
+def test_replays_are_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    with fake_cuda(monkeypatch):
+        for graphed in (True, False):
+            torch.manual_seed(0)
+            params = [new_param(5), new_param(70)]
+            lr = torch.tensor(0.1, dtype=torch.float64)
+            optimizer = Lion(params, lr=lr, capturable=True)
+            optimizer.step()
+            step = triton_optim.GraphedStep(optimizer) if graphed else optimizer.step
+            for factor in (2.0, -1.0, 0.5):
+                for param in params:
+                    assert param.grad is not None
+                    param.grad.mul_(factor).add_(0.1)
+                lr.mul_(0.5)
+                step()
+            runs.append([params, optimizer.state_dict()["state"]])
+    assert_same_bits(*runs)
+
+
+def test_dtensors(tmp_path: Path) -> None:
+    """Their local shards, in one launch: the bits of plain tensors."""
+    store = f"file://{tmp_path / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        mesh = DeviceMesh(DEVICE, [0])
+        plain = [new_param(4, 3), new_param(7, 2)]
+        sharded = []
+        for param in plain:
+            assert param.grad is not None
+            on_mesh = DTensor.from_local(param.detach().clone(), mesh, [Shard(0)])
+            sharded.append(Parameter(on_mesh))
+            sharded[-1].grad = DTensor.from_local(param.grad.clone(), mesh, [Shard(0)])
+        optimizers = [Lion(params, lr=0.1, fused=True) for params in (plain, sharded)]
+        for optimizer in optimizers:
+            for _ in range(2):
+                with record_launches() as launches:
+                    optimizer.step()
+                assert len(launches) == 1
+        assert_same_bits(plain, [param.to_local().detach() for param in sharded])  # type: ignore[attr-defined]
+    finally:
+        dist.destroy_process_group()
 
 
 def test_copies_and_defaults() -> None:
