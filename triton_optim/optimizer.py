@@ -188,8 +188,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         stepper: Stepper | None = None,
     ) -> None:
         """Step its groups, or some of its parameters."""
-        enabled, told = torch.is_grad_enabled(), vars(self)
-        attributes = told if stepper is None else {}  # a GradScaler tells of all parameters
+        enabled = torch.is_grad_enabled()
+        attributes = vars(self) if stepper is None else {}  # a GradScaler tells of all parameters
         stepper = stepper or self._stepper
         try:
             torch.set_grad_enabled(self.defaults.get("differentiable", False))
@@ -199,7 +199,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             stepper.step(view, conditions, self._fused_fallback, type(self).__name__)
         except BaseException:
             for name in ("grad_scale", "found_inf"):  # GradScaler would multiply by the old one
-                told.pop(name, None)
+                attributes.pop(name, None)
             raise
         finally:
             torch.set_grad_enabled(enabled)

@@ -60,14 +60,10 @@ class DenseLaunchGroup(LaunchGroup):
         self._rule, complete = view.rule, self._complete
         self._specs = [spec_of(entry.param) for entry in entries if is_dtensor(entry.param)]
         self._reordered = [i for i, entry in enumerate(entries) if entry.reordered]
-        params = [entry.param for entry in entries]
-        held = self._pick_stateful(complete)
-        found = self._found([entry.grad for entry in entries], params, held)
-        self.first_inputs = self._of_present(found, present_of(found.grads))
+        found = self._first_found(entries)
         grads, state = [entry.signature.grad for entry in entries], found.written[len(entries) :]
         layouts = [*grads, *(entry.signature.param for entry in entries), *map(Layout.of, state)]
         self._guard = LayoutGuard([x for x in layouts if x is not None], self._holders.rows)
-        self._addresses = addresses_of([*found.written, *found.steps])
         self._has_empty = not all(shard.numel() for shard in found.shards)
         self._alignment = alignment(column("q", [not e.signature.is_aligned for e in entries]))
         self._keep_grads(grad_addresses_of(found.grads))

@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 from ..launch.chunking import PlannedParam
 from ..launch.device_buffer import Buffer
 from ..launch.launcher import Launch
-from ..launch.pointer_tables import on_device
+from ..launch.pointer_tables import addresses_of, on_device
 from ..rule import State
 from ..tensors.layout import picker
 from .conditions import StepConditions
@@ -122,6 +122,20 @@ class LaunchGroup:
         on_host = torch.tensor(seen, dtype=torch.float64, device="cpu")
         self._private = on_device(on_host, self.device)
         return DeviceCounts(self._private.unbind(), self.device, reads=True)
+
+    def _found(
+        self, grads: Sequence[Tensor | None], params: Sequence[Tensor], states: Sequence[State]
+    ) -> StepTensors:
+        """The tensors of a step, as if all gradients were there."""
+        raise NotImplementedError
+
+    def _first_found(self, entries: Sequence[PlannedParam]) -> StepTensors:
+        """Those of the first step; keeps where they are."""
+        grads, params = [e.grad for e in entries], [e.param for e in entries]
+        found = self._found(grads, params, self._pick_stateful(self._complete))
+        self.first_inputs = self._of_present(found, present_of(found.grads))
+        self._addresses = addresses_of([*found.written, *found.steps])
+        return found
 
     def _of_present(self, found: StepTensors, present: bytes) -> StepTensors:
         """Of a step without some gradients, what it writes."""

@@ -67,15 +67,11 @@ class RowWiseLaunchGroup(LaunchGroup):
         self._shapes = [row_launcher.rows_and_width(entry.param) for entry in entries]
         self._grad_kinds = [entry.signature.kind for entry in entries]
         self._n_sparse = sum(variant.sparse for variant in members for _ in members[variant])
-        params = [entry.param for entry in entries]
-        held = self._pick_stateful(complete)
-        found = self._found([entry.grad for entry in entries], params, held)
-        self.first_inputs = self._of_present(found, present_of(found.grads))
+        found = self._first_found(entries)
         looks = [entry.signature.param for entry in entries if entry.signature.param is not None]
-        layouts = [*looks, *map(Layout.of, found.written[len(params) :])]
+        layouts = [*looks, *map(Layout.of, found.written[len(entries) :])]
         n = len(entries)  # the first places are those of gradients, of which the kind is compared
         self._guard = LayoutGuard(layouts, [[i - n for i in row[1:]] for row in self._holders.rows])
-        self._addresses = addresses_of([*found.written, *found.steps])
         cut = row_chunking.chunk_rows(members, complete)
         self._cuts, self._key_dtype = cut.launches, cut.key_dtype
         buffer = Buffer(device, GRAD_COLUMNS * n, len(hypers), self._n_steps_sent)
