@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .chunks import FIRST, GROUP, PARAM, STATES, find_chunk, in_dtype, pointer, scalars
 from .conditions import clip_coef, inv_scale, step_is_taken
-from .numerics import narrow, widen
+from .numerics import decode, encode
 
 
 def _launch_metadata(grid, metadata, args):
@@ -36,24 +36,24 @@ def _update_block(
     )
     offsets = start + tl.arange(0, BLOCK_SIZE)
     mask = offsets < remaining if MASKED else None
-    param = widen(tl.load(param_ptr + offsets, mask=mask), COMPUTE_DTYPE)
+    param = decode(tl.load(param_ptr + offsets, mask=mask), COMPUTE_DTYPE)
     grad = tl.load(grad_ptr + offsets, mask=mask, eviction_policy=EVICTION)
-    grad = widen(grad, COMPUTE_DTYPE)
+    grad = decode(grad, COMPUTE_DTYPE)
     if unscale is not None:
         grad = grad * unscale
-        tl.store(grad_ptr + offsets, narrow(grad, grad_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_ptr + offsets, encode(grad, grad_ptr.dtype.element_ty), mask=mask)
     if clip is not None:
         grad = grad * clip
     state = ()
     for i in tl.static_range(N_STATES):
         value = tl.load(state_ptrs[i] + offsets, mask=mask, eviction_policy=EVICTION)
-        state = state + (widen(value, COMPUTE_DTYPE),)
+        state = state + (decode(value, COMPUTE_DTYPE),)
     param, state = RULE(param, grad, state, hyper, step, FLAGS)
     tl.static_assert(len(state) == N_STATES, "a rule returns as many states as it has")
-    tl.store(param_ptr + offsets, narrow(param, param_ptr.dtype.element_ty), mask=mask)
+    tl.store(param_ptr + offsets, encode(param, param_ptr.dtype.element_ty), mask=mask)
     for i in tl.static_range(N_STATES):
         ptr = state_ptrs[i] + offsets
-        value = narrow(state[i], ptr.dtype.element_ty)
+        value = encode(state[i], ptr.dtype.element_ty)
         tl.store(ptr, value, mask=mask, eviction_policy=EVICTION)
 
 

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .chunks import NORM_FIRST, find_chunk, pointer
 from .conditions import clip_coef, inv_scale
-from .numerics import narrow, widen
+from .numerics import decode, encode
 
 # Partial sums that the last program adds at a time. Not as many as a block of gradients has
 # elements: Triton would give both one layout, which misaligned gradients cannot afford.
@@ -27,7 +27,7 @@ def _sum_of_squares(
     # As in the update: a mask that is not known at compile time costs the vector loads.
     if remaining >= blocks * BLOCK_SIZE:
         for block in tl.range(0, blocks):
-            grad = widen(tl.load(grad_ptr + block * BLOCK_SIZE + offsets), COMPUTE_DTYPE)
+            grad = decode(tl.load(grad_ptr + block * BLOCK_SIZE + offsets), COMPUTE_DTYPE)
             if unscale is not None:
                 grad = grad * unscale
             squares += grad * grad
@@ -35,7 +35,7 @@ def _sum_of_squares(
         rest = remaining.to(tl.int32)
         for block in tl.range(0, tl.cdiv(rest, BLOCK_SIZE)):
             at = block * BLOCK_SIZE + offsets
-            grad = widen(tl.load(grad_ptr + at, mask=at < rest, other=0.0), COMPUTE_DTYPE)
+            grad = decode(tl.load(grad_ptr + at, mask=at < rest, other=0.0), COMPUTE_DTYPE)
             if unscale is not None:
                 grad = grad * unscale
             squares += grad * grad
@@ -139,10 +139,10 @@ def scale_kernel(
     if remaining >= chunk:
         for block in tl.range(0, blocks):
             ptr = grad_ptr + block * BLOCK_SIZE + offsets
-            tl.store(ptr, narrow(widen(tl.load(ptr), COMPUTE_DTYPE) * coefficient, DTYPE))
+            tl.store(ptr, encode(decode(tl.load(ptr), COMPUTE_DTYPE) * coefficient, DTYPE))
     else:
         rest = remaining.to(tl.int32)
         for block in tl.range(0, tl.cdiv(rest, BLOCK_SIZE)):
             at = block * BLOCK_SIZE + offsets
-            grad = widen(tl.load(grad_ptr + at, mask=at < rest), COMPUTE_DTYPE)
-            tl.store(grad_ptr + at, narrow(grad * coefficient, DTYPE), mask=at < rest)
+            grad = decode(tl.load(grad_ptr + at, mask=at < rest), COMPUTE_DTYPE)
+            tl.store(grad_ptr + at, encode(grad * coefficient, DTYPE), mask=at < rest)

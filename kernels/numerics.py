@@ -68,7 +68,7 @@ def _float32_to_bfloat16(x):
 
 
 @triton.jit
-def widen(x, COMPUTE_DTYPE: tl.constexpr):
+def decode(x, COMPUTE_DTYPE: tl.constexpr):
     """x in arithmetic precision. x: a block of any storage dtype."""
     if INTERPRETED and x.dtype == tl.bfloat16:
         return _bfloat16_to_float32(x).to(COMPUTE_DTYPE)
@@ -77,7 +77,7 @@ def widen(x, COMPUTE_DTYPE: tl.constexpr):
 
 
 @triton.jit
-def narrow(x, STORAGE_DTYPE: tl.constexpr):
+def encode(x, STORAGE_DTYPE: tl.constexpr):
     """x as it is stored, rounded to nearest even. x: a block in arithmetic precision."""
     if STORAGE_DTYPE == tl.bfloat16:
         x = x.to(tl.float32)

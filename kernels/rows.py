@@ -24,7 +24,7 @@ from .keys import (
     last_chunk,
     row_of,
 )
-from .numerics import narrow, widen
+from .numerics import decode, encode
 from .rules import CATCH_UP
 
 
@@ -86,10 +86,10 @@ def _row_pointers(tensor_pointers, row, width, COLUMNS: tl.constexpr):
 @triton.jit
 def _load_rows(pointers, active, mask, COMPUTE_DTYPE: tl.constexpr):
     param_ptr, state_ptrs, row_ptrs = pointers
-    param = widen(tl.load(param_ptr, mask=mask, other=0.0), COMPUTE_DTYPE)
+    param = decode(tl.load(param_ptr, mask=mask, other=0.0), COMPUTE_DTYPE)
     state = ()
     for i in tl.static_range(len(state_ptrs)):
-        state = state + (widen(tl.load(state_ptrs[i], mask=mask, other=0.0), COMPUTE_DTYPE),)
+        state = state + (decode(tl.load(state_ptrs[i], mask=mask, other=0.0), COMPUTE_DTYPE),)
     row_state = ()
     for i in tl.static_range(len(row_ptrs)):
         # Elsewhere the largest step there is: then there are none to make good.
@@ -120,10 +120,10 @@ def _update_rows(
         param, state, new = RULE(param, grad, state, row_state[0], width, hyper, step, FLAGS)
         tl.store(row_ptr, new.to(row_ptr.dtype.element_ty), mask=active[:, None])
     if not (CATCH_UP & FLAGS):
-        tl.store(param_ptr, narrow(param, param_ptr.dtype.element_ty), mask=mask)
+        tl.store(param_ptr, encode(param, param_ptr.dtype.element_ty), mask=mask)
     for i in tl.static_range(len(state_ptrs)):
         ptr = state_ptrs[i]
-        tl.store(ptr, narrow(state[i], ptr.dtype.element_ty), mask=mask)
+        tl.store(ptr, encode(state[i], ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["first_tensor", "n_tensors", "chunk"])
@@ -243,10 +243,10 @@ def rows_kernel(
         pointers = _row_pointers(tensor_pointers, row, width, COLUMNS)
         updated = complete[:, None] & within
         values = _load_rows(pointers, complete, updated, COMPUTE_DTYPE)
-        grad = widen(grad, COMPUTE_DTYPE)
+        grad = decode(grad, COMPUTE_DTYPE)
         if unscale is not None:
             grad = grad * unscale
-            tl.store(values_ptr + grad_offsets, narrow(grad, GRAD_DTYPE), mask=mask)
+            tl.store(values_ptr + grad_offsets, encode(grad, GRAD_DTYPE), mask=mask)
         if keys_ptr is not None:
             if BLOCK_ROWS > 1:
                 grad = _segmented_scan(grad, tl.where(inside, row, -2 - block_row))

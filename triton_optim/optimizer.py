@@ -49,6 +49,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         fused: True insists on the kernels, and lets a `GradScaler` leave unscaling and skipping to
             them, without waiting for the device. None decides parameter by parameter, and the
             scaler unscales and skips by itself. False takes the fallback.
+        foreach, differentiable: of a class that torch has too; True takes torch's implementation.
         capturable: let a CUDA graph capture the step; see the guide. Parameters must be on a GPU.
         max_grad_norm: clip the gradients of a step to this norm, all together, as
             `torch.nn.utils.clip_grad_norm_` would, without writing them. None clips nothing.
@@ -60,6 +61,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         TypeError: an argument that there is not.
         ValueError: an option that is for the whole optimizer in a group, or options that exclude
             one another.
+        RuntimeError: `fused` with `foreach` or with `differentiable`.
 
     Example:
         >>> class Lion(FusedOptimizer):
@@ -88,6 +90,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         else:
             super().__init__(params, self._rule_defaults(rule, args, kwargs))
         check_rule(rule, self.param_groups, backend.flag_names())
+        if self._stepper.options.fused and self.defaults.get("differentiable"):
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if self._stepper.options.fused and self.defaults.get("foreach"):
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         # So that type(optimizer)(params, **optimizer.defaults) makes another one like it.
         self.defaults.update({name: getattr(self._stepper.options, name) for name in names})
         reasons = [*filter(None, map(self._stepper.options.unsupported, self.param_groups))]
@@ -161,7 +167,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`.
 
         Raises:
-            ValueError: the group has an option that is for the whole optimizer.
+            ValueError: the group has an option that is for the whole optimizer, or does not go with
+                the optimizer's options.
         """
         if misplaced := sorted(Options.OF_THE_WHOLE & param_group.keys()):
             raise ValueError(
@@ -172,6 +179,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         for name in from_defaults:
             param_group.pop(name, None)  # groups are torch's, and so are state dicts
+        try:
+            self._current_rule().check_group(self.param_groups[-1], self._stepper.options)
+        except ValueError:
+            del self.param_groups[-1]
+            raise
 
     def _step_with_closure(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None

@@ -79,12 +79,7 @@ class Options:
 
 
 def checked_max_norm(max_norm: float, name: str) -> float:
-    """`max_norm` as a float.
-
-    Raises:
-        TypeError: it is no number.
-        ValueError: it is negative or NaN.
-    """
+    """`max_norm` as a float; TypeError if it is no number, ValueError if it is negative or NaN."""
     value = float(max_norm)
     if math.isnan(value) or value < 0:
         raise ValueError(f"Invalid {name} value: {max_norm}; it must be 0 or more")

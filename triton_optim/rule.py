@@ -96,6 +96,7 @@ class Rule:
             kernels cannot take.
         eager_state: torch's class makes the state in its constructor, from its defaults; it follows
             a parameter to another device.
+        check_group: raises ValueError where a new parameter group does not go with the options.
 
     Raises:
         TypeError: `function` is no jit function with these arguments.
@@ -113,6 +114,7 @@ class Rule:
     row_wise: RowWise | None = None
     reference: Callable[[Tensor, Tensor, State, Group], None] | None = None
     eager_state: bool = False
+    check_group: Callable[[Group, Options], None] = lambda group, options: None
 
     def __post_init__(self) -> None:
         function, rows = self.function, self.row_wise

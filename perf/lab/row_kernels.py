@@ -19,8 +19,7 @@ from lab.row_code import Loop, adjacent, main_loop, row_accesses
 from triton_optim.kernels.keys import keys_kernel
 from triton_optim.kernels.rows import rows_kernel
 from triton_optim.launch import backend, row_chunking, row_launcher
-from triton_optim.launch.chunking import PlannedParam
-from triton_optim.launch.grad_signature import GradSignature
+from triton_optim.launch.chunking import GradSignature, PlannedParam
 from triton_optim.launch.row_launcher import RowVariant
 from triton_optim.launch.tuning import RowConfig
 

@@ -182,7 +182,7 @@ def train(
 
 
 def _addresses(launch: UpdateLaunch) -> list[int]:
-    rows = launch.owners.unique().long()
+    rows = launch.spec.block_to_tensor.unique().long()
     addresses: list[int] = launch.tables.rows[rows, PARAM.value].tolist()
     return addresses
 

@@ -124,7 +124,7 @@ def touched(table: RowWiseLaunchGroup, found: StepTensors) -> list[Span]:
         for i in tensors:
             if not found.present[i]:
                 continue
-            row = table._tables.rows[i].tolist()
+            row = table.tables.rows[i].tolist()
             width, n_rows = row[WIDTH.value], row[ROWS.value]
             rows: Iterable[int] = range(n_rows)
             if variant.sparse:
@@ -162,7 +162,7 @@ def _runs(access: Access) -> Iterator[Span]:
 def _check_alignment(launch: UpdateLaunch) -> None:
     tables = launch.tables
     if launch.variant.aligned:
-        tensors = launch.owners.unique()
+        tensors = launch.spec.block_to_tensor.unique()
         promised = torch.cat([tables.rows[tensors, PARAM.value :].flatten(), tables.grads[tensors]])
         assert not bool((promised % backend.ALIGNMENT).any()), "not aligned"
 

@@ -15,8 +15,8 @@ from triton_optim.kernels import numerics
 def _convert(x_ptr, y_ptr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offsets)
-    WIDENS: tl.constexpr = DTYPE == tl.float32  # noqa: SIM300
-    y = numerics.widen(x, tl.float32) if WIDENS else numerics.narrow(x, DTYPE)
+    DECODES: tl.constexpr = DTYPE == tl.float32  # noqa: SIM300
+    y = numerics.decode(x, tl.float32) if DECODES else numerics.encode(x, DTYPE)
     tl.store(y_ptr + offsets, y)
 
 

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 import triton_optim
 from triton_optim.launch import backend, chunking
-from triton_optim.launch.launcher import Launch, UpdateLaunch
+from triton_optim.launch.launcher import Launch, LaunchSpec, UpdateLaunch
 from triton_optim.launch.tuning import Config
 from triton_optim.optimizers.adagrad import RULE
 
@@ -56,11 +56,11 @@ def test_a_damaged_guard_is_seen() -> None:
 def _step(monkeypatch: pytest.MonkeyPatch, programs: int, longer: int = 0) -> None:
     """A step over BLOCK + 1 elements with so many programs and so many more elements pretended."""
     row = backend.row
-    owners = torch.zeros(programs, dtype=torch.int32)
+    block_to_tensor = torch.zeros(programs, dtype=torch.int32)
     param = Parameter(torch.zeros(BLOCK + 1))
     param.grad = torch.ones_like(param)
     with monkeypatch.context() as patch:
-        patch.setattr(chunking, "owners", lambda *_: owners)
+        patch.setattr(chunking, "assign_programs", lambda *_: block_to_tensor)
         patch.setattr(backend, "row", lambda n, *args: row(n + longer, *args))
         triton_optim.SGD([param]).step()
 
@@ -99,9 +99,9 @@ def test_beyond_two_to_the_31_elements(dtype: torch.dtype) -> None:
     )
     memory[2].abs_()
     expected[2].abs_()
-    config = Config(BLOCK, num_warps=1)
-    owners = torch.zeros(-(-real // BLOCK), dtype=torch.int32)
-    UpdateLaunch(RULE, variant, config, owners, tables, 0).run()
+    block_to_tensor = torch.zeros(-(-real // BLOCK), dtype=torch.int32)
+    spec = LaunchSpec(variant, Config(BLOCK, num_warps=1), block_to_tensor, 0)
+    UpdateLaunch(RULE, spec, tables).run()
     param, grad, total = (m.double() for m in expected)
     total += grad * grad
     param -= 0.1 * grad / (total.sqrt() + 1e-10)

@@ -15,8 +15,9 @@ from lab.workload import Workload
 from tune import Trial, Tuner
 
 from triton_optim.launch import backend, tuning
-from triton_optim.launch.launcher import UpdateLaunch, record_launches
+from triton_optim.launch.launcher import LaunchSpec, UpdateLaunch, record_launches
 from triton_optim.launch.tuning import Config
+from triton_optim.rule import Rule
 
 DEFAULT = Config(64, 1)
 
@@ -63,13 +64,12 @@ def test_a_config_that_is_wrong_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -
     tuner = _tuner(monkeypatch)
     make = UpdateLaunch.__init__
 
-    def faulty(self: UpdateLaunch, rule: str, variant: backend.Variant, config: Config,
-               owners: object, *args: object) -> None:  # fmt: skip
-        if config.block_size == 256:
+    def faulty(self: UpdateLaunch, rule: Rule, spec: LaunchSpec, tables: backend.Tables) -> None:
+        if spec.config.block_size == 256:
             raise RuntimeError("out of registers")
-        if config.block_size == 128:
-            owners = owners[:-1]  # type: ignore[index]
-        make(self, rule, variant, config, owners, *args)  # type: ignore[arg-type]
+        if spec.config.block_size == 128:
+            spec = spec._replace(block_to_tensor=spec.block_to_tensor[:-1])
+        make(self, rule, spec, tables)
 
     monkeypatch.setattr(UpdateLaunch, "__init__", faulty)
     tuner._try([DEFAULT, Config(128, 1), Config(256, 1)])

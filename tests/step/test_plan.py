@@ -170,9 +170,9 @@ def test_programs_of_a_tensor_follow_one_another(monkeypatch: pytest.MonkeyPatch
     table = optimizer._stepper.plan.launch_groups[0]
     assert isinstance(table, DenseLaunchGroup)
     launches = table._launches[frozenset()]
-    assert [launch.owners.tolist() for launch in launches] == [[0, 0, 0, 3], [1, 1]]
+    assert [launch.spec.block_to_tensor.tolist() for launch in launches] == [[0, 0, 0, 3], [1, 1]]
     assert launches[0].tables.rows[:, FIRST.value].tolist() == [0, 0, 0, 3]
-    assert launches[0].owners.dtype == torch.int32
+    assert launches[0].spec.block_to_tensor.dtype == torch.int32
 
 
 @interpreted

@@ -190,13 +190,7 @@ def flag_names() -> Collection[str] | None:
 
 
 def rule_constants(rule: Rule, function: Any, names: Iterable[str]) -> dict[str, Any]:
-    """What kernels know of a rule at compile time.
-
-    Args:
-        rule: whose function it is.
-        function: that of rows, or the other.
-        names: of the flags that are set.
-    """
+    """What kernels know at compile time of a rule, one of its functions, and flags."""
     bits = sum(flags.BITS[name] for name in names)
     return {"RULE": function, "FLAGS": bits, "DOUBLES": rule.doubles}
 

@@ -11,12 +11,39 @@ import torch
 from torch import Tensor
 
 from ..rule import Rule, State
+from ..tensors.layout import Layout
 from ..tensors.sharding import ReduceGroups, local
 from . import backend
 from .backend import GradVariant
-from .grad_signature import GradSignature
-from .pointer_tables import addresses_of, as_tensor, column, is_aligned, owners, real_numel
-from .tuning import Config
+from .launcher import LaunchSpec
+from .pointer_tables import (
+    addresses_of,
+    as_tensor,
+    column,
+    is_aligned,
+    on_device,
+    real_numel,
+)
+from .row_launcher import Kind, address_of, kind_of
+
+
+class GradSignature(NamedTuple):
+    """A gradient's layout, and its parameter's then; shards of DTensors."""
+
+    param: Layout | None  # None of another kind of tensor
+    grad: Layout | None  # None of a sparse gradient
+    is_taken: bool = False  # whether a kernel takes the parameter
+    kind: Kind | None = None  # of one that is updated row by row
+    is_aligned: bool = True
+
+    @classmethod
+    def of(cls, shard: Tensor, grad: Tensor, *, row_wise: bool) -> GradSignature:
+        """Of a parameter that the kernels take."""
+        if not row_wise:
+            aligned = is_aligned([grad.data_ptr()])
+            return cls(Layout.of(shard), Layout.of(grad), True, None, aligned)
+        values = grad._values() if grad.layout == torch.sparse_coo else grad
+        return cls(Layout.of(shard), None, True, kind_of(grad), is_aligned([address_of(values)]))
 
 
 class PlannedParam(NamedTuple):
@@ -41,15 +68,6 @@ class PlannedParam(NamedTuple):
         return self.state_names if self.row_state is None else (*self.state_names, self.row_state)
 
 
-class LaunchSpec(NamedTuple):
-    """What one update launch updates, cut into programs."""
-
-    variant: backend.Variant
-    config: Config
-    owners: Tensor  # int32, one a program: the row of its tensor
-    n_bytes: int
-
-
 MAX_PROGRAMS = 16384  # that one tensor or many are cut into: the last program adds all their sums
 
 
@@ -58,7 +76,7 @@ class GradLaunchSpec(NamedTuple):
 
     variant: GradVariant
     reduce_groups: ReduceGroups
-    owners: Tensor  # int32, one a program: the row of its tensor
+    block_to_tensor: Tensor  # int32, one a program: the row of its tensor
     blocks: int  # of a program
     n_bytes: int
 
@@ -72,79 +90,92 @@ class ChunkedTensors(NamedTuple):
 
 
 def chunk_tensors(
-    rule: Rule, entries: Sequence[PlannedParam], states: Sequence[State]
+    rule: Rule, planned: Sequence[PlannedParam], states: Sequence[State]
 ) -> ChunkedTensors:
     """Chunk the parameters of one device."""
-    numels = [real_numel(entry.shard) for entry in entries]
+    device = planned[0].shard.device
+    numels = [real_numel(item.shard) for item in planned]
     updated = [
-        [local(s[name]) for name in e.state_names] for e, s in zip(entries, states, strict=True)
+        [local(s[name]) for name in p.state_names] for p, s in zip(planned, states, strict=True)
     ]
-    addresses = [addresses_of([e.shard, *u]) for e, u in zip(entries, updated, strict=True)]
+    addresses = [addresses_of([p.shard, *u]) for p, u in zip(planned, updated, strict=True)]
     members: dict[backend.Variant, list[int]] = defaultdict(list)
-    for i, entry in enumerate(entries):
+    for i, item in enumerate(planned):
         if numels[i]:
-            members[_variant(rule, entry, updated[i], addresses[i])].append(i)
-    first = [0] * len(entries)
+            members[_variant(rule, item, updated[i], addresses[i])].append(i)
+    first = [0] * len(planned)
     updates = []
     for variant, indices in members.items():
         sizes = [numels[i] for i in indices]
-        config = backend.config(variant, sizes, entries[0].shard.device)
-        counts = [-(-size // config.chunk) for size in sizes]
-        for i, place in zip(indices, accumulate(counts, initial=0), strict=False):
-            first[i] = place
+        config = backend.config(variant, sizes, device)
+        programs = on_device(assign_programs(indices, sizes, config.chunk, first), device)
         n_bytes = variant.bytes_per_element * sum(sizes)
-        updates.append(LaunchSpec(variant, config, owners(indices, counts), n_bytes))
-    spreads = [entry.reduce_groups for entry in entries]
-    variants = [_grad_variant(entry) for entry in entries]
-    norm_first, grads = chunk_grads(numels, variants, spreads, entries[0].shard.device)
+        updates.append(LaunchSpec(variant, config, programs, n_bytes))
+    variants = [_grad_variant(item) for item in planned]
+    reduced = [item.reduce_groups for item in planned]
+    norm_first, grads = chunk_grads(numels, variants, reduced, device)
     rows: list[int] = []
-    for i, entry in enumerate(entries):
-        rows += backend.row(numels[i], entry.group, first[i], addresses[i], norm_first[i])
+    for i, item in enumerate(planned):
+        rows += backend.row(numels[i], item.group, first[i], addresses[i], norm_first[i])
     return ChunkedTensors(as_tensor(column("q", rows)).view(-1, backend.ROW_WIDTH), updates, grads)
-
-
-def _variant(
-    rule: Rule, entry: PlannedParam, states: Sequence[Tensor], addresses: Sequence[int]
-) -> backend.Variant:
-    grad = _grad_variant(entry)
-    return backend.Variant(
-        flags=entry.flags,
-        n_states=len(states),
-        param_dtype=backend.STORAGE_DTYPES[entry.shard.dtype],
-        grad_dtype=grad.dtype,
-        state_dtype=backend.STORAGE_DTYPES[(states[0] if states else entry.shard).dtype],
-        aligned=grad.aligned and is_aligned(addresses),
-        reads_step=rule.reads_step_under(entry.flags),
-    )
-
-
-def _grad_variant(entry: PlannedParam) -> GradVariant:
-    assert entry.signature.grad is not None
-    aligned = entry.reordered or entry.signature.is_aligned
-    return GradVariant(backend.STORAGE_DTYPES[entry.signature.grad.dtype], aligned)
 
 
 def chunk_grads(
     numels: Sequence[int],
     variants: Sequence[GradVariant],
-    spreads: Sequence[ReduceGroups],
+    reduced: Sequence[ReduceGroups],
     device: torch.device,
 ) -> tuple[list[int], list[GradLaunchSpec]]:
     """Every tensor's first program, and the launches: one for those of a variant reduced alike."""
     members: dict[tuple[GradVariant, ReduceGroups], list[int]] = defaultdict(list)
-    for i, key in enumerate(zip(variants, spreads, strict=True)):
+    for i, key in enumerate(zip(variants, reduced, strict=True)):
         members[key].append(i)
     first = [0] * len(numels)
-    cuts = []
+    specs = []
     for (variant, reduce_groups), indices in members.items():
         config = backend.grad_config(variant.dtype, device)
         sizes = [numels[i] for i in indices]
         blocks = max(config.blocks, -(-sum(sizes) // (config.block_size * MAX_PROGRAMS)))
-        counts = [-(-size // (config.block_size * blocks)) for size in sizes]
-        for i, place in zip(indices, accumulate(counts, initial=0), strict=False):
-            first[i] = place
+        programs = assign_programs(indices, sizes, config.block_size * blocks, first)
         n_bytes = backend.ITEM_SIZES[variant.dtype] * sum(sizes)
-        cuts.append(
-            GradLaunchSpec(variant, reduce_groups, owners(indices, counts), blocks, n_bytes)
-        )
-    return first, cuts
+        specs.append(GradLaunchSpec(variant, reduce_groups, programs, blocks, n_bytes))
+    return first, specs
+
+
+def assign_programs(
+    tensors: Sequence[int], sizes: Sequence[int], chunk: int, first: list[int]
+) -> Tensor:
+    """Which tensor each program of a launch updates: int32 [programs].
+
+    Args:
+        tensors: their rows in the table.
+        sizes: their elements.
+        chunk: elements of a program.
+        first: gets the first program of each, by row.
+    """
+    counts = [-(-size // chunk) for size in sizes]
+    for i, program in zip(tensors, accumulate(counts, initial=0), strict=False):
+        first[i] = program
+    rows = torch.tensor(tensors, dtype=torch.int32, device="cpu")
+    return torch.repeat_interleave(rows, torch.tensor(counts, device="cpu"))
+
+
+def _variant(
+    rule: Rule, item: PlannedParam, states: Sequence[Tensor], addresses: Sequence[int]
+) -> backend.Variant:
+    grad = _grad_variant(item)
+    return backend.Variant(
+        flags=item.flags,
+        n_states=len(states),
+        param_dtype=backend.STORAGE_DTYPES[item.shard.dtype],
+        grad_dtype=grad.dtype,
+        state_dtype=backend.STORAGE_DTYPES[(states[0] if states else item.shard).dtype],
+        aligned=grad.aligned and is_aligned(addresses),
+        reads_step=rule.reads_step_under(item.flags),
+    )
+
+
+def _grad_variant(item: PlannedParam) -> GradVariant:
+    assert item.signature.grad is not None
+    aligned = item.reordered or item.signature.is_aligned
+    return GradVariant(backend.STORAGE_DTYPES[item.signature.grad.dtype], aligned)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Launch:
     Args:
         kernel: of kernels/.
         variant: what it is compiled for.
-        n_programs: how many; `grid` may be set before `run` is given arguments.
+        n_programs: how many; `grid`, a `checked_grid`, may be set before `run`.
         arguments: by name, constants among them. Of tensors, the address is what counts.
         options: the compiler's, by name.
         device: where it runs.
@@ -51,7 +51,7 @@ class Launch:
         device: torch.device,
     ) -> None:
         self.kernel, self.variant = kernel, variant
-        self._grid = checked_grid(n_programs, 1)
+        self.grid = checked_grid(n_programs, 1)
         self.arguments, self.options, self.device = arguments, options, device
         self._start = self._bound()
 
@@ -71,22 +71,9 @@ class Launch:
                 now = list(values)
                 for name, value in changed.items():
                     now[kernel.arg_names.index(name)] = _address(value)
-            _start(compiled, self._grid, now)
+            _start(compiled, self.grid, now)
 
         return run
-
-    @property
-    def grid(self) -> Grid:
-        """How many programs, by dimension.
-
-        Raises:
-            RuntimeError: set to more than a launch may have, which Triton would drop in silence.
-        """
-        return self._grid
-
-    @grid.setter
-    def grid(self, grid: Grid) -> None:
-        self._grid = checked_grid(*grid[:2])
 
     @property
     def name(self) -> str:
@@ -140,33 +127,25 @@ class RuleLaunch(Launch):
             ) from error
 
 
-class UpdateLaunch(RuleLaunch):
-    """One update launch over all tensors of a variant.
+class LaunchSpec(NamedTuple):
+    """What one update launch updates, cut into programs."""
 
-    Args:
-        rule: the update rule.
-        variant: what the kernel is compiled for.
-        config: how the launch is cut into programs.
-        owners: int32, one a program: the row of its tensor.
-        tables: on the device of `owners`.
-        n_bytes: what the launch loads and stores of the tensors.
-    """
+    variant: backend.Variant
+    config: Config
+    block_to_tensor: Tensor  # int32, one a program: the row of its tensor
+    n_bytes: int
+
+
+class UpdateLaunch(RuleLaunch):
+    """One update launch over all tensors of a variant, with tables on their device."""
 
     variant: Variant
 
-    def __init__(
-        self,
-        rule: Rule,
-        variant: Variant,
-        config: Config,
-        owners: Tensor,
-        tables: Tables,
-        n_bytes: int,
-    ) -> None:
-        self.owners, self.tables, self._rule = owners, tables, rule
-        device = owners.device
+    def __init__(self, rule: Rule, spec: LaunchSpec, tables: Tables) -> None:
+        self.spec, self.tables, self._rule = spec, tables, rule
+        variant, config, device = spec.variant, spec.config, tables.rows.device
         arguments = {
-            "block_to_tensor_ptr": owners,
+            "block_to_tensor_ptr": spec.block_to_tensor,
             "tensor_table_ptr": tables.rows,
             "grads_ptr": tables.grads,
             "hyperparameters_ptr": tables.hypers,
@@ -177,13 +156,13 @@ class UpdateLaunch(RuleLaunch):
             "grad_norm_ptr": tables.norm,
             "max_norm_ptr": tables.max_norm,
             "step_status_ptr": tables.step_status,
-            "n_bytes": float(n_bytes),
+            "n_bytes": float(spec.n_bytes),
             **dict.fromkeys(backend.unused_pointers(variant)),
             **backend.constants(rule, variant, config, tables.hypers.shape[1]),
         }
         options = backend.options(variant, config, backend.architecture(device)) if COMPILED else {}
         kernel = multi_tensor.multi_tensor_kernel
-        super().__init__(kernel, variant, len(owners), arguments, options, device)
+        super().__init__(kernel, variant, len(spec.block_to_tensor), arguments, options, device)
 
 
 def checked_grid(x: int, y: int) -> Grid:

@@ -16,12 +16,6 @@ NOWHERE = backend.ALIGNMENT  # of a gradient without elements: 0 says that there
 _IS_ALIGNED = bytes(low % backend.ALIGNMENT == 0 for low in range(256))
 
 
-def owners(tensors: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """Each tensor's row, as often as it has chunks."""
-    rows = torch.tensor(tensors, dtype=torch.int32, device="cpu")
-    return torch.repeat_interleave(rows, torch.tensor(counts, device="cpu"))
-
-
 def addresses_of(tensors: Iterable[Tensor | None]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
 

@@ -28,37 +28,32 @@ class ChunkedRows(NamedTuple):
 
 
 def grouped(
-    rule: Rule, state: Mapping[Tensor, State], entries: Iterable[PlannedParam]
+    rule: Rule, state: Mapping[Tensor, State], planned: Iterable[PlannedParam]
 ) -> dict[RowVariant, list[PlannedParam]]:
     """Entries by what their kernel is compiled for; those with sparse gradients come first."""
     members: dict[RowVariant, list[PlannedParam]] = defaultdict(list)
-    for entry in entries:
-        members[_variant(rule, state.get(entry.param, {}), entry)].append(entry)
+    for item in planned:
+        members[_variant(rule, state.get(item.param, {}), item)].append(item)
     return dict(sorted(members.items(), key=lambda item: not item[0].sparse))
 
 
 def chunk_rows(
     members: dict[RowVariant, list[PlannedParam]], states: Sequence[State]
 ) -> ChunkedRows:
-    """LaunchSpec the entries of one device.
-
-    Args:
-        members: of `grouped`.
-        states: of all entries, in their order.
-    """
-    entries = [*chain.from_iterable(members.values())]
-    shapes = [rows_and_width(entry.param) for entry in entries]
+    """Chunk the parameters of one device, `grouped`, whose states stand in that order."""
+    planned = [*chain.from_iterable(members.values())]
+    shapes = [rows_and_width(item.param) for item in planned]
     first_keys = [*accumulate((rows + 1 for rows, _ in shapes), initial=0)]
     addresses, table = [], []
-    for entry, state, (rows, width), key in zip(entries, states, shapes, first_keys, strict=False):
-        own = addresses_of([entry.param, *(state[name] for name in entry.state_names)])
-        row_state = 0 if entry.row_state is None else state[entry.row_state].data_ptr()
-        table += row_launcher.tensor_row(entry.group, width, rows, key, own, row_state)
+    for item, state, (rows, width), key in zip(planned, states, shapes, first_keys, strict=False):
+        own = addresses_of([item.param, *(state[name] for name in item.state_names)])
+        row_state = 0 if item.row_state is None else state[item.row_state].data_ptr()
+        table += row_launcher.tensor_row(item.group, width, rows, key, own, row_state)
         addresses.append(own)
     launches, start = [], 0
     for variant, mine in members.items():
         tensors = range(start, start + len(mine))
-        misaligned = [not entry.signature.is_aligned for entry in mine]
+        misaligned = [not item.signature.is_aligned for item in mine]
         everything = chain(chain.from_iterable(addresses[i] for i in tensors), misaligned)
         launches.append((variant.loading(everything, [shapes[i][1] for i in tensors]), tensors))
         start = tensors.stop
@@ -67,21 +62,21 @@ def chunk_rows(
     return ChunkedRows(on_host, launches, key_dtype)
 
 
-def _variant(rule: Rule, state: State, entry: PlannedParam) -> RowVariant:
-    kind = entry.signature.kind
+def _variant(rule: Rule, state: State, item: PlannedParam) -> RowVariant:
+    kind = item.signature.kind
     assert kind is not None
-    held = [state[name] for name in entry.state_names if name in state]
+    held = [state[name] for name in item.state_names if name in state]
     rows = rule.row_wise or RowWise()
-    by_row = entry.row_state is not None
+    by_row = item.row_state is not None
     storage = backend.STORAGE_DTYPES
     return RowVariant(
         sparse=kind.layout == torch.sparse_coo,
-        flags=entry.flags,
-        n_states=len(entry.state_names),
-        param_dtype=storage[entry.param.dtype],
+        flags=item.flags,
+        n_states=len(item.state_names),
+        param_dtype=storage[item.param.dtype],
         grad_dtype=storage[kind.dtype],
-        state_dtype=storage[(held or [entry.param])[0].dtype],
-        row_dtype=row_launcher.dtype_name(rows.dtype(entry.param)) if by_row else None,
-        columns=row_launcher.columns_for(rows_and_width(entry.param)[1]),
-        reads_step=rule.rows_read_step_under(entry.flags),
+        state_dtype=storage[(held or [item.param])[0].dtype],
+        row_dtype=row_launcher.dtype_name(rows.dtype(item.param)) if by_row else None,
+        columns=row_launcher.columns_for(rows_and_width(item.param)[1]),
+        reads_step=rule.rows_read_step_under(item.flags),
     )

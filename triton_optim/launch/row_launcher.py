@@ -167,7 +167,7 @@ class RowLaunch(RuleLaunch):
     Args:
         rule: the update rule.
         variant: what the kernel is compiled for.
-        tables: on the parameters' device; `rows` and `grads` as kernels/rows.py has them.
+        tables: `rows` and `grads` as kernels/rows.py has them.
         tensors: which of their rows.
         key_dtype: int32 or int64.
     """
@@ -211,12 +211,7 @@ class RowLaunch(RuleLaunch):
 
 
 class KeysLaunch(Launch):
-    """The launch that makes the keys of all sparse gradients.
-
-    Args:
-        tables: those of the updates.
-        key_dtype: int32 or int64.
-    """
+    """The launch that makes the keys, int32 or int64, of all sparse gradients."""
 
     def __init__(self, tables: Tables, key_dtype: torch.dtype) -> None:
         device = tables.rows.device

@@ -38,12 +38,7 @@ TUNED: dict[str, Pair] = {}  # by architecture, such as "sm_90" or "gfx942"; non
 
 
 def config(architecture: str, *, half: bool) -> Config:
-    """The config of a launch.
-
-    Args:
-        architecture: such as "sm_90" or "gfx942".
-        half: whether everything it updates is of 16 bits.
-    """
+    """The config of a launch; `half` if everything that it updates is of 16 bits."""
     default = DEFAULT_64_LANES if architecture.startswith("gfx9") else DEFAULT
     pair = TUNED.get(architecture, default)
     return pair.half if half else pair.wide

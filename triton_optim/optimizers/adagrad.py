@@ -50,14 +50,11 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         weight_decay: L2 penalty :math:`\lambda`.
         initial_accumulator_value: what :math:`s` starts from.
         eps: :math:`\epsilon`, outside the root.
-        foreach: True takes torch's implementation.
         maximize: ascend.
-        differentiable: True takes torch's implementation.
-        fused, options: see `FusedOptimizer`.
+        foreach, differentiable, fused, options: see `FusedOptimizer`.
 
     Raises:
         ValueError: a negative argument.
-        RuntimeError: `fused` with `foreach` or with `differentiable`.
 
     Example:
         >>> optimizer = Adagrad(model.parameters(), lr=0.01)

@@ -12,7 +12,13 @@ from ..rule import RowWise, State
 LAST_STEP = "last_step"  # int32 [rows]: the step up to which a row's averages are
 
 
-def lazy_unsupported(group: Group, options: Options) -> str | None:
+def check_lazy_group(group: Group, options: Options) -> None:
+    """Refuse a group of which no row could be left out."""
+    if reason := _unsupported(group, options):
+        raise ValueError(f"sparse='lazy' does not go with {reason}")
+
+
+def _unsupported(group: Group, options: Options) -> str | None:
     """Why rows without a gradient could not be left out, or not in the kernel; or None."""
     fallback = options.unsupported(group)
     excluded = {
@@ -35,7 +41,7 @@ def _check_fallback(grad: Tensor, state: State, where: str, reason: str) -> None
 
 
 LAZY_ROWS = RowWise(
-    lazy_unsupported,
+    _unsupported,
     rules.lazy_rmsprop_rule,
     state=LAST_STEP,
     reads_step=True,

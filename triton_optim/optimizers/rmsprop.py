@@ -13,7 +13,7 @@ from ..launch.backend import rules
 from ..optimizer import FusedOptimizer
 from ..options import ClippingOptions, Group
 from ..rule import RowWise, Rule, Scalars, StateTensor
-from .lazy_rows import LAZY_ROWS, lazy_unsupported
+from .lazy_rows import LAZY_ROWS, check_lazy_group
 
 
 def _hyperparameters(group: Group) -> Scalars:
@@ -37,7 +37,7 @@ RULE = Rule(
     doubles=True,
     row_wise=RowWise(lambda *_: "its gradient is sparse, without sparse='lazy'"),
 )
-LAZY_RULE = replace(RULE, row_wise=LAZY_ROWS)
+LAZY_RULE = replace(RULE, row_wise=LAZY_ROWS, check_group=check_lazy_group)
 
 
 class RMSprop(FusedOptimizer, torch.optim.RMSprop):
@@ -59,10 +59,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         weight_decay: L2 penalty :math:`\lambda`.
         momentum: :math:`\mu`.
         centered: divide by the standard deviation instead of the root mean square.
-        foreach: True takes torch's implementation.
         maximize: ascend.
-        differentiable: True takes torch's implementation.
-        fused, capturable, options: see `FusedOptimizer`.
+        foreach, differentiable, fused, capturable, options: see `FusedOptimizer`.
         sparse: "lazy" takes sparse gradients, at the cost of the rows that they touch. Without
             momentum and decay a gradient of zero moves no parameter, so that the :math:`k` steps
             which a row was left out are made good when it is touched again:
@@ -73,7 +71,6 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
 
     Raises:
         ValueError: a negative argument, or what `sparse="lazy"` excludes.
-        RuntimeError: `fused` with `foreach` or with `differentiable`.
 
     Example:
         >>> optimizer = RMSprop(model.parameters(), lr=1e-3, alpha=0.9)
@@ -84,9 +81,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     sequences with recurrent neural networks", 2013.
     """
 
-    _without_options = frozenset()
-
     rule = RULE
+    _without_options = frozenset()
 
     def _current_rule(self) -> Rule:
         return RULE if self._stepper.options.sparse is None else LAZY_RULE
@@ -113,19 +109,3 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize,
             differentiable, fused=fused, sparse=sparse, **options,
         )  # fmt: skip
-        if fused and differentiable:
-            raise RuntimeError("`fused` does not support `differentiable`")
-        if fused and foreach:
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`.
-
-        Raises:
-            ValueError: `sparse="lazy"` does not go with the group.
-        """
-        super().add_param_group(param_group)
-        group, options = self.param_groups[-1], self._stepper.options
-        if options.sparse is not None and (reason := lazy_unsupported(group, options)):
-            del self.param_groups[-1]
-            raise ValueError(f"sparse='lazy' does not go with {reason}")

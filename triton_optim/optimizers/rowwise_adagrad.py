@@ -28,6 +28,15 @@ def _check_fallback(grad: Tensor, state: State, where: str, reason: str) -> None
         raise RuntimeError(f"{where} is a DTensor, whose rows lie on several ranks; use Adagrad")
 
 
+def _check_group(group: Group, options: Options) -> None:
+    for position, param in enumerate(group["params"]):
+        if param.is_complex():
+            raise ValueError(
+                f"parameter {position} of the group is {param.dtype}; row-wise Adagrad takes real "
+                "ones: give it torch.view_as_real() of it"
+            )
+
+
 RULE = Rule(
     rules.rowwise_adagrad_rule,
     hyperparameters=lambda group: (group["lr"], group["weight_decay"], group["eps"]),
@@ -43,6 +52,7 @@ RULE = Rule(
         always=True,
         check_fallback=_check_fallback,
     ),
+    check_group=_check_group,
     reference=rowwise_adagrad_reference,
 )
 
@@ -74,8 +84,7 @@ class RowwiseAdagrad(FusedOptimizer):
         decoupled_weight_decay: shrink :math:`\theta_i` by :math:`\gamma\lambda\theta_i` instead of
             adding to the gradient.
         maximize: ascend.
-        fused: True insists on the kernels, and lets a `GradScaler` leave unscaling and skipping to
-            them. None decides parameter by parameter, False takes torch's operations.
+        fused: see `FusedOptimizer`.
 
     Raises:
         ValueError: a negative argument, or a complex parameter.
@@ -108,33 +117,14 @@ class RowwiseAdagrad(FusedOptimizer):
     ) -> None:
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
-        numbers = {
+        defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
             "initial_accumulator_value": initial_accumulator_value,
             "eps": eps,
         }
-        for name, value in numbers.items():
+        for name, value in defaults.items():
             if not value >= 0.0:
                 raise ValueError(f"Invalid {name} value: {value}; it must be 0 or more")
-        flags = {
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "maximize": maximize,
-            "fused": fused,
-        }
-        super().__init__(params, {**numbers, **flags})
-
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`.
-
-        Raises:
-            ValueError: a parameter is complex.
-        """
-        super().add_param_group(param_group)
-        for position, param in enumerate(self.param_groups[-1]["params"]):
-            if param.is_complex():
-                del self.param_groups[-1]
-                raise ValueError(
-                    f"parameter {position} of the group is {param.dtype}; row-wise Adagrad takes "
-                    "real ones: give it torch.view_as_real() of it"
-                )
+        flags = {"decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize}
+        super().__init__(params, {**defaults, **flags, "fused": fused})

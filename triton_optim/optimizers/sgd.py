@@ -59,13 +59,10 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         weight_decay: L2 penalty :math:`\lambda`.
         nesterov: look ahead by one momentum step.
         maximize: ascend.
-        foreach: True takes torch's implementation.
-        differentiable: True takes torch's implementation.
-        fused, options: see `FusedOptimizer`.
+        foreach, differentiable, fused, options: see `FusedOptimizer`.
 
     Raises:
         ValueError: a negative rate, momentum or decay, or Nesterov without momentum.
-        RuntimeError: `fused` with `foreach` or with `differentiable`.
 
     Example:
         >>> optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)

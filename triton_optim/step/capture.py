@@ -14,12 +14,8 @@ from .conditions import StepConditions
 from .view import OptimizerView
 
 
-def is_captured(gpus: Collection[torch.device]) -> bool:
-    """Whether what kernels do on these GPUs goes into a CUDA graph now.
-
-    Raises:
-        RuntimeError: not all of it would.
-    """
+def _is_captured(gpus: Collection[torch.device]) -> bool:
+    """Whether a CUDA graph captures what kernels do on these GPUs; an error if not all of it."""
     if not gpus:
         return False
     captured = any(map(backend.is_capturing, gpus))
@@ -43,23 +39,24 @@ def check_capture(
     view: OptimizerView,
     conditions: StepConditions,
     name: str,
+    gpus: Collection[torch.device],
     *,
-    has_fallback: bool,
-    is_prepared: bool,
-) -> None:
-    """Refuse a capture whose replays would not be steps.
+    has_fallback: bool = False,
+    is_prepared: bool = False,
+) -> bool:
+    """Whether a CUDA graph captures the step.
 
     Args:
-        view: of the optimizer.
-        conditions: the step's.
         name: of the optimizer's class.
+        gpus: where its kernels run.
         has_fallback: whether torch's implementation steps some parameters.
         is_prepared: whether there was a step like this one before.
 
     Raises:
-        RuntimeError: without `capturable`, with a rate that a replay could not change, with an
-            option that waits for the device, or before a first step.
+        RuntimeError: one does, and its replays would not be steps.
     """
+    if not _is_captured(gpus):
+        return False
     name = f"{name}.step() was called under CUDA graph capture"
     if not all(map(view.options.is_capturable, view.groups)):
         raise RuntimeError(
@@ -91,14 +88,11 @@ def check_capture(
             f"{name}: torch {torch.__version__} cannot allocate pinned memory then; use 2.11 "
             "or newer"
         )
+    return True
 
 
 def check_capturable(options: Options, param: Tensor, group: Group, where: str) -> None:
-    """Refuse a parameter that no graph can capture.
-
-    Raises:
-        RuntimeError: it is on the CPU.
-    """
+    """Refuse a parameter that no graph can capture: one on the CPU."""
     if not options.is_capturable(group):
         return
     device = local(param).device

@@ -7,8 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from ..launch.chunking import PlannedParam
-from ..launch.grad_signature import GradSignature
+from ..launch.chunking import GradSignature, PlannedParam
 from ..rule import State
 from .routing import laid_out_like, misplaced, tensors_unsupported
 from .row_wise import RowWiseLaunchGroup
@@ -29,8 +28,8 @@ def catch_up(view: OptimizerView, since: list[float]) -> None:
     rule, rows = view.rule, view.rule.row_wise
     assert rows is not None and rows.lazy is not None
     planned: dict[torch.device, list[PlannedParam]] = defaultdict(list)
-    for param, index, where in view.named():
-        state, group = view.state.get(param, {}), view.groups[index]
+    for _, param, index, group, where in view.named():
+        state = view.state.get(param, {})
         if rows.state not in state:
             continue
         if reason := tensors_unsupported(param, param, row_wise=True):
@@ -50,18 +49,11 @@ def catch_up(view: OptimizerView, since: list[float]) -> None:
     before = [{**group, rows.lazy: v} for group, v in zip(view.groups, since, strict=False)]
     values = view.hyperparameters([*before, *view.groups[len(before) :]])
     for device, here in planned.items():
-        on_device = view.counts_on_device
-        launch_group = RowWiseLaunchGroup(view, device, here, values, counts_on_device=on_device)
-        launch_group.catch_up(values)
+        RowWiseLaunchGroup(view, device, here, len(values)).catch_up(values)
 
 
 def caught_up(view: OptimizerView, since: list[float]) -> defaultdict[Tensor, State]:
-    """All state after `catch_up`, without the steps of rows, for a state dict.
-
-    Args:
-        view: of the optimizer.
-        since: see `catch_up`.
-    """
+    """All state after `catch_up`, without the steps of rows, for a state dict."""
     catch_up(view, since)
     rows, states = view.rule.row_wise, defaultdict[Tensor, State](dict)
     assert rows is not None

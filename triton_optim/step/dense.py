@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, repeat
 from operator import attrgetter, is_, is_not
 
 import torch
 from torch import Tensor
 
-from ..launch import backend, chunking
-from ..launch.chunking import PlannedParam
-from ..launch.device_buffer import Buffer
+from ..launch.chunking import PlannedParam, chunk_tensors
 from ..launch.launcher import UpdateLaunch
 from ..launch.pointer_tables import (
     NOWHERE,
@@ -19,7 +17,6 @@ from ..launch.pointer_tables import (
     alignment,
     column,
     grad_addresses_of,
-    on_device,
 )
 from ..rule import State
 from ..tensors.layout import Layout, LayoutGuard
@@ -34,108 +31,78 @@ _grad_of = attrgetter("grad")
 
 
 class DenseLaunchGroup(LaunchGroup):
-    """Parameters whose gradients are dense.
-
-    Args:
-        view: of the optimizer.
-        device: where its parameters are.
-        entries: the parameters; DTensors all of them, or none.
-        hypers: every group's hyperparameters, one after another.
-        counts_on_device: whether steps are counted on `device`.
-    """
+    """Parameters whose gradients are dense."""
 
     def __init__(
         self,
         view: OptimizerView,
         device: torch.device,
-        entries: Sequence[PlannedParam],
-        hypers: Sequence[object],
-        *,
-        counts_on_device: bool,
+        planned: Sequence[PlannedParam],
+        n_hypers: int,
     ) -> None:
-        reads_step = any(view.rule.reads_step_under(entry.flags) for entry in entries)
-        super().__init__(
-            view, device, entries, reads_step=reads_step, counts_on_device=counts_on_device
-        )
-        self._rule, complete = view.rule, self._complete
-        self._specs = [spec_of(entry.param) for entry in entries if is_dtensor(entry.param)]
-        self._reordered = [i for i, entry in enumerate(entries) if entry.reordered]
-        found = self._first_found(entries)
-        grads, state = [entry.signature.grad for entry in entries], found.written[len(entries) :]
-        layouts = [*grads, *(entry.signature.param for entry in entries), *map(Layout.of, state)]
-        self._guard = LayoutGuard([x for x in layouts if x is not None], self._holders.rows)
-        self._has_empty = not all(shard.numel() for shard in found.shards)
-        self._alignment = alignment(column("q", [not e.signature.is_aligned for e in entries]))
-        self._keep_grads(grad_addresses_of(found.grads))
-        cut = chunking.chunk_tensors(view.rule, entries, complete)
-        self._cuts = [c._replace(owners=on_device(c.owners, device)) for c in cut.updates]
-        self._grad_cuts = cut.grads
-        buffer = Buffer(device, len(entries), len(hypers), self._n_steps_sent)
-        self._buffer = buffer
-        self.tables = backend.Tables(
-            rows=on_device(cut.rows, device),
-            grads=buffer.grads,
-            hypers=buffer.hypers.view(len(view.groups), -1),
-            steps=self._steps_read(buffer),
-            max_norm=buffer.max_norm,
-        )
-        self._launches: dict[frozenset[str], list[UpdateLaunch]] = {}
+        self._specs = [spec_of(item.param) for item in planned if is_dtensor(item.param)]
+        self._reordered = [i for i, item in enumerate(planned) if item.reordered]
+        self._alignment = alignment(column("q", [not p.signature.is_aligned for p in planned]))
         self._norms: dict[frozenset[str], GradNorm] = {}
+        super().__init__(view, device, planned, n_hypers)
+        self._has_empty = not all(shard.numel() for shard in self.first_inputs.shards)
+        self._keep_grads(grad_addresses_of(self.first_inputs.grads))
 
-    def _found(
+    def _reads_step(self, planned: Iterable[PlannedParam]) -> bool:
+        return any(self._rule.reads_step_under(item.flags) for item in planned)
+
+    def _tensors(
         self, grads: Sequence[Tensor | None], params: Sequence[Tensor], states: Sequence[State]
     ) -> StepTensors:
-        """As if all gradients were there."""
         written = [*params, *self._holders.values(states)]
-        steps = [*map(get_step, states)] if self._counts_steps else []
+        steps = [*map(get_step, states)] if self._rule.counts_step else []
         if not self._specs:
             return StepTensors(grads, self._all, params, written, (), steps)
         shards = [*map(local_of, written)]
         return StepTensors(grads, self._all, shards[: len(params)], shards, written, steps)
 
-    def read(self, current: CurrentTensors) -> StepTensors | None:
-        """This step's tensors, or None where this table no longer describes them.
+    def _layout_guard(self, planned: Sequence[PlannedParam], tensors: StepTensors) -> LayoutGuard:
+        looks = [*(p.signature.grad for p in planned), *(p.signature.param for p in planned)]
+        state = map(Layout.of, tensors.written[len(planned) :])
+        return LayoutGuard([*(x for x in looks if x is not None), *state], self._holders.rows)
 
-        It does while parameters and state are where they were, everything has the layout that it
-        had, and gradients the alignment, but for those that are missing.
-        """
+    def _chunk(self, planned: Sequence[PlannedParam], states: Sequence[State]) -> Tensor:
+        chunked = chunk_tensors(self._rule, planned, states)
+        self._updates, self._grad_specs = chunked.updates, chunked.grads
+        return chunked.rows
+
+    def read(self, current: CurrentTensors) -> StepTensors | None:
         try:
-            mine = self._mine(current)
-            if mine is None:
-                return None
-            params, states = mine
+            params, states = self._mine(current)
             grads: Sequence[Tensor | None] = [*map(_grad_of, params)]
             if self._specs:
                 grads = self._shards(params, grads)
-            found = self._found(grads, params, states)
-            tensors = [*grads, *found.written]
-            complete = self._guard.check(tensors)
+            tensors = self._tensors(grads, params, states)
+            watched = [*grads, *tensors.written]
+            complete = self._guard.check(watched)
             present = self._all if complete else present_of(grads)
-            if not complete and not self._guard.check_rows(tensors, present):
+            if not complete and not self._guard.check_rows(watched, present):
                 return None
-            if addresses_of([*found.written, *found.steps]) != self._addresses:
+            if addresses_of([*tensors.written, *tensors.steps]) != self._addresses:
                 return None
         # State was removed, a step is no tensor any more, or what was a DTensor is none.
         except (IndexError, KeyError, TypeError, AttributeError):
             return None
-        found = found if complete else self._of_present(found, present)
+        tensors = tensors if complete else self._of_present(tensors, present)
         some_at_zero = self._has_empty or not complete
         addresses = (grad_addresses_of if some_at_zero else addresses_of)(grads)
         if addresses != self._grads and not self._keep_grads(addresses):
             return None
-        return found
+        return tensors
 
     def _keep_grads(self, addresses: list[int]) -> bool:
         """False where one has not the alignment for which its kernel was compiled."""
         grad_column = column("q", addresses)
         aligned = alignment(grad_column)
-        if aligned != self._alignment and any(
-            address and is_aligned != was_aligned
-            for address, is_aligned, was_aligned in zip(
-                addresses, aligned, self._alignment, strict=False
-            )
-        ):
-            return False
+        if aligned != self._alignment:
+            items = zip(addresses, aligned, self._alignment, strict=False)
+            if any(address and is_now != was for address, is_now, was in items):
+                return False
         self._grads, self._grad_column = addresses, grad_column
         return True
 
@@ -160,46 +127,26 @@ class DenseLaunchGroup(LaunchGroup):
             shards.append(None if grad is None else local_of(grad))
         return shards
 
-    def compile(self, enabled: frozenset[str]) -> None:
-        if enabled in self._launches:
-            return
-        tables, norm = self.tables, None
-        if enabled:
-            tables = tables._replace(step_status=self._tell_here())
+    def _compile(self, enabled: frozenset[str]) -> list[UpdateLaunch]:
+        tables = self.tables
         if "CLIP" in enabled:
             scaled = tables.step_status if "UNSCALE" in enabled else None
-            norm = GradNorm(self._grad_cuts, tables.rows, tables.grads, scaled)
-        self.tables = tables
-        launches = [
-            UpdateLaunch(
-                self._rule,
-                cut.variant._replace(conditions=enabled),
-                cut.config,
-                cut.owners,
-                tables if norm is None else tables._replace(norm=norm.norm),
-                cut.n_bytes,
-            )
-            for cut in self._cuts
-        ]
-        if norm is not None:
-            self._norms[enabled] = norm
-        told = {
-            "found_inf_ptr": tables.step_status,
-            "grad_norm_ptr": None if norm is None else norm.norm,
-        }
-        self._prepare_counts(enabled, tables.grads.view(-1, 1), told)
-        self._launches[enabled] = launches
+            norm = GradNorm(self._grad_specs, tables.rows, tables.grads, scaled)
+            self._norms[enabled], tables = norm, tables._replace(norm=norm.norm)
+        self._compile_counts(enabled, tables)
+        specs = (s._replace(variant=s.variant._replace(conditions=enabled)) for s in self._updates)
+        return [UpdateLaunch(self._rule, spec, tables) for spec in specs]
 
-    def grads_to_copy(self, found: StepTensors) -> list[Tensor]:
-        return [grad for i in self._reordered if (grad := found.grads[i]) is not None]
+    def grads_to_copy(self, tensors: StepTensors) -> list[int]:
+        return [i for i in self._reordered if tensors.grads[i] is not None]
 
     def upload(
-        self, found: StepTensors, hypers: list[float | Tensor], max_norm: float | None
+        self, tensors: StepTensors, hypers: list[float | Tensor], max_norm: float | None
     ) -> GradCopies:
         copies = [
-            (i, torch.empty_like(found.shards[i], dtype=grad.dtype).copy_(grad))
+            (i, torch.empty_like(tensors.shards[i], dtype=grad.dtype).copy_(grad))
             for i in self._reordered
-            if (grad := found.grads[i]) is not None
+            if (grad := tensors.grads[i]) is not None
         ]
         grad_column = self._grad_column
         if copies:
@@ -207,7 +154,7 @@ class DenseLaunchGroup(LaunchGroup):
             for i, copy in copies:
                 addresses[i] = copy.data_ptr() or NOWHERE
             grad_column = column("q", addresses)
-        self._buffer.send(grad_column, hypers, max_norm or 0.0, self._steps_to_send(found))
+        self._buffer.send(grad_column, hypers, max_norm or 0.0, self._steps_to_send(tensors))
         return copies
 
     def sum_squares(self, conditions: StepConditions) -> GradNorm:
@@ -216,21 +163,18 @@ class DenseLaunchGroup(LaunchGroup):
         norm.run(conditions.kernel_args(self.device))
         return norm
 
-    def _launch(self, told: Mapping[str, Tensor], conditions: StepConditions) -> bool:
+    def _launch(self, scalars: Mapping[str, Tensor], conditions: StepConditions) -> bool:
         launches = self._launches[conditions.enabled]
         for launch in launches:
-            launch.run(**told)
+            launch.run(**scalars)
         return bool(launches)
 
-    def _happens(self, conditions: StepConditions) -> Tensor:
-        go = super()._happens(conditions)
-        return (
-            go & self._norms[conditions.enabled].norm.isfinite()
-            if conditions.skip_nonfinite
-            else go
-        )
+    def _is_taken(self, conditions: StepConditions) -> Tensor:
+        taken = super()._is_taken(conditions)
+        if conditions.skip_nonfinite:
+            taken = taken & self._norms[conditions.enabled].norm.isfinite()
+        return taken
 
-    def _own_tensors(self) -> list[Tensor | None]:
+    def _own_tensors(self) -> list[Tensor]:
         norms = chain.from_iterable(norm.tensors for norm in self._norms.values())
-        owners = (cut.owners for cut in self._cuts)
-        return [self._buffer.memory, self.tables.rows, *norms, *owners]
+        return [*norms, *(spec.block_to_tensor for spec in self._updates)]

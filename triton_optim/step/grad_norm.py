@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch import backend, pointer_tables
+from ..launch import backend
 from ..launch.chunking import GradLaunchSpec
 from ..launch.launcher import Launch
+from ..launch.pointer_tables import on_device
 from ..tensors.sharding import ReduceGroups, is_dtensor
 
 if backend.DEVICE_TYPE:
@@ -29,7 +30,7 @@ class GradNorm:
     """Launches that sum the squares of gradients, made once for a table of their addresses.
 
     Args:
-        cuts: what they read.
+        specs: what they read.
         rows: int64 [tensors, ROW_WIDTH].
         grads: int64 [tensors], addresses.
         scaled: None, or a float32 scalar: they are divided by that which `run` is given.
@@ -41,73 +42,74 @@ class GradNorm:
 
     def __init__(
         self,
-        cuts: Sequence[GradLaunchSpec],
+        specs: Sequence[GradLaunchSpec],
         rows: Tensor,
         grads: Tensor,
         scaled: Tensor | None = None,
     ) -> None:
         device, self.rows = rows.device, rows
-        self.cuts = [
-            cut._replace(owners=pointer_tables.on_device(cut.owners, device))
-            for cut in cuts
-            if len(cut.owners)
+        self.specs = [
+            spec._replace(block_to_tensor=on_device(spec.block_to_tensor, device))
+            for spec in specs
+            if len(spec.block_to_tensor)
         ]
-        spreads = list(dict.fromkeys(cut.reduce_groups for cut in cuts))
-        n_partials = max((len(cut.owners) for cut in cuts), default=0)
+        reductions = list(dict.fromkeys(spec.reduce_groups for spec in specs))
+        n_partials = max((len(spec.block_to_tensor) for spec in specs), default=0)
         self._partials = torch.empty(n_partials, dtype=torch.float64, device=device)
         self._ticket = torch.zeros(1, dtype=torch.int32, device=device)
-        sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in spreads]
+        sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in reductions]
         self.norm = torch.zeros((), dtype=torch.float64, device=device)
-        self.sums = [SquareSum(*item) for item in zip(sums, spreads, strict=True)]
+        self.sums = [SquareSum(*item) for item in zip(sums, reductions, strict=True)]
         self._launches = []
         begun: set[ReduceGroups] = set()
-        for cut in self.cuts:
+        for spec in self.specs:
             tensors = {
-                "block_to_tensor_ptr": cut.owners,
+                "block_to_tensor_ptr": spec.block_to_tensor,
                 "tensor_table_ptr": rows,
                 "grads_ptr": grads,
                 "partials_ptr": self._partials,
                 "arrival_count_ptr": self._ticket,
-                "sum_ptr": sums[spreads.index(cut.reduce_groups)],
+                "sum_ptr": sums[reductions.index(spec.reduce_groups)],
                 "norm_ptr": self.norm,
                 "grad_scale_ptr": scaled,
             }
-            constants = {"ACCUMULATE": cut.reduce_groups in begun}
-            self._launches.append(grad_launch(norm_kernel, cut, tensors, constants))
-            begun.add(cut.reduce_groups)
+            constants = {"ACCUMULATE": spec.reduce_groups in begun}
+            self._launches.append(grad_launch(norm_kernel, spec, tensors, constants))
+            begun.add(spec.reduce_groups)
 
-    def run(self, told: Mapping[str, Tensor]) -> None:
+    def run(self, scalars: Mapping[str, Tensor]) -> None:
         """Launch, with what a GradScaler tells."""
-        scale = {name: told[name] for name in ("grad_scale_ptr",) if name in told}
+        scale = {name: scalars[name] for name in ("grad_scale_ptr",) if name in scalars}
         for launch in self._launches:
             launch.run(**scale)
 
     @property
     def tensors(self) -> list[Tensor]:
         """What the launches use and nobody else holds."""
-        sums, owners = (s.value for s in self.sums), (cut.owners for cut in self.cuts)
-        return [self._partials, self._ticket, self.norm, *sums, *owners]
+        sums, programs = (s.value for s in self.sums), (spec.block_to_tensor for spec in self.specs)
+        return [self._partials, self._ticket, self.norm, *sums, *programs]
 
 
 def grad_launch(
     kernel: object,
-    cut: GradLaunchSpec,
+    spec: GradLaunchSpec,
     tensors: Mapping[str, Tensor | None],
     constants: dict[str, bool],
 ) -> Launch:
     """A launch of a kernel of kernels/norm.py."""
-    config = backend.grad_config(cut.variant.dtype, cut.owners.device)
+    programs = spec.block_to_tensor
+    config = backend.grad_config(spec.variant.dtype, programs.device)
     arguments = {
         **tensors,
-        "n_bytes": float(cut.n_bytes),
-        "blocks": cut.blocks,
-        "DTYPE": backend.triton_dtype(cut.variant.dtype),
-        "ALIGNED": cut.variant.aligned,
+        "n_bytes": float(spec.n_bytes),
+        "blocks": spec.blocks,
+        "DTYPE": backend.triton_dtype(spec.variant.dtype),
+        "ALIGNED": spec.variant.aligned,
         **constants,
         "BLOCK_SIZE": config.block_size,
     }
     options = {"num_warps": config.num_warps, "enable_fp_fusion": True} if backend.COMPILED else {}
-    return Launch(kernel, cut.variant, len(cut.owners), arguments, options, cut.owners.device)
+    return Launch(kernel, spec.variant, len(programs), arguments, options, programs.device)
 
 
 def square_sums(grads: Iterable[Tensor], scale: Tensor | None) -> list[SquareSum]:
@@ -127,7 +129,7 @@ def square_sums(grads: Iterable[Tensor], scale: Tensor | None) -> list[SquareSum
 
 
 def total(norms: Sequence[GradNorm], others: Sequence[SquareSum]) -> Tensor:
-    """The norm of everything, over all ranks: float64 []; every `norms[i].norm` is told.
+    """The norm of everything, over all ranks: float64 []; every `norms[i].norm` gets it.
 
     Ranks call it together, with sums that are reduced alike in the same order. Waits for nothing.
     """

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from ..launch.backend import Tables
 from ..launch.chunking import PlannedParam
 from ..launch.device_buffer import Buffer
 from ..launch.launcher import Launch
 from ..launch.pointer_tables import addresses_of, on_device
 from ..rule import State
-from ..tensors.layout import picker
+from ..tensors.layout import LayoutGuard, picker
 from .conditions import StepConditions
 from .state import Holders, bring_together, get_step, states_of
 from .step_counts import DeviceCounts, HostCounts, SeenCounts
@@ -44,7 +45,7 @@ class StepTensors(NamedTuple):
     present: bytes  # 1 of a gradient that is there
     shards: Sequence[Tensor]  # all parameters
     written: Sequence[Tensor]  # parameters that have a gradient, and their state
-    wrappers: Sequence[Tensor]  # the DTensors of `written`
+    dtensors: Sequence[Tensor]  # those of which `written` are shards
     steps: Sequence[Tensor]  # all step counts
     ids: Sequence[Tensor] = ()  # int64 [1, rows], of sparse gradients
 
@@ -61,198 +62,200 @@ class LaunchGroup:
     is taken from the optimizer frees its memory.
 
     Args:
-        view: of the optimizer.
-        device: where its parameters are.
-        entries: the parameters; DTensors all of them, or none.
-        reads_step: whether a kernel reads how often a tensor was updated.
-        counts_on_device: whether steps are counted on `device`.
+        planned: the parameters; DTensors all of them, or none.
+        n_hypers: hyperparameters of all parameter groups together.
     """
 
-    _addresses: list[int]  # of parameters, state and step counts
     first_inputs: StepTensors  # what `read` would return at the first step
     step_status: Tensor | None = None  # float32 [2]: 1 if it was taken, 1 if skipped
+    _grad_columns = 1  # of the table of gradients; the last is an address
 
     def __init__(
         self,
         view: OptimizerView,
         device: torch.device,
-        entries: Sequence[PlannedParam],
-        *,
-        reads_step: bool,
-        counts_on_device: bool,
+        planned: Sequence[PlannedParam],
+        n_hypers: int,
     ) -> None:
-        self.device = device
-        self._pick = picker([entry.position for entry in entries])
+        self.device, self._rule = device, view.rule
+        self._pick = picker([item.position for item in planned])
         self._pick_states: Callable[[Sequence[Any]], Sequence[Any]] | None = None
-        self._states, self._new = states_of(view, entries)
-        complete = [{**s, **new} for s, new in zip(self._states, self._new, strict=True)]
-        self._complete: Sequence[State] = complete
-        self._all = bytes(repeat(1, len(entries)))
-        self._counts_steps = view.rule.counts_step
-        self._holders = Holders(entries, counts_steps=self._counts_steps)
+        self._states, self._new = states_of(view, planned)
+        states = [{**s, **new} for s, new in zip(self._states, self._new, strict=True)]
+        self._all = bytes(repeat(1, len(planned)))
+        self._holders = Holders(planned, counts_steps=self._rule.counts_step)
         self._pick_stateful = picker(self._holders.stateful)
-        self._reads_step = reads_step
         self._private: Tensor | None = None  # float64, counts that no state has
         self._may_have_skipped = False
         self._ids: dict[int, int] = {}  # where parameters stand in it
-        counts = self._counts_of(view, entries, counts_on_device=counts_on_device)
+        counts = self._counts_of(view, planned, states)
         self._device_counts = counts if isinstance(counts, DeviceCounts) else None
         self._host_counts = None if isinstance(counts, DeviceCounts) else counts
-        sends = reads_step and self._host_counts is not None
-        self._n_steps_sent = len(entries) if sends else 0
+        sends = self._reads_step(planned) and self._host_counts is not None
+        self._n_steps_sent = len(planned) if sends else 0
+
+        grads, params = [item.grad for item in planned], [item.param for item in planned]
+        tensors = self._tensors(grads, params, self._pick_stateful(states))
+        self.first_inputs = self._of_present(tensors, present_of(tensors.grads))
+        self._addresses = addresses_of([*tensors.written, *tensors.steps])
+        self._guard = self._layout_guard(planned, tensors)
+        rows = self._chunk(planned, states)
+        buffer = Buffer(device, self._grad_columns * len(planned), n_hypers, self._n_steps_sent)
+        on_device_steps = None if self._device_counts is None else self._device_counts.column
+        self._buffer = buffer
+        self.tables = Tables(
+            rows=on_device(rows, device),
+            grads=buffer.grads,
+            hypers=buffer.hypers.view(len(view.groups), -1),
+            steps=buffer.steps if sends else on_device_steps,
+            max_norm=buffer.max_norm,
+        )
+        self._launches: dict[frozenset[str], list[Any]] = {}
         self._count_launches: dict[frozenset[str], Launch] = {}
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def _counts_of(
-        self, view: OptimizerView, entries: Sequence[PlannedParam], *, counts_on_device: bool
+        self, view: OptimizerView, planned: Sequence[PlannedParam], states: Sequence[State]
     ) -> HostCounts | SeenCounts | DeviceCounts | None:
-        if self._counts_steps:
-            steps = [*map(get_step, self._complete)]
-            if not counts_on_device and all(step.is_cpu for step in steps):
+        reads_step, on_host = self._reads_step(planned), not view.counts_on_device
+        if self._rule.counts_step:
+            steps = [*map(get_step, states)]
+            if on_host and all(step.is_cpu for step in steps):
                 return HostCounts(steps, view.counters)
             bring_together(steps, self.device)
-            return DeviceCounts(steps, self.device, reads=self._reads_step)
-        if not self._reads_step:
+            return DeviceCounts(steps, self.device, reads=reads_step)
+        if not reads_step:
             return None
         seen = [not new for new in self._new]
-        if not counts_on_device:
+        if on_host:
             return SeenCounts(seen)
         # No weak references: with one, torch.utils.swap_tensors refuses a parameter.
-        self._ids = {id(entry.param): i for i, entry in enumerate(entries)}
-        on_host = torch.tensor(seen, dtype=torch.float64, device="cpu")
-        self._private = on_device(on_host, self.device)
+        self._ids = {id(item.param): i for i, item in enumerate(planned)}
+        private = torch.tensor(seen, dtype=torch.float64, device="cpu")
+        self._private = on_device(private, self.device)
         return DeviceCounts(self._private.unbind(), self.device, reads=True)
 
-    def _found(
+    def _reads_step(self, planned: Iterable[PlannedParam]) -> bool:
+        """Whether a kernel reads how often a tensor was updated."""
+        raise NotImplementedError
+
+    def _tensors(
         self, grads: Sequence[Tensor | None], params: Sequence[Tensor], states: Sequence[State]
     ) -> StepTensors:
         """The tensors of a step, as if all gradients were there."""
         raise NotImplementedError
 
-    def _first_found(self, entries: Sequence[PlannedParam]) -> StepTensors:
-        """Those of the first step; keeps where they are."""
-        grads, params = [e.grad for e in entries], [e.param for e in entries]
-        found = self._found(grads, params, self._pick_stateful(self._complete))
-        self.first_inputs = self._of_present(found, present_of(found.grads))
-        self._addresses = addresses_of([*found.written, *found.steps])
-        return found
+    def _layout_guard(self, planned: Sequence[PlannedParam], tensors: StepTensors) -> LayoutGuard:
+        raise NotImplementedError
 
-    def _of_present(self, found: StepTensors, present: bytes) -> StepTensors:
+    def _chunk(self, planned: Sequence[PlannedParam], states: Sequence[State]) -> Tensor:
+        """Cut the tensors into launches; the table of tensors, on the host."""
+        raise NotImplementedError
+
+    def _compile(self, enabled: frozenset[str]) -> list[Any]:
+        """The launches of a step under these conditions."""
+        raise NotImplementedError
+
+    def _of_present(self, tensors: StepTensors, present: bytes) -> StepTensors:
         """Of a step without some gradients, what it writes."""
         if 0 not in present:
-            return found
+            return tensors
         mask = self._holders.written(present)
-        written, wrappers = compress(found.written, mask), compress(found.wrappers, mask)
-        return found._replace(present=present, written=[*written], wrappers=[*wrappers])
+        written, dtensors = compress(tensors.written, mask), compress(tensors.dtensors, mask)
+        return tensors._replace(present=present, written=[*written], dtensors=[*dtensors])
 
-    def _steps_read(self, buffer: Buffer) -> Tensor | None:
-        """Where the kernel reads the steps: float64 [tensors]."""
-        if self._device_counts is not None:
-            return self._device_counts.column
-        return buffer.steps if self._n_steps_sent else None
+    def _mine(self, current: CurrentTensors) -> tuple[Sequence[Tensor], Sequence[State]]:
+        """Parameters, and the state of those that have any.
 
-    def _mine(self, current: CurrentTensors) -> tuple[Sequence[Tensor], Sequence[State]] | None:
-        """Parameters, and the state of those that have any; None if that lies in another order."""
+        Raises:
+            KeyError: state lies in another order.
+        """
         params = self._pick(current.params)
         if self._pick_states is None:
             return params, ()
         keys, states = self._pick_states(current.keys), self._pick_states(current.states)
         stateful = self._pick_stateful(params)
         if len(keys) != len(stateful) or any(map(is_not, keys, stateful)):
-            return None
+            raise KeyError
         return params, states
 
     def read(self, current: CurrentTensors) -> StepTensors | None:
-        """This step's tensors, or None where this table no longer describes them."""
+        """This step's tensors, or None where this table no longer describes them.
+
+        It does while parameters and state are where they were, and everything but what is missing
+        has the layout, and gradients the alignment, for which kernels were compiled.
+        """
         raise NotImplementedError
 
-    def grads_to_copy(self, found: StepTensors) -> list[Tensor]:
-        """The gradients of which launches read a copy."""
+    def grads_to_copy(self, tensors: StepTensors) -> list[int]:
+        """Indices of gradients that lie in another order than their parameters."""
         raise NotImplementedError
 
     def compile(self, enabled: frozenset[str]) -> None:
         """Compile what a step under these conditions launches. Writes nothing."""
-        raise NotImplementedError
+        if enabled in self._launches:
+            return
+        if enabled and self.step_status is None:
+            self.step_status = torch.arange(1, -1, -1, dtype=torch.float32, device=self.device)
+            self.tables = self.tables._replace(step_status=self.step_status)
+        self._launches[enabled] = self._compile(enabled)
 
-    def _prepare_counts(
-        self, enabled: frozenset[str], grads: Tensor, told: Mapping[str, Tensor | None]
-    ) -> None:
+    def _compile_counts(self, enabled: frozenset[str], tables: Tables) -> None:
         if self._device_counts is not None:
-            self._count_launches[enabled] = self._device_counts.launch(grads, enabled, told)
+            n = self._grad_columns * len(self._all)
+            grads = tables.grads[:n].view(-1, self._grad_columns)
+            launch = self._device_counts.launch(grads, enabled, tables)
+            self._count_launches[enabled] = launch
 
     def upload(
-        self, found: StepTensors, hypers: list[float | Tensor], max_norm: float | None
+        self, tensors: StepTensors, hypers: list[float | Tensor], max_norm: float | None
     ) -> GradCopies:
-        """Bring the tables up to date.
-
-        Returns:
-            What the launches read instead of gradients that lie in another order than their
-            parameters.
-        """
+        """Bring the tables up to date; what the launches read instead of some gradients."""
         raise NotImplementedError
 
-    def _steps_to_send(self, found: StepTensors) -> Sequence[float]:
+    def _steps_to_send(self, tensors: StepTensors) -> Sequence[float]:
         counts = self._host_counts
-        return counts.values(found.steps) if counts is not None and self._n_steps_sent else ()
+        return counts.values(tensors.steps) if counts is not None and self._n_steps_sent else ()
 
-    def _launch(self, told: Mapping[str, Tensor], conditions: StepConditions) -> bool:
+    def _launch(self, scalars: Mapping[str, Tensor], conditions: StepConditions) -> bool:
         """Launch the updates; False if there was nothing to launch."""
         raise NotImplementedError
 
-    def _own_tensors(self) -> list[Tensor | None]:
-        """What launches read and nobody else holds."""
-        raise NotImplementedError
+    def _own_tensors(self) -> list[Tensor]:
+        """What launches read beside the tables, and nobody else holds."""
+        return []
 
-    def check_no_overlap(self, found: StepTensors) -> None:
-        """Refuse one gradient of two parameters, which would be unscaled twice.
-
-        Raises:
-            RuntimeError: there is one.
-        """
-        grads = (grad for grad in found.grads if grad is not None and grad.numel())
-        addresses = [grad.data_ptr() for grad in grads]
-        if len(set(addresses)) != len(addresses):
-            raise RuntimeError(
-                "two parameters have one gradient tensor, which would be unscaled twice; clone() it"
-            )
-
-    def update(self, found: StepTensors, copies: GradCopies, conditions: StepConditions) -> None:
+    def update(self, tensors: StepTensors, copies: GradCopies, conditions: StepConditions) -> None:
         """Launch the updates, and count the steps."""
-        if not (conditions.enabled or 1 in found.present):
+        if not (conditions.enabled or 1 in tensors.present):
             return
-        told = conditions.kernel_args(self.device) if conditions.enabled else {}
+        scalars = conditions.kernel_args(self.device) if conditions.enabled else {}
         if self._device_counts is not None:
             launch = self._count_launches[conditions.enabled]
-            launch.run(**{k: v for k, v in told.items() if k in launch.arguments})
-        launched = self._launch(told, conditions)
+            launch.run(**{k: v for k, v in scalars.items() if k in launch.arguments})
+        launched = self._launch(scalars, conditions)
         if conditions.may_skip and not launched:  # a rank without elements counts as the others do
             assert self.step_status is not None
-            go = self._happens(conditions)
-            self.step_status.copy_(torch.stack([go, ~go]))
+            taken = self._is_taken(conditions)
+            self.step_status.copy_(torch.stack([taken, ~taken]))
         if self._host_counts is not None:
-            everyone = found.present is self._all
-            self._host_counts.add(found.steps, None if everyone else found.present)
+            everyone = tensors.present is self._all
+            self._host_counts.add(tensors.steps, None if everyone else tensors.present)
         if conditions.grad_scale is not None:
             for i, copy in copies:
-                grad = found.grads[i]
+                grad = tensors.grads[i]
                 assert grad is not None
                 grad.copy_(copy)
-            increment_version([grad for grad in found.grads if grad is not None])
-        increment_version([*found.written, *found.wrappers, *found.counted])
+            increment_version([grad for grad in tensors.grads if grad is not None])
+        increment_version([*tensors.written, *tensors.dtensors, *tensors.counted])
         self._may_have_skipped |= conditions.may_skip
         self._outlive_the_stream()
 
-    def _happens(self, conditions: StepConditions) -> Tensor:
-        go = torch.ones((), dtype=torch.bool, device=self.device)
+    def _is_taken(self, conditions: StepConditions) -> Tensor:
+        taken = torch.ones((), dtype=torch.bool, device=self.device)
         if conditions.found_inf is not None:
-            go = go & (conditions.found_inf == 0).to(self.device, non_blocking=True)
-        return go
-
-    def _tell_here(self) -> Tensor:
-        """Where kernels tell whether a step step_status."""
-        if self.step_status is None:
-            self.step_status = torch.arange(1, -1, -1, dtype=torch.float32, device=self.device)
-        return self.step_status
+            taken = taken & (conditions.found_inf == 0).to(self.device, non_blocking=True)
+        return taken
 
     def _outlive_the_stream(self) -> None:
         """Keep the tables' memory from reuse until a step on another stream than theirs is done."""
@@ -261,30 +264,22 @@ class LaunchGroup:
         stream = torch.cuda.current_stream(self.device)
         if stream != self._stream:
             counts = self._device_counts.tensors if self._device_counts is not None else ()
-            for tensor in (*self._own_tensors(), self.step_status, self._private, *counts):
+            tables = (self._buffer.memory, self.tables.rows, self.step_status, self._private)
+            for tensor in (*tables, *self._own_tensors(), *counts):
                 if tensor is not None and tensor.is_cuda:
                     tensor.record_stream(stream)
 
     def commit_state(self, states: MutableMapping[Tensor, State], params: Sequence[Tensor]) -> None:
-        """After the first step: give the optimizer the state that it made.
-
-        Args:
-            params: all of the optimizer's.
-        """
+        """After the first step: give the optimizer, which has these parameters, its new state."""
         del self.first_inputs
         for param, state, new in zip(self._pick(params), self._states, self._new, strict=True):
             if new:
                 state.update(new)
                 states[param] = state
-        self._states, self._new, self._complete = [], [], []
+        self._states, self._new = [], []
 
     def remember_places(self, places: Mapping[int, int], params: Sequence[Tensor]) -> None:
-        """Where the state of its parameters lies in optimizer.state.
-
-        Args:
-            places: by a parameter's id.
-            params: all of the optimizer's.
-        """
+        """Where state lies in optimizer.state, by the id of a parameter."""
         if self._holders.stateful:
             stateful = self._pick_stateful(self._pick(params))
             self._pick_states = picker([places[id(param)] for param in stateful])

@@ -2,83 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import is_not, itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..launch import backend
-from ..launch.grad_signature import GradSignature
+from ..launch.chunking import GradSignature
 from ..options import Group
-from ..rule import State
 from ..tensors.layout import LayoutGuard
 from . import grad_norm
 from .conditions import StepConditions
 from .dense import DenseLaunchGroup
 from .launch_group import CurrentTensors, GradCopies, LaunchGroup, StepTensors, present_of
-from .routing import is_traced, laid_out_like, unsupported
-from .validation import check_indices, check_writable
+from .routing import is_traced, unsupported
+from .validation import check_indices, check_unscaling
 from .view import OptimizerView
 
-
-class MisplacedState(NamedTuple):
-    """State that must move to its parameter's device and memory order."""
-
-    param: Tensor
-    state: State
-    name: str
-
-    def move(self) -> None:
-        self.state[self.name] = laid_out_like(self.param, self.state[self.name])
+UNWATCHED = frozenset({"params", "param_names", "_places"})  # keys of a group that are no values
 
 
 class Values:
-    """The values in the parameter groups, and the hyperparameters made of them.
-
-    Args:
-        view: of the optimizer.
-        uses_kernels: whether anything reads the hyperparameters.
-    """
+    """The values in the parameter groups, and the hyperparameters that kernels get of them."""
 
     def __init__(self, view: OptimizerView, *, uses_kernels: bool) -> None:
         self._uses_kernels = uses_kernels
-        first = view.groups[0] if view.groups else {}
-        names = first.keys() - {"params", "param_names", "_places"}
-        self._names = sorted(n for n in names if all(n in group for group in view.groups))
-        self._get = itemgetter(*self._names) if len(self._names) > 1 else self._get_one_by_one
-        # Options that a group may have for itself, and get later.
-        self._optional = sorted(view.option_names & {"fused", "capturable"})
         self.structure = view.structure_key()
-        self._keep(view, self.read(view))
-
-    def read(self, view: OptimizerView) -> list[object]:
-        groups = view.groups
-        optional = [group.get(name) for group in groups for name in self._optional]
-        return [*chain.from_iterable(map(self._get, groups)), *optional]
-
-    def _get_one_by_one(self, group: Group) -> list[object]:
-        return [group[name] for name in self._names]
+        self._watch(view)
+        self._keep(view, self._read(view))
 
     def update(self, view: OptimizerView) -> bool:
         """Bring the hyperparameters up to date; False if parameters go other routes now."""
-        values, sizes = self.read(view), [*map(len, view.groups)]
-        if self._mutate or sizes != self._sizes or not_identical(values, self._values):
+        values = self._read(view)
+        if self._mutate or not_identical(values, self._values):
             view.check_hyperparameters()
             if view.structure_key() != self.structure:
                 return False
             self._keep(view, values)
         return True
 
+    def _read(self, view: OptimizerView) -> list[object]:
+        if [*map(len, view.groups)] != self._sizes:
+            self._watch(view)
+        groups = zip(self._getters, view.groups, strict=True)
+        try:
+            return [*chain.from_iterable([get(group) for get, group in groups])]
+        except KeyError:  # a name went and another came
+            self._watch(view)
+            return self._read(view)
+
+    def _watch(self, view: OptimizerView) -> None:
+        self._sizes = [*map(len, view.groups)]
+        self._getters = [_getter(group.keys() - UNWATCHED) for group in view.groups]
+
     def _keep(self, view: OptimizerView, values: list[object]) -> None:
         self._values: list[object] = []  # until all is done: an interrupt may come between
-        self._sizes = [*map(len, view.groups)]
         self.hyperparameters = view.hyperparameters() if self._uses_kernels else []
-        self._mutate = not all(v is None or isinstance(v, (float, int, str)) for v in values)
+        self._mutate = not all(map(_is_constant, values))
         self._values = values
+
+
+def _getter(names: Iterable[str]) -> Callable[[Group], Sequence[object]]:
+    """What reads these values of a group, at C's speed."""
+    names = sorted(names)
+    return itemgetter(*names) if len(names) > 1 else lambda group: [group[name] for name in names]
+
+
+def _is_constant(value: object) -> bool:
+    """Whether it cannot change while it is the same object."""
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return value is None or isinstance(value, float | int | str)
 
 
 @dataclass
@@ -92,7 +90,6 @@ class Others:
     other: list[tuple[int, int, str]] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)  # of all parameters, where some fall back
     guard: LayoutGuard | None = None  # of `strided`: gradients, then parameters
-    need_watching: bool = False
 
     def watch(self, signatures: Sequence[GradSignature | None], params: Iterable[Tensor]) -> None:
         seen = [item for i in self.strided if (item := signatures[i]) is not None]
@@ -100,21 +97,22 @@ class Others:
         rows = [(i, len(seen) + i) for i in range(len(seen))]
         self.guard = LayoutGuard([layout for layout in layouts if layout is not None], rows)
         self.ids = [*map(id, params)] if self.fallback else []
-        self.need_watching = bool(self.fallback or self.without_grad)
 
     def changed(self, view: OptimizerView, params: Sequence[Tensor]) -> bool:
         """Whether one of them must be looked at again."""
+        if not (self.fallback or self.without_grad):
+            return False
         if self.fallback and [*map(id, params)] != self.ids:
             return True
-        for i, _, where in self.other:
-            grad = params[i].grad
-            if grad is not None and grad.layout == torch.sparse_coo and not is_traced():
-                check_indices(grad._indices(), params[i].shape, where)
-        if any(params[i].grad is not None for i in self.without_grad) or any(
-            unsupported(view, params[i], grad, view.groups[index]) is None
-            for i, index, _ in self.other
-            if (grad := params[i].grad) is not None
-        ):
+        for i, index, where in self.other:
+            param, grad = params[i], params[i].grad
+            if grad is None:
+                continue
+            if grad.layout == torch.sparse_coo and not is_traced():
+                check_indices(grad._indices(), param.shape, where)
+            if unsupported(view, param, grad, view.groups[index]) is None:
+                return True
+        if any(params[i].grad is not None for i in self.without_grad):
             return True
         assert self.guard is not None
         watched = [params[i] for i in self.strided]
@@ -130,11 +128,7 @@ class Plan:
     also in steps in which it has none.
 
     Args:
-        view: of the optimizer.
-        launch_groups: what the kernels update.
-        others: the other parameters.
         signatures: of each parameter's latest gradient.
-        values: of the parameter groups.
     """
 
     def __init__(
@@ -164,10 +158,6 @@ class Plan:
         params = [*view.params]
         return [params[i] for i in self._others.fallback]
 
-    def group_values(self, view: OptimizerView) -> list[object]:
-        """The values in the parameter groups, one after another."""
-        return self._values.read(view)
-
     def is_prepared(self, conditions: StepConditions) -> bool:
         """Whether all kernels of such a step are compiled."""
         return conditions.enabled in self._compiled
@@ -182,7 +172,7 @@ class Plan:
         ):
             return None
         params = [*view.params]
-        if self._others.need_watching and self._others.changed(view, params):
+        if self._others.changed(view, params):
             return None
         inputs = []
         current = CurrentTensors.of(view, params)
@@ -206,8 +196,7 @@ class Plan:
             if enabled:
                 conditions.check_device(group.device)
             if conditions.grad_scale is not None:
-                check_writable(group.grads_to_copy(tensors))
-                group.check_no_overlap(tensors)
+                check_unscaling(tensors.grads, group.grads_to_copy(tensors))
             group.compile(enabled)
         self._compiled.add(enabled)
 
@@ -220,11 +209,9 @@ class Plan:
         ]
 
     def grad_norm(self, fallback: Iterable[Tensor], conditions: StepConditions) -> Tensor:
-        """The norm of all gradients, over all ranks: float64 [], valid until the next step.
+        """The norm of all gradients, those of `fallback` too, over all ranks: float64 [].
 
-        Args:
-            fallback: the parameters that fall back to torch's implementation.
-            conditions: the step's.
+        It is valid until the next step.
         """
         dense = (group for group in self.launch_groups if isinstance(group, DenseLaunchGroup))
         norms = [group.sum_squares(conditions) for group in dense]

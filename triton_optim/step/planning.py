@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from ..launch import backend
-from ..launch.chunking import PlannedParam
-from ..launch.grad_signature import GradSignature
+from ..launch.chunking import GradSignature, PlannedParam
+from ..rule import State
 from ..tensors.layout import Layout, strides_agree
 from ..tensors.sharding import PLAIN_TYPES, is_dtensor, local, redistribute_grad, reduce_groups
 from .capture import check_capturable
 from .dense import DenseLaunchGroup
-from .plan import MisplacedState, Others, Plan, Values
-from .routing import is_traced, misplaced, unsupported
+from .plan import Others, Plan, Values
+from .routing import is_traced, laid_out_like, misplaced, unsupported
 from .row_wise import RowWiseLaunchGroup
 from .state import check_state_of
 from .validation import (
@@ -31,7 +31,7 @@ from .validation import (
     check_row_wise,
     check_tensors,
 )
-from .view import OptimizerView
+from .view import NamedParam, OptimizerView
 
 Named = list[tuple[Tensor, str]]  # tensors, each with its description
 
@@ -52,12 +52,7 @@ class Planning:
     """Everything is checked when it is made, and nothing written before `finish`.
 
     Args:
-        view: of the optimizer, whose parameters have their gradients.
         previous: the plan before, which knows parameters that have no gradient now.
-
-    Raises:
-        RuntimeError: a gradient or a state tensor does not fit its parameter, tensors share memory,
-            or `fused=True` asks for kernels where there are none.
     """
 
     @_gc_paused()
@@ -76,13 +71,13 @@ class Planning:
         self._others = Others()
         # by device, DTensors and row-wise ones apart
         self._planned: dict[tuple[torch.device, bool, bool], list[PlannedParam]] = defaultdict(list)
-        self._misplaced: list[MisplacedState] = []
+        self._misplaced: list[tuple[Tensor, State, str]] = []
         self._written: Named = []
         self._written_later: Named = []  # once there is a gradient again
         self._facts = [(view.rule.state_names(g), view.rule.active_flags(g)) for g in view.groups]
         self._listed = Counter(map(id, params))
-        for position, (param, index, where) in enumerate(view.named()):
-            self._add(position, param, index, where)
+        for item in view.named():
+            self._add(item)
         check_no_overlap(self._written)
         if self._written_later:
             self._leave_out_overlapping()
@@ -99,30 +94,28 @@ class Planning:
     @_gc_paused()
     def finish(self) -> Plan:
         """Bring state to its place, make what is missing, and the launches."""
-        view, on_device = self._view, self._view.counts_on_device
-        for item in self._misplaced:
-            item.move()
+        view, n_hypers = self._view, len(self._values.hyperparameters)
+        for param, state, name in self._misplaced:
+            state[name] = laid_out_like(param, state[name])
         launch_groups = [
-            (RowWiseLaunchGroup if row_wise else DenseLaunchGroup)(
-                view, device, planned, self._values.hyperparameters, counts_on_device=on_device
-            )
+            (RowWiseLaunchGroup if row_wise else DenseLaunchGroup)(view, device, planned, n_hypers)
             for (device, _, row_wise), planned in self._planned.items()
         ]
         self._others.watch(self._signatures, view.params)
         return Plan(view, launch_groups, self._others, self._signatures, self._values)
 
-    def _add(self, position: int, param: Tensor, index: int, where: str) -> None:
-        view, group = self._view, self._view.groups[index]
+    def _add(self, item: NamedParam) -> None:
+        view, param, group = self._view, item.param, item.group
         redistribute_grad(param)
-        grad, signature = param.grad, self._signatures[position]
-        if grad is None and not self._goes_on(param, index, signature):
-            self._others.without_grad.append(position)
+        grad, signature = param.grad, self._signatures[item.position]
+        if grad is None and not self._goes_on(item, signature):
+            self._others.without_grad.append(item.position)
             return
         if grad is not None:
-            check_tensors(param, grad, where)
+            check_tensors(param, grad, item.where)
             if grad.layout == torch.sparse_coo and not is_traced():
-                check_indices(grad._indices(), param.shape, where)
-        check_capturable(view.options, param, group, where)
+                check_indices(grad._indices(), param.shape, item.where)
+        check_capturable(view.options, param, group, item.where)
         if grad is None:
             reason = None if signature is not None and signature.is_taken else "it did before"
         elif self._listed[id(param)] > 1:
@@ -130,16 +123,17 @@ class Planning:
         else:
             reason = unsupported(view, param, grad, group)
         if reason is None:
-            self._add_fused(position, param, index, where)
+            self._add_fused(item)
         else:
-            self._add_fallback(position, param, index, where, reason)
+            self._add_fallback(item, reason)
 
-    def _goes_on(self, param: Tensor, index: int, signature: GradSignature | None) -> bool:
+    def _goes_on(self, item: NamedParam, signature: GradSignature | None) -> bool:
         """Whether a parameter without a gradient stays on the route of its latest one.
 
         It waits for its next one if anything would have to be refused, or moved.
         """
-        view, group, shard = self._view, self._view.groups[index], local(param)
+        view, param, group = self._view, item.param, item.group
+        shard = local(param)
         if signature is None:
             return False
         if signature.param is not None and (
@@ -149,7 +143,7 @@ class Planning:
             return False
         if not signature.is_taken:
             return True
-        (names, _), state = self._facts[index], view.state.get(param, {})
+        (names, _), state = self._facts[item.group_index], view.state.get(param, {})
         if unsupported(view, param, param, group) is not None or (
             signature.kind is not None
             and view.rule.rows_unsupported(group, view.options) is not None
@@ -163,44 +157,39 @@ class Planning:
             return False
         return not misplaced(param, state, names)
 
-    def _add_fused(self, position: int, param: Tensor, index: int, where: str) -> None:
-        view, group, (names, flags) = self._view, self._view.groups[index], self._facts[index]
-        state = view.state.get(param, {})
+    def _add_fused(self, item: NamedParam) -> None:
+        view, param, where = self._view, item.param, item.where
+        (names, flags), state = self._facts[item.group_index], view.state.get(param, {})
         shard, grad = local(param), None if param.grad is None else local(param.grad)
         written = [(shard, where)]
         if view.rule.has_state(state):
             check_requested(state, names, flags, where)
-            written += check_state_of(view, param, group, where, kernels=True)
-            self._misplaced += (
-                MisplacedState(param, state, name) for name in misplaced(param, state, names)
-            )
-        signature = self._signatures[position]
+            written += check_state_of(view, param, item.group, where, kernels=True)
+            self._misplaced += ((param, state, name) for name in misplaced(param, state, names))
+        signature = self._signatures[item.position]
         if grad is not None:
             row_wise = view.rule.is_row_wise(grad, state)
             signature = GradSignature.of(shard, grad, row_wise=row_wise)
-            self._signatures[position] = signature
+            self._signatures[item.position] = signature
         assert signature is not None
-        row_wise, row_state, reordered = signature.kind is not None, None, False
-        if row_wise:
-            if grad is not None:
-                check_row_wise(view.options, grad, group, where)
-            row_state = view.rule.row_state
+        row_wise, reordered = signature.kind is not None, False
+        if row_wise and grad is not None:
+            check_row_wise(view.options, grad, item.group, where)
         elif signature.grad is not None:
-            order = signature.grad.stride
-            agree = strides_agree(shard.shape, shard.stride(), order)
+            agree = strides_agree(shard.shape, shard.stride(), signature.grad.stride)
             reordered = signature.grad.is_lazy or not agree
         self._planned[shard.device, is_dtensor(param), row_wise].append(
             PlannedParam(
-                position, param, shard, grad, signature, reduce_groups(param), index, flags, names,
-                reordered, row_state, where,
+                item.position, param, shard, grad, signature, reduce_groups(param),
+                item.group_index, flags, names, reordered,
+                view.rule.row_state if row_wise else None, where,
             )
         )  # fmt: skip
         (self._written if grad is not None else self._written_later).extend(written)
 
-    def _add_fallback(
-        self, position: int, param: Tensor, index: int, where: str, reason: str
-    ) -> None:
-        view, group, (names, flags) = self._view, self._view.groups[index], self._facts[index]
+    def _add_fallback(self, item: NamedParam, reason: str) -> None:
+        view, param, group, where = self._view, item.param, item.group, item.where
+        names, flags = self._facts[item.group_index]
         grad, state = param.grad, view.state.get(param, {})
         if grad is not None:
             if not view.has_reference:
@@ -218,16 +207,16 @@ class Planning:
                 check_state_of(view, param, group, where, kernels=False)
             plain = all(type(t) in PLAIN_TYPES and t.layout == torch.strided for t in (param, grad))
             layouts = (Layout.of(param), Layout.of(grad)) if plain else (None, None)
-            self._signatures[position] = GradSignature(*layouts)
-        signature, others = self._signatures[position], self._others
-        others.fallback.append(position)
+            self._signatures[item.position] = GradSignature(*layouts)
+        signature, others = self._signatures[item.position], self._others
+        others.fallback.append(item.position)
         if signature is not None and signature.param is not None:
-            others.strided.append(position)
+            others.strided.append(item.position)
         else:
-            others.other.append((position, index, where))
+            others.other.append((item.position, item.group_index, where))
         if grad is not None and view.rule.eager_state:
             self._misplaced += (
-                MisplacedState(param, state, name)
+                (param, state, name)
                 for name in names
                 if name in state and state[name].device != param.device
             )

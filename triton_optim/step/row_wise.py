@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..launch import backend, pointer_tables, row_chunking, row_launcher
+from ..launch import row_chunking, row_launcher
 from ..launch.chunking import PlannedParam
-from ..launch.device_buffer import Buffer
 from ..launch.launcher import checked_grid
 from ..launch.pointer_tables import addresses_of, column, grad_addresses_of, is_aligned
 from ..launch.row_launcher import (
@@ -37,159 +36,125 @@ class RowWiseLaunchGroup(LaunchGroup):
 
     A step makes a key of every row that has a gradient, sorts the keys of all parameters together,
     and updates rows in one launch a variant.
-
-    Args:
-        view: of the optimizer.
-        device: where its parameters are.
-        entries: the parameters.
-        hypers: every group's hyperparameters, one after another.
-        counts_on_device: whether steps are counted on `device`.
     """
+
+    _grad_columns = GRAD_COLUMNS
 
     def __init__(
         self,
         view: OptimizerView,
         device: torch.device,
-        entries: Sequence[PlannedParam],
-        hypers: Sequence[object],
-        *,
-        counts_on_device: bool,
+        planned: Sequence[PlannedParam],
+        n_hypers: int,
     ) -> None:
-        members = row_chunking.grouped(view.rule, view.state, entries)
-        entries = [*chain.from_iterable(members.values())]
-        reads_step = any(variant.reads_step for variant in members)
-        super().__init__(
-            view, device, entries, reads_step=reads_step, counts_on_device=counts_on_device
-        )
-        self._rule = view.rule
-        complete = self._complete
-        self._wheres = [entry.where for entry in entries]
-        self._shapes = [row_launcher.rows_and_width(entry.param) for entry in entries]
-        self._grad_kinds = [entry.signature.kind for entry in entries]
-        self._n_sparse = sum(variant.sparse for variant in members for _ in members[variant])
-        found = self._first_found(entries)
-        looks = [entry.signature.param for entry in entries if entry.signature.param is not None]
-        layouts = [*looks, *map(Layout.of, found.written[len(entries) :])]
-        n = len(entries)  # the first places are those of gradients, of which the kind is compared
-        self._guard = LayoutGuard(layouts, [[i - n for i in row[1:]] for row in self._holders.rows])
-        cut = row_chunking.chunk_rows(members, complete)
-        self._cuts, self._key_dtype = cut.launches, cut.key_dtype
-        buffer = Buffer(device, GRAD_COLUMNS * n, len(hypers), self._n_steps_sent)
-        self._buffer = buffer
-        self._tables = backend.Tables(
-            rows=pointer_tables.on_device(cut.tensors, device),
-            grads=buffer.grads,
-            hypers=buffer.hypers.view(len(view.groups), -1),
-            steps=self._steps_read(buffer),
-        )
+        members = row_chunking.grouped(view.rule, view.state, planned)
+        planned = [*chain.from_iterable(members.values())]
+        self._members = members
+        self._wheres = [item.where for item in planned]
+        self._shapes = [row_launcher.rows_and_width(item.param) for item in planned]
+        self._grad_kinds = [item.signature.kind for item in planned]
+        self._n_sparse = sum(len(members[variant]) for variant in members if variant.sparse)
         self._keys: KeysLaunch | None = None
-        self._launches: dict[frozenset[str], list[RowLaunch]] = {}
         # Of each launch of this step: how many programs, and what it is given besides.
         self._work: list[tuple[int, dict[str, Tensor | int]]] = []
+        super().__init__(view, device, planned, n_hypers)
 
-    def _found(
+    def _reads_step(self, planned: Iterable[PlannedParam]) -> bool:
+        return any(variant.reads_step for variant in self._members)
+
+    def _tensors(
         self, grads: Sequence[Tensor | None], params: Sequence[Tensor], states: Sequence[State]
     ) -> StepTensors:
-        """As if all gradients were there."""
         sparse, dense = grads[: self._n_sparse], grads[self._n_sparse :]
         none = torch.empty((1, 0), dtype=torch.int64, device=self.device)
         ids = [none if grad is None else grad._indices().contiguous() for grad in sparse]
         values = [*(grad if grad is None else grad._values() for grad in sparse), *dense]
         written = [*params, *self._holders.values(states)]
-        steps = [*map(get_step, states)] if self._counts_steps else []
+        steps = [*map(get_step, states)] if self._rule.counts_step else []
         return StepTensors(values, self._all, params, written, (), steps, ids)
 
-    def read(self, current: CurrentTensors) -> StepTensors | None:
-        """This step's tensors, or None where this table no longer describes them.
+    def _layout_guard(self, planned: Sequence[PlannedParam], tensors: StepTensors) -> LayoutGuard:
+        n = len(planned)  # the first places are those of gradients, of which the kind is compared
+        looks = [item.signature.param for item in planned if item.signature.param is not None]
+        layouts = [*looks, *map(Layout.of, tensors.written[n:])]
+        return LayoutGuard(layouts, [[i - n for i in row[1:]] for row in self._holders.rows])
 
-        It does while parameters and state are where they were, and gradients of the same kind, but
-        for those that are missing.
+    def _chunk(self, planned: Sequence[PlannedParam], states: Sequence[State]) -> Tensor:
+        chunked = row_chunking.chunk_rows(self._members, states)
+        del self._members
+        self._cuts, self._key_dtype = chunked.launches, chunked.key_dtype
+        return chunked.tensors
+
+    def read(self, current: CurrentTensors) -> StepTensors | None:
+        """See `LaunchGroup`.
 
         Raises:
             RuntimeError: on the CPU, a gradient has rows that its parameter has not.
         """
         try:
-            mine = self._mine(current)
-            if mine is None:
-                return None
-            params, states = mine
+            params, states = self._mine(current)
             grads = [param.grad for param in params]
             if any(
                 g is not None and kind_of(g) != k
                 for g, k in zip(grads, self._grad_kinds, strict=True)
             ):
                 return None
-            found = self._found(grads, params, states)
-            written, present = found.written, present_of(grads)
+            tensors = self._tensors(grads, params, states)
+            written, present = tensors.written, present_of(grads)
             if not (self._guard.check(written) or self._guard.check_rows(written, present)):
                 return None
-            if addresses_of([*written, *found.steps]) != self._addresses:
+            if addresses_of([*written, *tensors.steps]) != self._addresses:
                 return None
         # State was removed, or a step is no tensor any more.
         except (IndexError, KeyError, TypeError):
             return None
-        for variant, tensors in self._cuts:
-            values = found.grads[tensors.start : tensors.stop]
+        for variant, mine in self._cuts:
+            values = tensors.grads[mine.start : mine.stop]
             if variant.multiple > 1 and not is_aligned(map(address_of, values)):
                 return None
-        for ids, param, where in zip(found.ids, params, self._wheres, strict=False):
+        for ids, param, where in zip(tensors.ids, params, self._wheres, strict=False):
             check_indices(ids, param.shape, where)
-        return self._of_present(found, present)
+        return self._of_present(tensors, present)
 
-    def compile(self, enabled: frozenset[str]) -> None:
-        if enabled in self._launches:
-            return
-        if enabled:
-            self._tables = self._tables._replace(step_status=self._tell_here())
+    def _compile(self, enabled: frozenset[str]) -> list[RowLaunch]:
         if self._n_sparse and self._keys is None:
-            self._keys = KeysLaunch(self._tables, self._key_dtype)
-        self._launches[enabled] = [
-            RowLaunch(
-                self._rule,
-                variant._replace(conditions=enabled),
-                self._tables,
-                tensors,
-                self._key_dtype,
-            )
-            for variant, tensors in self._cuts
-        ]
-        grads = self._tables.grads[: GRAD_COLUMNS * len(self._all)].view(-1, GRAD_COLUMNS)
-        told = {"found_inf_ptr": self._tables.step_status, "grad_norm_ptr": None}
-        self._prepare_counts(enabled, grads, told)
+            self._keys = KeysLaunch(self.tables, self._key_dtype)
+        self._compile_counts(enabled, self.tables)
+        cuts = ((v._replace(conditions=enabled), tensors) for v, tensors in self._cuts)
+        return [RowLaunch(self._rule, v, self.tables, mine, self._key_dtype) for v, mine in cuts]
 
-    def grads_to_copy(self, found: StepTensors) -> list[Tensor]:
+    def grads_to_copy(self, tensors: StepTensors) -> list[int]:
         return [
-            values
-            for values in found.grads
+            i
+            for i, values in enumerate(tensors.grads)
             if values is not None and not is_contiguous_resolved(values)
         ]
 
     def upload(
-        self, found: StepTensors, hypers: list[float | Tensor], max_norm: float | None
+        self, tensors: StepTensors, hypers: list[float | Tensor], max_norm: float | None
     ) -> GradCopies:
-        copies = [
-            (i, torch.empty(values.shape, dtype=values.dtype, device=self.device).copy_(values))
-            for i, values in enumerate(found.grads)
-            if values is not None and not is_contiguous_resolved(values)
-        ]
-        values = [*found.grads]
-        for i, copy in copies:
+        values, copies = [*tensors.grads], []
+        for i in self.grads_to_copy(tensors):
+            grad = tensors.grads[i]
+            assert grad is not None
+            copy = torch.empty(grad.shape, dtype=grad.dtype, device=self.device).copy_(grad)
             values[i] = copy
-        counts = self._row_counts(found)
+            copies.append((i, copy))
+        counts = self._row_counts(tensors)
         first: list[int] = []
         sizes = []
-        for variant, tensors in self._cuts:
-            mine = counts[tensors.start : tensors.stop]
-            chunk = row_launcher.config(variant, self.device).chunk(sum(mine))
-            programs = [-(-count // chunk) for count in mine]
+        for variant, mine in self._cuts:
+            own = counts[mine.start : mine.stop]
+            chunk = row_launcher.config(variant, self.device).chunk(sum(own))
+            programs = [-(-count // chunk) for count in own]
             first += accumulate(programs[:-1], initial=0)
             n_programs, *_ = checked_grid(sum(programs), 1)
             sizes.append((n_programs, chunk))
         positions = accumulate(counts, initial=0)
-        ids = [*addresses_of(found.ids), *[0] * (len(counts) - self._n_sparse)]
+        ids = [*addresses_of(tensors.ids), *[0] * (len(counts) - self._n_sparse)]
         rows = zip(counts, first, positions, ids, grad_addresses_of(values), strict=False)
         grads = column("q", [*chain.from_iterable(rows)])
-        self._buffer.send(grads, hypers, 0.0, self._steps_to_send(found))
+        self._buffer.send(grads, hypers, 0.0, self._steps_to_send(tensors))
         keys = self._sorted_keys(counts[: self._n_sparse])
         self._work = []
         for (variant, _), (n_programs, chunk) in zip(self._cuts, sizes, strict=True):
@@ -199,11 +164,11 @@ class RowWiseLaunchGroup(LaunchGroup):
             )
         return copies
 
-    def _row_counts(self, found: StepTensors) -> list[int]:
+    def _row_counts(self, tensors: StepTensors) -> list[int]:
         """How many rows of each gradient there are to update from."""
-        dense = zip(self._shapes, found.present, strict=True)
+        dense = zip(self._shapes, tensors.present, strict=True)
         of_dense = [rows * here for (rows, _), here in dense][self._n_sparse :]
-        n_rows = [*(ids.shape[1] for ids in found.ids), *of_dense]
+        n_rows = [*(ids.shape[1] for ids in tensors.ids), *of_dense]
         return [n if width else 0 for n, (_, width) in zip(n_rows, self._shapes, strict=True)]
 
     def _sorted_keys(self, counts: Sequence[int]) -> dict[str, Tensor | int]:
@@ -222,7 +187,7 @@ class RowWiseLaunchGroup(LaunchGroup):
             )
         assert self._keys is not None
         keys = torch.empty(total, dtype=self._key_dtype, device=self.device)
-        self._keys.grid = (-(-max(counts) // row_launcher.KEYS_BLOCK), len(counts), 1)
+        self._keys.grid = checked_grid(-(-max(counts) // row_launcher.KEYS_BLOCK), len(counts))
         self._keys.run(keys_ptr=keys)
         keys, order = torch.sort(keys, stable=True)
         return {"keys_ptr": keys, "permutation_ptr": order}
@@ -234,14 +199,14 @@ class RowWiseLaunchGroup(LaunchGroup):
         tickets = torch.zeros(n_programs, dtype=torch.int32, device=self.device)
         return {"partials_ptr": partials, "arrival_counts_ptr": tickets}
 
-    def _launch(self, told: Mapping[str, Tensor], conditions: StepConditions) -> bool:
+    def _launch(self, scalars: Mapping[str, Tensor], conditions: StepConditions) -> bool:
         work, self._work = self._work, []
         for launch, (n_programs, arguments) in zip(
             self._launches[conditions.enabled], work, strict=True
         ):
             if n_programs:
                 launch.grid = (n_programs, 1, 1)
-                launch.run(**arguments, **told)
+                launch.run(**arguments, **scalars)
         return any(n_programs for n_programs, _ in work)
 
     def catch_up(self, hypers: list[float | Tensor]) -> None:
@@ -252,6 +217,3 @@ class RowWiseLaunchGroup(LaunchGroup):
             self._device_counts.read(self.first_inputs.steps)
         self._launch({}, StepConditions())
         increment_version(self.first_inputs.written[len(self.first_inputs.shards) :])
-
-    def _own_tensors(self) -> list[Tensor | None]:
-        return [self._buffer.memory, self._tables.rows]

@@ -27,15 +27,15 @@ def states_of(
 ) -> tuple[list[State], list[State]]:
     """Every parameter's entry of `optimizer.state`, and what it lacks before a first update."""
     rule, states, new = view.rule, [], []
-    for entry in params:
-        param, keeps_any = entry.param, bool(entry.names) or rule.counts_step
+    for item in params:
+        param, keeps_any = item.param, bool(item.names) or rule.counts_step
         state = view.state.get(param, {}) if keeps_any else {}
         complete = not keeps_any or rule.has_state(state)
         states.append(state)
-        new.append({} if complete else new_state(view, param, view.groups[entry.group]))
-        if entry.row_state is not None and entry.row_state not in {**state, **new[-1]}:
-            group = view.groups[entry.group]
-            new[-1][entry.row_state] = _new_row_state(rule, param, state, group)
+        new.append({} if complete else new_state(view, param, view.groups[item.group]))
+        if item.row_state is not None and item.row_state not in {**state, **new[-1]}:
+            group = view.groups[item.group]
+            new[-1][item.row_state] = _new_row_state(rule, param, state, group)
     return states, new
 
 
@@ -153,8 +153,8 @@ def check_state_of(
 def check_loaded(view: OptimizerView) -> None:
     """Refuse loaded state with which a step would fail."""
     written: list[tuple[Tensor, str]] = []
-    for param, index, where in view.named():
-        group, state = view.groups[index], view.state.get(param, {})
+    for _, param, _, group, where in view.named():
+        state = view.state.get(param, {})
         foreign = any(isinstance(value, Tensor) for value in state.values())
         if type(param) in PLAIN_TYPES and (view.rule.has_state(state) or foreign):
             kernels = unsupported(view, param, param, group) is None
@@ -177,25 +177,21 @@ def restore_row_state(view: OptimizerView, loaded: Mapping[str, Any]) -> None:
 class Holders:
     """Which parameters have which state: reads it from entries of `optimizer.state`.
 
-    Args:
-        entries: the parameters.
-        counts_steps: whether the state of each has a step count too.
-
     Attributes:
         stateful: indices of the parameters that have an entry.
         rows: of each parameter, the indices of its gradient, itself and its state among all
             gradients, all parameters and what `values` returns, one after another.
     """
 
-    def __init__(self, entries: Sequence[PlannedParam], *, counts_steps: bool) -> None:
-        self.stateful = [i for i, entry in enumerate(entries) if entry.names or counts_steps]
+    def __init__(self, planned: Sequence[PlannedParam], *, counts_steps: bool) -> None:
+        self.stateful = [i for i, item in enumerate(planned) if item.names or counts_steps]
         places = {i: place for place, i in enumerate(self.stateful)}
-        self.rows = [[i, len(entries) + i] for i in range(len(entries))]
+        self.rows = [[i, len(planned) + i] for i in range(len(planned))]
         self._pick_holders: list[Callable[[Sequence[int]], Sequence[int]]] = []
         self._names: list[tuple[Callable[[State], Any], Callable[[Sequence[State]], Any]]] = []
-        n = 2 * len(entries)
-        for name in dict.fromkeys(chain.from_iterable(entry.names for entry in entries)):
-            holders = [i for i, entry in enumerate(entries) if name in entry.names]
+        n = 2 * len(planned)
+        for name in dict.fromkeys(chain.from_iterable(item.names for item in planned)):
+            holders = [i for i, item in enumerate(planned) if name in item.names]
             for place, i in enumerate(holders, start=n):
                 self.rows[i].append(place)
             n += len(holders)
@@ -207,7 +203,7 @@ class Holders:
         return b"".join([present, *(bytes(pick(present)) for pick in self._pick_holders)])
 
     def values(self, states: Sequence[State]) -> list[Tensor]:
-        """All state tensors that rules update, by name, from the entries of `stateful`."""
+        """All state tensors that rules update, by name, from the planned of `stateful`."""
         return [*chain.from_iterable(map(get, pick(states)) for get, pick in self._names)]
 
 

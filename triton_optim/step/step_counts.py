@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, repeat
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..launch import backend
+from ..launch.backend import Tables
 from ..launch.launcher import Launch
 from ..launch.pointer_tables import as_tensor, column, on_device
 from ..launch.row_launcher import dtype_name
@@ -148,22 +149,17 @@ class DeviceCounts:
         if self.column is not None:
             self.column.copy_(torch.stack([step.view(()) for step in steps]))
 
-    def launch(
-        self, grads: Tensor, enabled: frozenset[str], told: Mapping[str, Tensor | None]
-    ) -> Launch:
-        """Compile the launch for a table whose gradients' addresses are in `grads`.
+    def launch(self, grads: Tensor, enabled: frozenset[str], tables: Tables) -> Launch:
+        """Compile the launch of a step under these conditions.
 
-        Args:
-            grads: int64 [tensors, columns], of which the last is the address, or 0.
-            enabled: of the step's conditions.
-            told: the kernel's pointers to what decides about the step.
+        `grads` is int64 [tensors, columns], of which the last is a gradient's address, or 0.
         """
         arguments = {
             "steps_ptr": self._addresses,
             "grads_ptr": grads,
             "column_ptr": self.column,
-            "found_inf_ptr": told["found_inf_ptr"] if "FOUND_INF" in enabled else None,
-            "grad_norm_ptr": told["grad_norm_ptr"] if "SKIP_NONFINITE" in enabled else None,
+            "found_inf_ptr": tables.step_status if "FOUND_INF" in enabled else None,
+            "grad_norm_ptr": tables.norm if "SKIP_NONFINITE" in enabled else None,
             "n_tensors": self._n,
             "DTYPE": backend.triton_dtype(dtype_name(self._dtype)),
             "GRAD_COLUMNS": grads.shape[1],

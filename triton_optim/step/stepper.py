@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..options import Options
-from .capture import check_capture, is_captured
+from .capture import check_capture
 from .catch_up import catch_up
 from .conditions import StepConditions
 from .plan import Plan
@@ -53,14 +53,7 @@ class Stepper:
     def step(
         self, view: OptimizerView, conditions: StepConditions, fallback: Fallback, name: str
     ) -> None:
-        """Step an optimizer.
-
-        Args:
-            view: of the optimizer.
-            conditions: what decides about the step.
-            fallback: for parameters that the kernels cannot take.
-            name: of the optimizer's class.
-        """
+        """Step an optimizer of the class `name`; `fallback` takes what the kernels cannot."""
         traced = is_traced()
         if traced:
             self.drop_plan(view)  # the one that is made now is of nothing that lasts
@@ -70,11 +63,10 @@ class Stepper:
         if plan is None or inputs is None:
             plan, is_new = self._make_plan(view, conditions, name), True
             inputs = [group.first_inputs for group in plan.launch_groups]
-        elif is_captured(plan.gpus):
-            is_prepared, has_fallback = plan.is_prepared(conditions), plan.has_fallback
-            check_capture(
-                view, conditions, name, has_fallback=has_fallback, is_prepared=is_prepared
-            )
+        elif check_capture(
+            view, conditions, name, plan.gpus,
+            has_fallback=plan.has_fallback, is_prepared=plan.is_prepared(conditions),
+        ):  # fmt: skip
             self.captured = (*self.captured, plan)
         plan.compile(inputs, conditions)
         copies = plan.upload(inputs, conditions)
@@ -98,13 +90,10 @@ class Stepper:
 
     def _make_plan(self, view: OptimizerView, conditions: StepConditions, name: str) -> Plan:
         previous = self.plan
-        gpus = previous.gpus if previous is not None else ()
-        if is_captured(gpus):
-            check_capture(view, conditions, name, has_fallback=False, is_prepared=False)
+        check_capture(view, conditions, name, previous.gpus if previous is not None else ())
         self.drop_plan(view)
         planning = Planning(view, previous)
-        if is_captured(planning.gpus):
-            check_capture(view, conditions, name, has_fallback=False, is_prepared=False)
+        check_capture(view, conditions, name, planning.gpus)
         return planning.finish()
 
     def drop_plan(self, view: OptimizerView) -> None:

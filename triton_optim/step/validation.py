@@ -1,4 +1,8 @@
-"""What is refused, with an error that names parameter and remedy, before anything is written."""
+"""What is refused before anything is written.
+
+Each function raises a RuntimeError, if not said otherwise, that names the parameter and the remedy.
+Their `where` is a parameter in words.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +42,6 @@ def check_tensors(param: Tensor, grad: Tensor, where: str) -> None:
 
     Whichever way the parameter goes; but subclasses of Tensor other than DTensor know best
     themselves.
-
-    Raises:
-        RuntimeError: a parameter on the meta device or expanded, a gradient of another shape or on
-            another device.
     """
     if is_dtensor(param) and sharding_unsupported(param, grad) is None:
         param, grad = local(param), local(grad)
@@ -67,13 +67,7 @@ def check_tensors(param: Tensor, grad: Tensor, where: str) -> None:
 def check_indices(ids: Tensor, shape: Sequence[int], where: str) -> None:
     """Refuse a sparse gradient of rows that its parameter has not; on a GPU it would have to wait.
 
-    Args:
-        ids: int64 [sparse dims, rows of the gradient].
-        shape: the parameter's.
-        where: the parameter in words.
-
-    Raises:
-        RuntimeError: there is one.
+    `ids` is int64 [sparse dims, rows of the gradient].
     """
     if not ids.is_cpu or ids.numel() == 0:
         return
@@ -91,26 +85,24 @@ def _is_expanded(tensor: Tensor) -> bool:
     return tensor.numel() > 0 and any(stride == 0 and size > 1 for stride, size in strides)
 
 
-def check_writable(grads: Iterable[Tensor]) -> None:
-    """Refuse gradients that cannot be unscaled in place.
-
-    Raises:
-        RuntimeError: one is expanded.
-    """
-    for grad in grads:
-        if _is_expanded(grad):
+def check_unscaling(grads: Sequence[Tensor | None], copied: Iterable[int]) -> None:
+    """Refuse gradients that cannot be unscaled in place, or in the copy that some have."""
+    for i in copied:
+        grad = grads[i]
+        if grad is not None and _is_expanded(grad):
             raise RuntimeError(
                 f"a gradient of shape {tuple(grad.shape)} is expanded: several of its elements "
                 "share one place in memory, so that it cannot be unscaled there; clone() it"
             )
+    addresses = [grad.data_ptr() for grad in grads if grad is not None and grad.numel()]
+    if len(set(addresses)) != len(addresses):
+        raise RuntimeError(
+            "two parameters have one gradient tensor, which would be unscaled twice; clone() it"
+        )
 
 
 def check_meshes(params: Iterable[Tensor]) -> None:
-    """Refuse a norm over parameters that are sharded over several kinds of devices.
-
-    Raises:
-        RuntimeError: they are.
-    """
+    """Refuse a norm over parameters that are sharded over several kinds of devices."""
     types = device_types(params)
     if len(types) > 1:
         raise RuntimeError(
@@ -125,9 +117,6 @@ def check_no_overlap(tensors: Iterable[tuple[Tensor, str]]) -> None:
     Args:
         tensors: what one step writes, each with its description. Of one that is not dense, only
             its first element counts.
-
-    Raises:
-        RuntimeError: two overlap, or one occurs twice.
     """
     spans = sorted((*_span(tensor), name) for tensor, name in tensors if tensor.numel())
     for (_, stop, name), (start, _, other) in pairwise(spans):
@@ -146,11 +135,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 
 def check_requested(state: State, names: Iterable[str], flags: Collection[str], where: str) -> None:
-    """Refuse state without a tensor that the group's options ask for.
-
-    Raises:
-        RuntimeError: one is missing, as where an option was changed after the first step.
-    """
+    """Refuse state without a tensor that the group's options ask for."""
     for name in names if flags else ():
         if name not in state:
             options = ", ".join(sorted(flags)).lower()
@@ -162,11 +147,7 @@ def check_requested(state: State, names: Iterable[str], flags: Collection[str], 
 
 
 def check_shapes(param: Tensor, state: State, names: Iterable[str], where: str) -> None:
-    """Refuse state that no update of `param` could use, whichever way it goes.
-
-    Raises:
-        RuntimeError: a tensor is missing, or has another shape than its parameter.
-    """
+    """Refuse state that no update of `param` could use, whichever way it goes."""
     for name in names:
         value = state.get(name)
         if not isinstance(value, Tensor):
@@ -185,11 +166,7 @@ def check_state(
         param: a parameter that the kernels take.
         state: its entry of `optimizer.state`; `check_shapes` has passed.
         names: the tensors that the rule updates.
-        where: the parameter in words.
         follows: whether state on another device is moved instead of refused.
-
-    Raises:
-        RuntimeError: a tensor of the wrong type, dtype, layout or device.
     """
     dtypes = set()
     for name in names:
@@ -217,11 +194,7 @@ def check_state(
 
 
 def check_row_state(param: Tensor, state: State, name: str, dtype: torch.dtype, where: str) -> None:
-    """Refuse state that has not one number for each row of its parameter.
-
-    Raises:
-        RuntimeError: it is missing, or of another shape, dtype, layout or device.
-    """
+    """Refuse state that has not one number for each row of its parameter."""
     value, shape = state.get(name), param.shape[:1]
     if not isinstance(value, Tensor):
         raise _bad_state(name, where, f"is {value!r}")
@@ -239,22 +212,14 @@ def check_row_state(param: Tensor, state: State, name: str, dtype: torch.dtype, 
 
 
 def check_step(state: State, where: str) -> None:
-    """Refuse a step counter that is not one real number in a tensor.
-
-    Raises:
-        RuntimeError: it is missing, or something else.
-    """
+    """Refuse a step counter that is not one real number in a tensor."""
     step = state.get("step")
     if not isinstance(step, Tensor) or step.numel() != 1 or step.is_complex() or step.is_meta:
         raise _bad_state("step", where, f"is {step!r}")
 
 
 def check_values(state: Mapping[Any, Any]) -> None:
-    """Refuse a checkpoint's tensors on the meta device: there are no values to load.
-
-    Raises:
-        RuntimeError: there is one.
-    """
+    """Refuse a checkpoint's tensors on the meta device: there are no values to load."""
     for index, entry in state.items():
         for name, value in entry.items() if isinstance(entry, Mapping) else ():
             if isinstance(value, Tensor) and value.is_meta:
@@ -264,13 +229,7 @@ def check_values(state: Mapping[Any, Any]) -> None:
 def check_entries(state: Mapping[Any, Any], groups: Sequence[Group], *, counts_steps: bool) -> None:
     """Refuse a loaded state that is not that of the parameters at all.
 
-    Args:
-        state: by parameter; by index where no parameter has it.
-        groups: the parameter groups.
-        counts_steps: whether each entry has a `step`, a tensor or, in older ones, a number.
-
-    Raises:
-        RuntimeError: an entry of no parameter, one that is no dict, a missing `step`.
+    It is by parameter, or by index where no parameter has it. Older ones have a number as `step`.
     """
     for key in state:
         if isinstance(key, int):
@@ -291,11 +250,7 @@ def check_entries(state: Mapping[Any, Any], groups: Sequence[Group], *, counts_s
 
 
 def check_groups(groups: Sequence[Group], names: Collection[str]) -> None:
-    """Refuse loaded groups of another optimizer.
-
-    Raises:
-        RuntimeError: a hyperparameter is missing.
-    """
+    """Refuse loaded groups of another optimizer."""
     for index, group in enumerate(groups):
         if missing := sorted({*names} - group.keys()):
             raise RuntimeError(
@@ -312,11 +267,7 @@ def _bad_state(name: str, where: str, found: str) -> RuntimeError:
 
 
 def check_fallback(options: Options, grad: Tensor, group: Group, where: str, reason: str) -> None:
-    """Refuse torch's implementation for a parameter where it does not do what was asked for.
-
-    Raises:
-        RuntimeError: torch's own step cannot be captured, or the gradient has no norm.
-    """
+    """Refuse torch's implementation for a parameter where it does not do what was asked for."""
     if options.is_capturable(group) and "capturable" not in group:
         raise RuntimeError(f"capturable=True, but the kernels cannot take {where}: {reason}")
     if grad.layout != torch.strided:
@@ -324,11 +275,7 @@ def check_fallback(options: Options, grad: Tensor, group: Group, where: str, rea
 
 
 def check_row_wise(options: Options, grad: Tensor, group: Group, where: str) -> None:
-    """Refuse to update row by row where that does not do what was asked for.
-
-    Raises:
-        RuntimeError: the step is to be captured, or the gradient has no norm.
-    """
+    """Refuse to update row by row where that does not do what was asked for."""
     if options.is_capturable(group):
         raise RuntimeError(
             f"capturable=True, but {where} is updated by rows, of which a capture would repeat "

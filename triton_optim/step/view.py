@@ -19,6 +19,16 @@ from .validation import describe
 _PARAMS = itemgetter("params")
 
 
+class NamedParam(NamedTuple):
+    """A parameter."""
+
+    position: int  # among all of the optimizer's
+    param: Tensor
+    group_index: int
+    group: Group
+    where: str  # the parameter in words
+
+
 class OptimizerView(NamedTuple):
     """What an optimizer is now: nothing of it is kept from step to step."""
 
@@ -46,11 +56,13 @@ class OptimizerView(NamedTuple):
         """Whether steps must be counted on the device, because the host does not know them."""
         return self.may_skip or any(map(self.options.is_capturable, self.groups))
 
-    def named(self) -> Iterator[tuple[Tensor, int, str]]:
-        """Every parameter, the index of its group, and what it is in words."""
+    def named(self) -> Iterator[NamedParam]:
+        """Every parameter."""
+        position = 0
         for index, group in enumerate(self.groups):
-            for position, param in enumerate(group["params"]):
-                yield param, index, describe(group, index, position)
+            for i, param in enumerate(group["params"]):
+                yield NamedParam(position, param, index, group, describe(group, index, i))
+                position += 1
 
     def structure_key(self) -> list[tuple[object, ...]]:
         """What decides, beside the tensors, on their route and on which kernel they get."""
@@ -69,11 +81,7 @@ class OptimizerView(NamedTuple):
     def hyperparameters(self, groups: Iterable[Group] | None = None) -> list[float | Tensor]:
         """Every group's, one after another; tensors only where they are on a GPU.
 
-        Args:
-            groups: those that stand in for the optimizer's.
-
-        Raises:
-            ValueError: a tensor has more elements than one.
+        `groups` may stand in for the optimizer's.
         """
         values = chain.from_iterable(map(self.rule.values, groups or self.groups))
         return [value if type(value) is float else as_scalar(value) for value in values]

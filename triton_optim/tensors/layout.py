@@ -72,12 +72,7 @@ class Layout(NamedTuple):
 
 
 class LayoutGuard:
-    """Tells whether tensors have remembered layouts, about 0.1 us each; keeps none of them.
-
-    Args:
-        layouts: any number of them.
-        rows: which of the tensors belong together.
-    """
+    """Tells whether tensors have remembered layouts, about 0.1 us each; keeps none of them."""
 
     def __init__(self, layouts: Sequence[Layout], rows: Sequence[Sequence[int]] = ()) -> None:
         self._layouts, self._rows = layouts, rows

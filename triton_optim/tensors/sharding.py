@@ -38,9 +38,9 @@ def same_sharding(spec: Any, other: Any) -> bool:
 
 
 def redistribute_grad(param: Tensor) -> None:
-    """ParamIndex the gradient of a DTensor as the parameter is.
+    """Redistribute the gradient of a DTensor as the parameter is: it may be a partial sum.
 
-    Tensor parallel ones may be partial sums. All ranks of the mesh call it together.
+    All ranks of the mesh call it together.
     """
     grad: Any = param.grad
     if grad is None or not is_dtensor(param) or not is_dtensor(grad):

@@ -106,12 +106,12 @@ def _clip(grads: list[Tensor], max_norm: float, error_if_nonfinite: bool) -> Ten
         GradVariant(backend.STORAGE_DTYPES[shard.dtype], is_aligned([address]))
         for shard, address in zip(shards, addresses, strict=True)
     ]
-    first, cuts = chunk_grads(numels, variants, [reduce_groups(grad) for grad in grads], device)
+    first, specs = chunk_grads(numels, variants, [reduce_groups(grad) for grad in grads], device)
     rows = [x for n, f in zip(numels, first, strict=True) for x in backend.row(n, 0, 0, (), f)]
     columns = (column("q", rows), column("q", addresses), column("d", [max_norm]))
     lengths = [len(part) // 8 for part in columns]
     tables = on_device(as_tensor(b"".join(columns)), device).split(lengths)
-    squares = GradNorm(cuts, tables[0].view(-1, backend.ROW_WIDTH), tables[1])
+    squares = GradNorm(specs, tables[0].view(-1, backend.ROW_WIDTH), tables[1])
     squares.run({})
     total = grad_norm.total([squares], ())
     if error_if_nonfinite and not total.isfinite():
@@ -120,14 +120,14 @@ def _clip(grads: list[Tensor], max_norm: float, error_if_nonfinite: bool) -> Ten
             "cannot be clipped. To disable this error and scale the gradients by the non-finite "
             "norm anyway, set `error_if_nonfinite=False`"
         )
-    for cut in squares.cuts:
+    for spec in squares.specs:
         tensors = {
-            "block_to_tensor_ptr": cut.owners,
+            "block_to_tensor_ptr": spec.block_to_tensor,
             "tensor_table_ptr": squares.rows,
             "grads_ptr": tables[1],
             "norm_ptr": squares.norm,
             "max_norm_ptr": tables[2].view(torch.float64)[0],
         }
-        grad_launch(scale_kernel, cut, tensors, {}).run()
+        grad_launch(scale_kernel, spec, tensors, {}).run()
     increment_version([*grads, *shards])
     return total.to(reduce(torch.promote_types, (shard.dtype.to_real() for shard in shards)))

@@ -7,7 +7,7 @@ from torch.autograd.graph import increment_version
 
 from ..launch import backend
 from ..optimizer import FusedOptimizer
-from ..step.plan import not_identical
+from ..step.plan import UNWATCHED
 from ..tensors.sharding import local
 
 
@@ -47,34 +47,41 @@ class GraphedStep:
         assert stepper.plan is not None
         self._plan, self._options = stepper.plan, stepper.options
         self._addresses = self._gradients()
-        self._values = self._plan.group_values(optimizer._fused_view())
+        self._values = [
+            {name: group[name] for name in group.keys() - UNWATCHED}
+            for group in optimizer.param_groups
+        ]
 
     def __call__(self) -> None:
         """Replay the step.
 
         Raises:
-            RuntimeError: a parameter, a gradient or state is no longer where it was captured, or a
-                value in the groups was replaced. Nothing has been replayed then.
+            RuntimeError: a tensor is not where it was captured, or a value in the groups was
+                replaced. Nothing has been replayed then.
         """
         plan, stepper, view = self._plan, self._optimizer._stepper, self._optimizer._fused_view()
-        if stepper.options is not self._options or not_identical(
-            plan.group_values(view), self._values
-        ):
+        replaced = (
+            name
+            for group, values in zip(view.groups, self._values, strict=False)
+            for name, value in values.items()
+            if group.get(name) is not value
+        )
+        if stepper.options is not self._options or any(replaced):
             raise RuntimeError(
                 "a value in the parameter groups or max_grad_norm was replaced, which a replay "
                 "would not see; fill a rate in place, as torch's schedulers do, or make a new "
                 "GraphedStep"
             )
-        found = plan.read(view) if stepper.plan is plan else None
-        if found is None or self._gradients() != self._addresses:
+        inputs = plan.read(view) if stepper.plan is plan else None
+        if inputs is None or self._gradients() != self._addresses:
             raise RuntimeError(
                 "a parameter, its gradient or its state is not where the graph was captured, so "
                 "that a replay would use stale memory; keep gradients in place with "
                 "zero_grad(set_to_none=False), or make a new GraphedStep"
             )
         self._graph.replay()
-        for tensors in found:
-            increment_version([*tensors.written, *tensors.wrappers, *tensors.counted])
+        for tensors in inputs:
+            increment_version([*tensors.written, *tensors.dtensors, *tensors.counted])
 
     def _gradients(self) -> list[int]:
         """Their addresses; 0 of one that is missing."""

@@ -49,7 +49,7 @@ class GradBucket:
         self._missing = sum([param.requires_grad for param in self.params])
         self._stepped = False
 
-    def came(self, index: int) -> None:
+    def grad_ready(self, index: int) -> None:
         """A gradient is complete; step if it was the last one.
 
         Raises:

@@ -109,7 +109,7 @@ class StepInBackward:
         this = weakref.ref(self)
         for bucket in self._buckets:
             for index, param in enumerate(bucket.params):
-                hook = _Hook(_came, this, weakref.ref(bucket), index)
+                hook = _Hook(_grad_ready, this, weakref.ref(bucket), index)
                 self._handles.append(_register(param, hook))
 
     def remove(self) -> None:
@@ -180,7 +180,7 @@ class _Hook(partial[None]):
     """One of ours, among the hooks of a parameter."""
 
 
-def _came(
+def _grad_ready(
     stepper_ref: weakref.ref[StepInBackward],
     bucket_ref: weakref.ref[GradBucket],
     index: int,
@@ -195,7 +195,7 @@ def _came(
         )
     if stepper._end is None:
         stepper._begin()
-    bucket.came(index)
+    bucket.grad_ready(index)
 
 
 def _is_hooked(param: Tensor) -> bool:
