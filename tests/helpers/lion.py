@@ -19,10 +19,10 @@ def lion_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):  # type: ig
     """c = b1 m + (1 - b1) g, p -= lr (sign(c) + wd p), m = b2 m + (1 - b2) g."""
     lr, beta1, beta2, weight_decay = hyper
     (exp_avg,) = state
-    update = beta1 * exp_avg + (1 - beta1) * grad
+    update = beta1.to(grad.dtype) * exp_avg + (1 - beta1).to(grad.dtype) * grad
     sign = (update > 0).to(grad.dtype) - (update < 0).to(grad.dtype)
-    param -= lr * (sign + weight_decay * param)
-    return param, (beta2 * exp_avg + (1 - beta2) * grad,)
+    param -= lr.to(param.dtype) * (sign + weight_decay.to(param.dtype) * param)
+    return param, (beta2.to(grad.dtype) * exp_avg + (1 - beta2).to(grad.dtype) * grad,)
 
 
 def lion_reference(param: Tensor, grad: Tensor, state: State, group: Group) -> None:
@@ -37,5 +37,6 @@ class Lion(FusedOptimizer):
         lion_rule,
         state=("exp_avg",),
         hyperparameters={"lr": 1e-4, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0},
+        doubles=True,
         reference=lion_reference,
     )

@@ -40,7 +40,6 @@ def test_self_check_fails_when_a_rule_is_worse(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(self_check, "RULES", self_check.RULES[:1])
-    monkeypatch.setattr(self_check, "DTYPES", (torch.float32,))
     assert self_check.main() == 0
     rule = triton_optim.SGD.rule
 

@@ -1,0 +1,164 @@
+"""`triton_optim.testing.check` passes what is right, and names what is not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lion import Lion, lion_reference
+from torch import Tensor
+
+import triton_optim
+from triton_optim.options import Group
+from triton_optim.rule import State
+from triton_optim.testing import check, compiled
+from triton_optim.testing.compiled import Compiled, Usage
+
+ROOT = Path(__file__).parents[2]
+
+
+class WithoutReference(Lion):
+    rule = replace(Lion.rule, reference=None)
+
+
+def _no_decay(param: Tensor, grad: Tensor, state: State, group: Group) -> None:
+    lion_reference(param, grad, state, {**group, "weight_decay": 0.0})
+
+
+class NoDecay(Lion):
+    rule = replace(Lion.rule, reference=_no_decay)
+
+
+def _state_alone(param: Tensor, grad: Tensor, state: State, group: Group) -> None:
+    lion_reference(param, grad, state, group)
+    state["exp_avg"].mul_(1.001)
+
+
+class AnotherState(Lion):
+    rule = replace(Lion.rule, reference=_state_alone)
+
+
+class Forgetful(Lion):
+    def state_dict(self) -> dict[str, Any]:
+        held = super().state_dict()
+        held["state"] = {}
+        return held
+
+
+class Unclipped(Lion):
+    max_grad_norm = None
+
+
+def test_lion(capsys: pytest.CaptureFixture[str]) -> None:
+    check(Lion, lr=1e-3, weight_decay=0.1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Lion(lr=0.001, weight_decay=0.1): largest error after 5 steps"
+    rows = [line.split() for line in lines]
+    moved = {tuple(row[:2]): row[-1] for row in rows if len(row) == 6}
+    assert moved["bfloat16", "bfloat16"] == "10"
+    assert moved["float32", "bfloat16"] == "18"
+    on_gpus = [row for row in rows if len(row) == 5 and row[0] in compiled.ARCHITECTURES]
+    assert len(on_gpus) == 8
+    assert {(spills, bits) for *_, spills, bits in on_gpus} == {("0", "128")}
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "kwargs"),
+    [
+        (triton_optim.RowwiseAdagrad, {"lr": 0.1}),
+        (triton_optim.RMSprop, {"lr": 0.01, "momentum": 0.9, "centered": True}),
+    ],
+)
+def test_built_in(optimizer_class: Any, kwargs: dict[str, Any]) -> None:
+    check(optimizer_class, compiled=False, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "kwargs", "message"),
+    [
+        (NoDecay, {"weight_decay": 0.1}, r"element \d+ of parameter 0 of shape \(\) in float32 is"),
+        (AnotherState, {}, r"of state 'exp_avg' of parameter 3 of shape \(7, 9\) in float64 is"),
+        (Forgetful, {}, r"state 'step' of parameter 0 of shape \(\) is another after state_dict"),
+        (Unclipped, {}, r"when clipped to a norm: an error of"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(optimizer_class: Any, kwargs: Any, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check(optimizer_class, compiled=False, lr=0.1, **kwargs)
+
+
+def test_a_scaler_that_is_not_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a step under a found_inf happens after all."""
+    monkeypatch.setattr("triton_optim.launch.backend.unused_pointers", _never_skips)
+    with pytest.raises(AssertionError, match="under a GradScaler that skips a step"):
+        check(Lion, compiled=False)
+
+
+_unused = triton_optim.launch.backend.unused_pointers
+
+
+def _never_skips(variant: Any) -> list[str]:
+    return [*_unused(variant), "found_inf_ptr"]
+
+
+def test_spills_and_narrow_accesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [Compiled("sm_90", "float32", Usage(255, 8), 128),
+            Compiled("gfx942", "bfloat16", Usage(40, 0), 32)]  # fmt: skip
+    monkeypatch.setattr(compiled, "compile_updates", lambda *_: rows)
+    with pytest.raises(AssertionError) as error:
+        check(Lion)
+    assert str(error.value).splitlines() == [
+        "for float32 on sm_90 a kernel spills 8 bytes a thread",
+        "for bfloat16 on gfx942 a kernel loads 32 bits at a time",
+    ]
+
+
+def test_what_cannot_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match=r"give Rule\.reference"):
+        check(WithoutReference, compiled=False)
+    with pytest.raises(AssertionError, match="no kernel was launched"):
+        check(Lion, compiled=False, fused=False)
+    monkeypatch.setattr("triton_optim.launch.backend.DEVICE_TYPE", None)
+    with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 before"):
+        check(Lion)
+
+
+def test_where_the_class_cannot_be_imported() -> None:
+    class Local(Lion):
+        pass
+
+    with pytest.raises(RuntimeError, match="could not be compiled"):
+        check(Local)
+
+
+PROGRAM = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import triton_optim.testing
+from lion import Lion
+
+class Own(Lion):
+    pass
+
+if __name__ == "__main__":
+    triton_optim.testing.check(Own)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiles in its own process there")
+def test_a_program_checks_its_own_class(tmp_path: Path) -> None:
+    """One that interprets by itself."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests/helpers")))
+    environment = {**os.environ, "PYTHONPATH": path}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(tmp_path / "program.py")]
+    printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert "Own(): largest error" in printed.stdout
+    assert "gfx942" in printed.stdout

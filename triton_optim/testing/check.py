@@ -1,0 +1,311 @@
+"""Is an optimizer what its reference is: values, launches, bytes, and compiled kernels."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..launch import backend
+from ..launch.launcher import UpdateLaunch, record_launches
+from ..optimizer import FusedOptimizer
+
+# Storage of parameters, and of gradients; in float64 alone torch takes no mix.
+STORAGES = (
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float64, torch.float64),
+)
+STEPS = 5
+VECTOR_BITS = 128
+
+Draw = Callable[..., Tensor]
+
+CONTIGUOUS: tuple[Callable[[Draw], Tensor], ...] = (
+    lambda draw: draw(),
+    lambda draw: draw(0),
+    lambda draw: draw(1),
+    lambda draw: draw(7, 9),
+    lambda draw: draw(4096),
+    lambda draw: draw(5003),
+)
+TRANSPOSED_AND_MISALIGNED = (lambda draw: draw(12, 8).t(), lambda draw: draw(1001)[1:])
+SHAPES = (*CONTIGUOUS, *TRANSPOSED_AND_MISALIGNED)
+
+
+class Tensors:
+    """Parameters and gradients: the same values in any dtype that holds those of `storages`.
+
+    Args:
+        storages: dtypes that round the values of parameters and of gradients.
+        dtypes: in which they are.
+        shapes: make them.
+    """
+
+    def __init__(
+        self,
+        storages: tuple[torch.dtype, torch.dtype],
+        dtypes: tuple[torch.dtype, torch.dtype],
+        shapes: Sequence[Callable[[Draw], Tensor]] = SHAPES,
+    ) -> None:
+        self._generator, self._shapes = torch.Generator().manual_seed(0), shapes
+        self._grads = storages[1], dtypes[1]
+        values = [shape(self._drawing(storages[0], dtypes[0])) for shape in shapes]
+        self.params = [torch.nn.Parameter(value) for value in values]
+
+    def _drawing(self, storage: torch.dtype, dtype: torch.dtype) -> Draw:
+        def draw(*shape: int) -> Tensor:
+            values = torch.randn(shape, generator=self._generator).to(storage).to(dtype)
+            return values.to(str(backend.DEVICE_TYPE))
+
+        return draw
+
+    def new_gradients(self, scale: float = 1.0) -> None:
+        draw = self._drawing(*self._grads)
+        for param, shape in zip(self.params, self._shapes, strict=True):
+            grad = shape(draw).mul_(scale)
+            param.grad = grad.to(param.dtype)
+            param.grad.data = grad  # may be of another dtype, which torch refuses to assign
+
+    def groups(self, defaults: dict[str, Any]) -> list[dict[str, Any]]:
+        """Two, with rates of their own."""
+        half = len(self.params) // 2
+        second: dict[str, Any] = {"params": self.params[half:]}
+        if isinstance(defaults.get("lr"), float):
+            second["lr"] = defaults["lr"] / 2
+        return [{"params": self.params[:half]}, second]
+
+
+class Run(NamedTuple):
+    """An optimizer after its steps."""
+
+    tensors: Tensors
+    optimizer: Any
+    launches: list[Any]
+
+    @property
+    def values(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and state, in words."""
+        for i, param in enumerate(self.tensors.params):
+            where = f"parameter {i} of shape {tuple(param.shape)}"
+            yield where, param.detach()
+            state = self.optimizer.state.get(param, {})
+            yield from (
+                (f"state {name!r} of {where}", value)
+                for name, value in state.items()
+                if isinstance(value, Tensor)
+            )
+
+
+def check(optimizer_class: type[FusedOptimizer], *, compiled: bool = True, **kwargs: Any) -> None:
+    """Check an optimizer against its reference, print a table, and raise if anything is wrong.
+
+    The kernels run on a GPU, or on the CPU with `TRITON_INTERPRET=1` set before the import. They
+    are compared with `fused=False`, which is `Rule.reference` or torch's class, in the same dtypes
+    and in float64: parameters and state of odd shapes, in two groups, may err by no more than the
+    reference does, and a unit in the last place. Then with clipping, under a `GradScaler` that
+    skips a step, and after `state_dict()` and `load_state_dict()`. Last, kernels are compiled for
+    sm_80, sm_90, sm_100 and gfx942: none may spill registers, and each loads 128 bits at a time.
+
+    Args:
+        optimizer_class: of a module, since Triton reads its source.
+        compiled: whether kernels are compiled, too, which takes some seconds.
+        kwargs: arguments of the optimizer beside its parameters.
+
+    Raises:
+        AssertionError: with every point that is wrong: which element, dtype and error.
+        RuntimeError: no kernels run here, or the rule has no reference.
+
+    Example:
+        >>> def test_lion() -> None:
+        ...     triton_optim.testing.check(Lion, lr=1e-3, weight_decay=0.1)
+    """
+    if backend.DEVICE_TYPE is None or (backend.COMPILED and not torch.cuda.is_available()):
+        raise RuntimeError(
+            "no kernel runs here; set TRITON_INTERPRET=1 before the import of triton_optim, or run "
+            "this on a GPU"
+        )
+    arguments = ", ".join(f"{name}={value}" for name, value in kwargs.items())
+    print(f"{optimizer_class.__name__}({arguments}): largest error after {STEPS} steps")
+    _print("parameters", "gradients", "error", "reference's", "launches/step", "bytes/element")
+    faults: list[str] = []
+    variants = []
+    for storages in STORAGES:
+        ours = _run(optimizer_class, kwargs, storages)
+        faults += _check_values(optimizer_class, kwargs, storages, ours)
+        update = ours.launches[-1]
+        compiles = storages in (STORAGES[0], STORAGES[2]) and isinstance(update, UpdateLaunch)
+        if compiled and compiles:
+            variant = update.variant._replace(aligned=True)
+            variants.append((variant, update.arguments["N_HYPERS"]))
+    faults += _check_clipping(optimizer_class, kwargs)
+    faults += _check_scaler(optimizer_class, kwargs)
+    faults += _check_state_dict(optimizer_class, kwargs)
+    if variants:
+        faults += _check_compiled(optimizer_class, variants)
+    print()
+    if faults:
+        if not optimizer_class.rule.doubles:
+            faults.append("float32 scalars such as 1 - beta lose digits: see Rule's `doubles`")
+        raise AssertionError("\n".join(faults))
+
+
+def _reference(optimizer_class: type[FusedOptimizer]) -> Callable[..., Any]:
+    """Makes one that steps in torch's operations, one tensor after another."""
+    loops = {"foreach": False} if optimizer_class._torch_class is not None else {}
+    return lambda params, **kwargs: optimizer_class(params, **{**kwargs, **loops, "fused": False})
+
+
+def _run(
+    make: Callable[..., Any],
+    kwargs: dict[str, Any],
+    storages: tuple[torch.dtype, torch.dtype],
+    dtype: torch.dtype | None = None,
+) -> Run:
+    tensors = Tensors(storages, storages if dtype is None else (dtype, dtype))
+    defaults = make(tensors.params, **kwargs).defaults
+    optimizer = make(tensors.groups(defaults), **kwargs)
+    with record_launches() as launches:
+        for _ in range(STEPS):
+            tensors.new_gradients()
+            optimizer.step()
+    if dtype is None and not launches:
+        raise AssertionError("no kernel was launched: every parameter fell back")
+    return Run(tensors, optimizer, launches)
+
+
+def _check_values(
+    optimizer_class: type[FusedOptimizer],
+    kwargs: dict[str, Any],
+    storages: tuple[torch.dtype, torch.dtype],
+    ours: Run,
+) -> Iterator[str]:
+    storage = storages[0]
+    reference = _reference(optimizer_class)
+    theirs = _run(reference, kwargs, storages, storage)
+    exact = _run(reference, kwargs, storages, torch.float64)
+    worst = torch_worst = 0.0
+    # The two may round to either side; in float64 the reference is the measure, and errs itself.
+    units = STEPS if storage == torch.float64 else 1
+    for (where, value), (_, their), (_, right) in zip(
+        ours.values, theirs.values, exact.values, strict=True
+    ):
+        if not value.numel() or value.shape != right.shape:
+            continue
+        error, their_error = (_errors(x, right) for x in (value, their))
+        allowed = their_error.max() + units * torch.finfo(storage).eps * right.double().abs().max()
+        worst = max(worst, float(error.max()))
+        torch_worst = max(torch_worst, float(their_error.max()))
+        if not bool(error.max() <= allowed):
+            i = int(error.argmax())
+            got, wanted = float(value.flatten()[i]), float(right.flatten()[i])
+            yield (
+                f"element {i} of {where} in {_name(storage)} is {got:.8g}, its reference in "
+                f"float64 {wanted:.8g}: an error of {float(error.max()):.2e}, the reference's own "
+                f"in {_name(storage)} being {float(their_error.max()):.2e}"
+            )
+    update = ours.launches[-1]
+    moved = update.variant.bytes_per_element if isinstance(update, UpdateLaunch) else "by rows"
+    _print(
+        _name(storages[0]), _name(storages[1]), f"{worst:.2e}", f"{torch_worst:.2e}",
+        f"{len(ours.launches) / STEPS:g}", str(moved),
+    )  # fmt: skip
+
+
+def _errors(values: Tensor, exact: Tensor) -> Tensor:
+    """NaN counts as infinitely wrong, but where both are."""
+    values, exact = values.double(), exact.double()
+    errors = (values - exact).abs().nan_to_num(math.inf, math.inf)
+    return torch.where((values == exact) | (values.isnan() & exact.isnan()), 0.0, errors)
+
+
+def _check_clipping(optimizer_class: type[FusedOptimizer], kwargs: dict[str, Any]) -> Iterator[str]:
+    pair = _pair(optimizer_class, kwargs)
+    if "max_grad_norm" not in pair[0].optimizer._stepper.option_names:
+        return
+    pair[0].optimizer.max_grad_norm = 0.5
+    for _ in range(STEPS):
+        for run in pair:
+            run.tensors.new_gradients()
+        torch.nn.utils.clip_grad_norm_(pair[1].tensors.params, 0.5)
+        for run in pair:
+            run.optimizer.step()
+    yield from _differences("clipped to a norm", *pair)
+
+
+def _check_scaler(optimizer_class: type[FusedOptimizer], kwargs: dict[str, Any]) -> Iterator[str]:
+    ours, theirs = _pair(optimizer_class, {**kwargs, "fused": True})
+    scaler = torch.amp.GradScaler(str(backend.DEVICE_TYPE), init_scale=8.0)
+    scaler.scale(torch.zeros((), device=str(backend.DEVICE_TYPE)))  # makes its tensors
+    for skips in (False, True, False):
+        for run, scale in ((ours, scaler.get_scale()), (theirs, 1.0)):
+            run.tensors.new_gradients(scale)
+        if skips:
+            ours.tensors.params[-1].grad.fill_(math.inf)  # type: ignore[union-attr]
+        else:
+            theirs.optimizer.step()
+        scaler.step(ours.optimizer)
+        scaler.update()
+    yield from _differences("under a GradScaler that skips a step", ours, theirs)
+
+
+def _check_state_dict(
+    optimizer_class: type[FusedOptimizer], kwargs: dict[str, Any]
+) -> Iterator[str]:
+    straight, resumed = (_run(optimizer_class, kwargs, STORAGES[0]) for _ in range(2))
+    other = optimizer_class(resumed.tensors.groups({}), **kwargs)
+    other.load_state_dict(copy.deepcopy(resumed.optimizer.state_dict()))
+    resumed = resumed._replace(optimizer=other)
+    for run in (straight, resumed):
+        run.tensors.new_gradients()
+        run.optimizer.step()
+    for (where, one), (_, another) in zip(straight.values, resumed.values, strict=True):
+        if not torch.equal(one, another):
+            yield f"{where} is another after state_dict() and load_state_dict()"
+
+
+def _pair(optimizer_class: type[FusedOptimizer], kwargs: dict[str, Any]) -> tuple[Run, Run]:
+    """An optimizer and its reference on the same float32 tensors, before a first step."""
+    runs = []
+    for make in (optimizer_class, _reference(optimizer_class)):
+        # Row-wise optimizers have no kernels for transposed tensors.
+        tensors = Tensors(STORAGES[0], STORAGES[0], CONTIGUOUS)
+        runs.append(Run(tensors, make(tensors.params, **kwargs), []))
+    return runs[0], runs[1]
+
+
+def _differences(how: str, ours: Run, theirs: Run) -> Iterator[str]:
+    for (where, value), (_, wanted) in zip(ours.values, theirs.values, strict=True):
+        if not torch.allclose(value, wanted, rtol=1e-4, atol=1e-6, equal_nan=True):
+            error = float(_errors(value, wanted).max())
+            yield f"{where} is another than its reference's when {how}: an error of {error:.2e}"
+
+
+def _check_compiled(
+    optimizer_class: type[FusedOptimizer], variants: Sequence[tuple[backend.Variant, int]]
+) -> Iterator[str]:
+    from .compiled import compile_updates
+
+    print()
+    _print("compiled for", "parameters", "registers", "spilled bytes", "bits an access")
+    for row in compile_updates(optimizer_class, variants):
+        registers, spills = row.usage
+        _print(row.architecture, row.dtype, str(registers), str(spills), str(row.bits))
+        if spills:
+            yield f"for {row.dtype} on {row.architecture} a kernel spills {spills} bytes a thread"
+        if row.bits < VECTOR_BITS:
+            yield f"for {row.dtype} on {row.architecture} a kernel loads {row.bits} bits at a time"
+
+
+def _print(*columns: str) -> None:
+    print("  ".join(f"{column:<13}" for column in columns).rstrip())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
