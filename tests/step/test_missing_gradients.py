@@ -167,7 +167,7 @@ def test_nothing_is_compiled_or_bound_for_another_set(case: Case) -> None:
 
 @every_state
 @pytest.mark.parametrize("skips", [False, True])
-def test_clipping(case: Case, skips: bool, plans: list[plan.Plan]) -> None:
+def test_max_grad_norm(case: Case, skips: bool, plans: list[plan.Plan]) -> None:
     """The norm is that of those which are there; a skipped step counts for none."""
     ours = [new_param(70, dtype=torch.float64), new_param(5, dtype=torch.float64)]
     theirs = copy.deepcopy(ours)
