@@ -120,7 +120,7 @@ MUTATIONS = [
              "    if step_status_ptr", "remaining\n    if step_status_ptr",
              "test_missing_gradients.py", "left_alone"),
     Mutation("a missing gradient counts", "mask & (grad != 0) & step_is_taken",
-             "mask & step_is_taken", "test_missing_gradients.py", "clipping and True"),
+             "mask & step_is_taken", "test_missing_gradients_routes.py", "max_grad_norm and True"),
     Mutation("a missing gradient counts on the host", "array(typecode, [*pick(present)])",
              "array(typecode, [1 for _ in pick(present)])",
              "test_missing_gradients.py", "are_torchs"),
@@ -143,7 +143,8 @@ MUTATIONS = [
     Mutation("only a found_inf of 1 skips", "tl.load(found_inf_ptr) == 0",
              "tl.load(found_inf_ptr) != 1", "test_grad_scaler.py", "skipped_step and sgd-None"),
     Mutation("unscaled gradients are not written back", "narrow(grad, grad_ptr.dtype.element_ty)",
-             "narrow(grad / unscale, grad_ptr.dtype.element_ty)", "test_grad_scaler.py", "unscaling_in"),
+             "narrow(grad / unscale, grad_ptr.dtype.element_ty)",
+             "test_grad_scaler.py", "unscaling_in"),
     Mutation("skipped steps are counted", "step_is_taken(found_inf_ptr, grad_norm_ptr, "
              "SKIP_NONFINITE)\n    tl.store(step_ptr", "mask\n    tl.store(step_ptr",
              "test_grad_scaler.py", "skipped_step and rmsprop"),

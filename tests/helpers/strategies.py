@@ -47,6 +47,9 @@ GROUPS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
             "centered": st.booleans(),
         }
     ),
+    "Lion": st.fixed_dictionaries(
+        {"lr": rates, "weight_decay": decays, "beta1": st.sampled_from([0.9, 0.5])}
+    ),
 }
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE, Case, assert_same_bits
+from assertions import assert_same_bits
+from cases import DEVICE, Case, interpreted
 from embedding_tables import ADAGRAD, SPARSE_CASES, Tables, launches_of, sparse, worst
 from lab.traffic import Traffic, watched
 from torch import Tensor
@@ -17,8 +18,6 @@ import triton_optim
 from triton_optim.launch import row_chunking, tuning
 from triton_optim.launch.launcher import Launch
 from triton_optim.launch.row_launcher import RowLaunch, RowVariant
-
-interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="watches Triton's interpreter")
 
 
 def test_tables_of_other_widths_have_launches_of_their_own() -> None:

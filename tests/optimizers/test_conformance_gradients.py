@@ -10,7 +10,8 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import DEVICE, Tensors, assert_same_bits
+from assertions import assert_same_bits
+from cases import DEVICE, Tensors
 from paired_optimizers import Pair
 from torch import Tensor
 from torch.nn import Parameter

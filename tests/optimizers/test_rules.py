@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from cases import CASES, DEVICE, DTYPES, SPECS, Case, Tensors, assert_no_worse, double, largest
+from assertions import assert_no_worse, largest
+from cases import CASES, DEVICE, DTYPES, SPECS, Case, Tensors, double, each
 from reference import Reference
 from torch.nn import Parameter
 
@@ -46,12 +47,12 @@ def _compare(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float64], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@each(CASES)
 def test_error_is_no_larger_than_torchs(case: Case, dtype: torch.dtype) -> None:
     _compare(case, dtype)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@each(CASES)
 def test_float64_against_extended_precision(case: Case) -> None:
     ours, theirs = Tensors(torch.float64), Tensors(torch.float64)
     exact = [Reference(case.optimizer, p, **case.kwargs) for p in ours.params]
@@ -69,7 +70,7 @@ def test_float64_against_extended_precision(case: Case) -> None:
         assert reference.error(p) <= reference.error(q) + unit, spec.name
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@each(CASES)
 @pytest.mark.parametrize(
     ("param_dtype", "grad_dtype", "state_dtype"),
     [
@@ -145,7 +146,7 @@ FINITE_CASES = (
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:4], ids=str)
-@pytest.mark.parametrize("case", FINITE_CASES, ids=lambda case: case.name)
+@each(FINITE_CASES)
 def test_finite_where_torchs_is(
     case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

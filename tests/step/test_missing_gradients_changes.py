@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE, STATEFUL_CASES, Case, main_state, new_param
+from cases import DEVICE, Case, main_state, new_param, with_state
 from embedding_tables import Tables
 
 import triton_optim
@@ -35,7 +35,7 @@ def _reordered(state: dict[str, Any], name: str) -> None:
     state[name] = state[name].t().contiguous().t()
 
 
-@pytest.mark.parametrize("case", STATEFUL_CASES[1:], ids=lambda case: case.name)
+@with_state
 @pytest.mark.parametrize("change", [_none, _offloaded, _narrowed, _emptied, _reordered])
 def test_state_of_a_missing_one_is_nobodys_business(case: Case, change: Any) -> None:
     """As in training block by block: it is neither checked nor moved before its next gradient."""

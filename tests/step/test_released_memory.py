@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE, STATEFUL_CASES, Case, new_param
+from cases import DEVICE, STATEFUL_CASES, Case, every_state, new_param
 from embedding_tables import SPARSE_CASES
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -107,7 +107,7 @@ def test_parameters(case: Case, change: Change) -> None:
     _step(optimizer, case)
 
 
-@pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
+@every_state
 def test_parameters_that_step_in_backward(case: Case) -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)).to(DEVICE)
     groups = [{"params": [*layer.parameters()]} for layer in model]

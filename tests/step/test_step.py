@@ -6,8 +6,8 @@ import weakref
 
 import pytest
 import torch
-from cases import CASES, DEVICE, Case, skip_without_late_state
-from paired_optimizers import Pair, every_state, two_groups
+from cases import CASES, DEVICE, Case, every_state, skip_without_late_state
+from paired_optimizers import Pair, two_groups
 from torch.nn import Parameter
 
 from triton_optim.launch import backend

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from assertions import assert_no_worse, assert_same_bits
 from cases import (
     BLOCK,
     DEVICE,
@@ -14,20 +15,21 @@ from cases import (
     SPECS,
     Spec,
     Tensors,
-    assert_no_worse,
-    assert_same_bits,
     copies_of,
     double,
+    interpreted,
     new_param,
 )
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_ as torchs
 
+import triton_optim
 from triton_optim import clip_grad_norm_
 from triton_optim.launch import chunking
 from triton_optim.launch.launcher import record_launches
+from triton_optim.step.conditions import StepConditions
+from triton_optim.step.planning import Planning
 
-interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
 # Gradients that lie dense in memory; torch's function is what clips the others.
 DENSE = tuple(spec for spec in SPECS if spec.name != "grad-expanded")
 
@@ -151,3 +153,38 @@ def test_error_if_nonfinite(value: float) -> None:
     with pytest.raises(RuntimeError, match="non-finite"):
         clip_grad_norm_(params, 1.0, error_if_nonfinite=True)
     assert_same_bits([param.grad for param in params], before)
+
+
+@interpreted
+def test_the_order_of_programs_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import interpreter
+
+    sizes = [7 * BLOCK + 3, 1, 5 * BLOCK, BLOCK - 1]
+    grads = [torch.randn(n) * 10.0 ** (i - 2) for i, n in enumerate(sizes)]
+    norms = []
+    set_grid_idx = interpreter.InterpreterBuilder.set_grid_idx
+    for order in (range(9), reversed(range(9)), [3, 8, 0, 4, 5, 1, 7, 2, 6]):
+        turns = iter(order)
+
+        def shuffled(builder: Any, x: int, y: int, z: int, turns: Any = turns) -> None:
+            set_grid_idx(builder, next(turns), y, z)
+
+        params = [Parameter(torch.zeros_like(grad)) for grad in grads]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.clone()
+        optimizer = triton_optim.SGD(params, max_grad_norm=1.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", shuffled)
+            norms.append(_norm(optimizer))
+        assert next(turns, None) is None
+    assert norms[0] == norms[1] == norms[2]
+
+
+def _norm(optimizer: triton_optim.SGD) -> torch.Tensor:
+    """Of its gradients, and nothing is stepped."""
+    plan = Planning(optimizer._fused_view()).finish()
+    conditions = StepConditions.read({}, optimizer._stepper.options)
+    inputs = [group.first_inputs for group in plan.launch_groups]
+    plan.compile(inputs, conditions)
+    plan.upload(inputs, conditions)
+    return plan.grad_norm([], conditions).clone()

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DEVICE, Case
+from cases import CASES, DEVICE, Case, every_state
 from paired_models import MOMENTUM, Net, PairedModels
-from paired_optimizers import every_state
 from torch import Tensor, nn
 
 import triton_optim

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from cases import DEVICE, Case, assert_same_bits
+from assertions import assert_same_bits
+from cases import DEVICE, Case
 from embedding_tables import ADAGRAD, every_sparse_case, launches_of
 from torch import Tensor, nn
 from torch.nn import Parameter
