@@ -21,22 +21,6 @@ def test_groups_have_their_own_hyperparameters(case: Case, launches: list[backen
 
 
 @every_state
-def test_gradients_come_and_go(case: Case) -> None:
-    pair = Pair(case)
-    for without in ((0,), (0, 1, 2, 3), (), (2,), (1, 3), ()):
-        pair.step(2, without)
-
-
-@every_state
-def test_frozen_and_unfrozen(case: Case) -> None:
-    pair = Pair(case)
-    pair.each(lambda _, params: params[1].requires_grad_(False))
-    pair.step(2, without=(1,))
-    pair.each(lambda _, params: params[1].requires_grad_(True))
-    pair.step(2)
-
-
-@every_state
 def test_gradients_that_stay_in_place(case: Case, launches: list[backend.Variant]) -> None:
     pair = Pair(case)
     pair.step()

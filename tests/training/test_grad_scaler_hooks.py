@@ -94,38 +94,28 @@ def _of_the_class(param: Parameter, seen: Seen, **kwargs: Any) -> Iterator[Any]:
     yield Another([param], **kwargs)
 
 
-@contextmanager
-def _pre_hook(param: Parameter, seen: Seen, **kwargs: Any) -> Iterator[Any]:
-    optimizer = triton_optim.SGD([param], **kwargs)
-    optimizer.register_step_pre_hook(lambda optimizer, *_: _see(optimizer, seen))
-    yield optimizer
+def _hook(kind: str) -> Callable[..., Any]:
+    @contextmanager
+    def hooked(param: Parameter, seen: Seen, **kwargs: Any) -> Iterator[Any]:
+        optimizer = triton_optim.SGD([param], **kwargs)
+        register: dict[str, Any] = {
+            "pre": optimizer.register_step_pre_hook,
+            "post": optimizer.register_step_post_hook,
+            "global pre": register_optimizer_step_pre_hook,
+            "global post": register_optimizer_step_post_hook,
+        }
+        handle = register[kind](lambda optimizer, *_: _see(optimizer, seen))
+        yield optimizer
+        handle.remove()
 
-
-@contextmanager
-def _post_hook(param: Parameter, seen: Seen, **kwargs: Any) -> Iterator[Any]:
-    optimizer = triton_optim.SGD([param], **kwargs)
-    optimizer.register_step_post_hook(lambda optimizer, *_: _see(optimizer, seen))
-    yield optimizer
-
-
-@contextmanager
-def _global_pre_hook(param: Parameter, seen: Seen, **kwargs: Any) -> Iterator[Any]:
-    handle = register_optimizer_step_pre_hook(lambda optimizer, *_: _see(optimizer, seen))
-    yield triton_optim.SGD([param], **kwargs)
-    handle.remove()
-
-
-@contextmanager
-def _global_post_hook(param: Parameter, seen: Seen, **kwargs: Any) -> Iterator[Any]:
-    handle = register_optimizer_step_post_hook(lambda optimizer, *_: _see(optimizer, seen))
-    yield triton_optim.SGD([param], **kwargs)
-    handle.remove()
+    hooked.__name__ = f"{kind} hook"
+    return hooked
 
 
 BETWEEN = (
-    _wrapped, _on_the_instance, _around_a_schedulers, _of_the_class,
-    _pre_hook, _post_hook, _global_pre_hook, _global_post_hook,
-)  # fmt: skip
+    *(_wrapped, _on_the_instance, _around_a_schedulers, _of_the_class),
+    *map(_hook, ("pre", "post", "global pre", "global post")),
+)
 
 
 def _train(optimizer: Any, param: Parameter) -> Any:
