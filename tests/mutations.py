@@ -99,7 +99,7 @@ MUTATIONS = [
              "test_state_dict_validation.py", "damaged"),
     Mutation("a bad checkpoint is not rolled back", "self.param_groups, self.state = groups, state",
              "pass", "test_state_dict_validation.py", "damaged"),
-    Mutation("torch's way is not looked at again", "not (self.guard.check(tensors) or",
+    Mutation("a fallback is not looked at again", "not (self.guard.check(tensors) or",
              "not (True or",
              "test_validation.py", "forced_through_data"),
     Mutation("layouts are not compared", "return self._check(*tensors)", "return True",

@@ -185,7 +185,7 @@ def new_param(*shape: int, **kwargs: Any) -> Parameter:
     return param
 
 
-def twins_of(param: Parameter) -> list[Parameter]:
+def two_copies(param: Parameter) -> list[Parameter]:
     assert param.grad is not None
     twins = []
     for _ in range(2):
@@ -197,7 +197,7 @@ def twins_of(param: Parameter) -> list[Parameter]:
 
 def copies_of(params: Sequence[Parameter]) -> list[Parameter]:
     """With the gradients."""
-    return [twins_of(param)[0] for param in params]
+    return [two_copies(param)[0] for param in params]
 
 
 def main_state(case: Case) -> str:

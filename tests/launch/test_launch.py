@@ -1,4 +1,4 @@
-"""How compiled kernels are launched, shown without a GPU; and every way to cut a launch up."""
+"""How compiled kernels are launched, shown without a GPU; and every chunking of a launch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_compiled(scenario: str) -> None:
     ids=str,
 )
 @each(CASES[::3])
-def test_the_cut_of_a_launch_changes_no_bit(
+def test_the_chunking_of_a_launch_changes_no_bit(
     case: Case, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, cut = Tensors(torch.bfloat16), Tensors(torch.bfloat16)

@@ -74,7 +74,7 @@ def _note(calls: list[Any], name: str, answer: object = None) -> Callable[..., A
 @pytest.mark.parametrize("way", [{}, *({flag: on} for flag, on in FLAGS)], ids=str)
 @every_optimizer
 def test_step_hooks(case: Config, way: dict[str, bool]) -> None:
-    """Once a step on every way, and no more once they are removed."""
+    """Once a step on every route, and no more once they are removed."""
     case.theirs([new_param(1)])  # whose class calls hooks around its own step from here on
     calls: list[Any] = []
     optimizer = case.ours([new_param(5).requires_grad_(False)], **way)

@@ -28,7 +28,7 @@ import triton_optim
     ],
     ids=str,
 )
-def test_what_it_excludes_is_refused_at_construction(kwargs: dict[str, Any], message: str) -> None:
+def test_what_it_excludes_raises_at_construction(kwargs: dict[str, Any], message: str) -> None:
     param = Parameter(torch.ones(3, 2))
     with pytest.raises(ValueError, match=message):
         triton_optim.RMSprop([param], **{"sparse": "lazy", **kwargs})
@@ -39,7 +39,7 @@ def test_what_it_excludes_is_refused_at_construction(kwargs: dict[str, Any], mes
         assert len(optimizer.param_groups) == 1
 
 
-def test_what_is_changed_into_that_later_is_refused_at_the_step() -> None:
+def test_what_is_changed_into_that_later_raises_at_the_step() -> None:
     runs, optimizers = lazy_and_dense()
     step_both(runs, optimizers)
     optimizers[0].param_groups[0]["weight_decay"] = 0.1

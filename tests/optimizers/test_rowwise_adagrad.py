@@ -1,4 +1,4 @@
-"""Row-wise Adagrad: the kernels, the way without them, and an independent reference."""
+"""Row-wise Adagrad: the kernels, the fallback, and an independent reference."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ def test_errors_are_no_larger_than_without_kernels(
     kwargs: dict[str, Any], dtype: torch.dtype
 ) -> None:
     runs = [Tables(SHAPES, dtype), Tables(SHAPES, dtype), Tables(SHAPES, dtype, torch.float64)]
-    ways = (True, False, False)
+    fused_flags = (True, False, False)
     optimizers = [
         RowwiseAdagrad(run.params, lr=0.1, fused=fused, **kwargs)
-        for run, fused in zip(runs, ways, strict=True)
+        for run, fused in zip(runs, fused_flags, strict=True)
     ]
     for step in range(4):
         for run, optimizer in zip(runs, optimizers, strict=True):

@@ -24,7 +24,7 @@ from triton_optim.launch.launcher import record_launches
         (7.0, "is 7.0"),
     ],
 )
-def test_state_that_does_not_fit_is_refused(bad: object, message: str) -> None:
+def test_state_that_does_not_fit_raises(bad: object, message: str) -> None:
     param = Parameter(torch.ones(50, 16, device=DEVICE))
     optimizer = RowwiseAdagrad([param])
     param.grad = torch.ones_like(param)
@@ -76,7 +76,7 @@ def test_rows_that_do_not_lie_one_after_another() -> None:
         optimizer.step()
 
 
-def test_state_that_shares_memory_is_refused() -> None:
+def test_state_that_shares_memory_raises() -> None:
     param = Parameter(torch.ones(8, 2, device=DEVICE))
     param.grad = torch.ones_like(param)
     optimizer = RowwiseAdagrad([param])
@@ -87,13 +87,13 @@ def test_state_that_shares_memory_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay", "initial_accumulator_value", "eps"])
-def test_negative_arguments_are_refused(name: str) -> None:
+def test_negative_arguments_raise(name: str) -> None:
     kwargs: dict[str, Any] = {name: -1.0}
     with pytest.raises(ValueError, match=f"Invalid {name} value: -1.0"):
         RowwiseAdagrad([Parameter(torch.ones(2))], **kwargs)
 
 
-def test_what_has_no_rows_of_real_numbers_is_refused() -> None:
+def test_what_has_no_rows_of_real_numbers_raises() -> None:
     param = Parameter(torch.ones(3, device=DEVICE))
     optimizer = RowwiseAdagrad([param])
     with pytest.raises(ValueError, match="parameter 0 of the group is torch"):
@@ -105,7 +105,7 @@ def test_what_has_no_rows_of_real_numbers_is_refused() -> None:
         optimizer.step()
 
 
-def test_rows_that_are_not_there_are_refused_without_kernels_too() -> None:
+def test_rows_that_are_not_there_raise_without_kernels_too() -> None:
     param = Parameter(torch.ones(3, 2))
     param.grad = sparse([0, 3], torch.ones(2, 2), param).cpu()
     optimizer = RowwiseAdagrad([param], fused=False)

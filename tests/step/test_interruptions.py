@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 import torch
 from assertions import assert_same_bits, raises
-from cases import BLOCK, DEVICE, STATEFUL_CASES, Case, every_state, new_param, twins_of, with_state
+from cases import (
+    BLOCK,
+    DEVICE,
+    STATEFUL_CASES,
+    Case,
+    every_state,
+    new_param,
+    two_copies,
+    with_state,
+)
 from guarded_memory import guarded
 from torch import Tensor
 from torch.nn import Parameter
@@ -130,7 +139,7 @@ def test_interrupted_at_any_line(case: Case, first: bool, restores: bool) -> Non
 def test_a_first_step_that_fails_makes_no_state(
     case: Case, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    p, q = twins_of(new_param(5))
+    p, q = two_copies(new_param(5))
     ours, theirs = case.ours([p]), case.theirs([q])
     before = copy.deepcopy((p, ours.state_dict()["state"]))
     with monkeypatch.context() as patch:
@@ -156,7 +165,7 @@ def test_an_exception_of_the_program(case: Case, when: str) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("the program's own")
 
-    p, q = twins_of(new_param(BLOCK + 1))
+    p, q = two_copies(new_param(BLOCK + 1))
     ours, theirs = case.ours([p]), case.theirs([q])
     for optimizer in (ours, theirs):
         optimizer.step()

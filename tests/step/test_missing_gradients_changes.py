@@ -87,7 +87,7 @@ def test_two_parameters_over_one_memory_in_turn() -> None:
 
 @pytest.mark.parametrize("name", ["SGD", "Adagrad"])
 def test_weight_decay_switched_on_while_a_sparse_gradient_is_missing(name: str) -> None:
-    """Its next gradient goes torch's way, whose error it gets, and no row is updated."""
+    """Its next gradient falls back to torch, whose error it gets, and no row is updated."""
     tables, dense = Tables([(9, 4)]), new_param(3, dtype=torch.float64)
     (table,) = tables.params
     optimizer = getattr(triton_optim, name)([table, dense], lr=0.1)

@@ -110,7 +110,7 @@ def test_row_wise(sparse: bool, plans: list[plan.Plan]) -> None:
     torch.testing.assert_close(*states)
 
 
-def test_on_torchs_own_way(plans: list[plan.Plan]) -> None:
+def test_fallback_to_torch(plans: list[plan.Plan]) -> None:
     params = [new_param(5), new_param(3)]
     optimizer = triton_optim.RMSprop(params, fused=False)
     optimizer.step()

@@ -1,4 +1,4 @@
-"""Which way a parameter goes."""
+"""Which route a parameter takes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from assertions import assert_same_bits
-from cases import BLOCK, DEVICE, Case, every_state, new_param, twins_of
+from cases import BLOCK, DEVICE, Case, every_state, new_param, two_copies
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -18,10 +18,10 @@ from triton_optim.step import routing
 
 @every_state
 @pytest.mark.parametrize("flags", [{"foreach": True}, {"fused": False}])
-def test_flags_that_take_torchs_way(
+def test_flags_that_fall_back(
     case: Case, flags: dict[str, bool], launches: list[backend.Variant]
 ) -> None:
-    p, q = twins_of(new_param(5))
+    p, q = two_copies(new_param(5))
     ours = case.ours([p], **flags)
     theirs = case.theirs([q])
     for _ in range(2):
@@ -32,7 +32,7 @@ def test_flags_that_take_torchs_way(
 
 
 @every_state
-def test_differentiable_takes_torchs_way(case: Case) -> None:
+def test_differentiable_falls_back(case: Case) -> None:
     results = []
     for make in (case.ours, case.theirs):
         start = torch.ones(3, device=DEVICE, requires_grad=True)
@@ -49,7 +49,7 @@ def test_differentiable_takes_torchs_way(case: Case) -> None:
 
 
 @every_state
-def test_a_parameter_that_is_not_dense_goes_torchs_way(
+def test_a_parameter_that_is_not_dense_falls_back(
     case: Case, launches: list[backend.Variant]
 ) -> None:
     bases = [torch.randn(6, 8, device=DEVICE) for _ in range(1)]
@@ -65,7 +65,7 @@ def test_a_parameter_that_is_not_dense_goes_torchs_way(
 
 
 def test_conjugate_gradient() -> None:
-    p, q = twins_of(new_param(5, dtype=torch.complex64))
+    p, q = two_copies(new_param(5, dtype=torch.complex64))
     for param in (p, q):
         assert param.grad is not None
         param.grad = param.grad.conj()
@@ -76,7 +76,7 @@ def test_conjugate_gradient() -> None:
 
 @every_state
 def test_a_gradient_that_loses_its_alignment(case: Case, launches: list[backend.Variant]) -> None:
-    p, q = twins_of(new_param(BLOCK + 1))
+    p, q = two_copies(new_param(BLOCK + 1))
     ours, theirs = case.ours([p]), case.theirs([q])
     for offset in (0, 0, 1, 1, 0):
         for param, optimizer in ((p, ours), (q, theirs)):
@@ -90,7 +90,7 @@ def test_a_gradient_that_loses_its_alignment(case: Case, launches: list[backend.
 
 
 def test_state_in_another_memory_order_is_brought_home() -> None:
-    p, q = twins_of(new_param(2, 3, 4, 5))
+    p, q = two_copies(new_param(2, 3, 4, 5))
     ours, theirs = triton_optim.Adagrad([p]), torch.optim.Adagrad([q])
     for param, optimizer in ((p, ours), (q, theirs)):
         optimizer.step()
@@ -141,7 +141,7 @@ def test_an_inference_tensor_in_inference_mode(launches: list[backend.Variant]) 
 @pytest.mark.parametrize("name", ["SGD", "Adagrad"])
 def test_a_step_in_inference_mode_and_steps_outside(name: str) -> None:
     """As torch's, whose state RMSprop cannot write outside either."""
-    params = twins_of(new_param(5))
+    params = two_copies(new_param(5))
     optimizers = [
         getattr(triton_optim, name)(params[:1]),
         getattr(torch.optim, name)(params[1:], foreach=False),
@@ -155,7 +155,7 @@ def test_a_step_in_inference_mode_and_steps_outside(name: str) -> None:
     torch.testing.assert_close(*params)
 
 
-def test_a_parameter_put_into_a_group_of_torchs_way_too() -> None:
+def test_a_parameter_put_into_a_group_that_falls_back_too() -> None:
     """One step for each place in which it stands."""
     params = [[new_param(5), new_param(5)] for _ in range(2)]
     for ours, theirs in zip(*params, strict=True):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BLOCK, DEVICE, TORCH, new_param, twins_of
+from cases import BLOCK, DEVICE, TORCH, new_param, two_copies
 from embedding_tables import ADAGRAD, Tables, sparse, worst
 from guarded_memory import guarded
 from torch.nn import Parameter
@@ -21,7 +21,7 @@ def test_sparse_gradients_beside_dense_ones(name: str, launches: list[backend.Va
     kwargs: dict[str, Any] = {"lr": 0.1}
     embeddings = [torch.nn.Embedding(10, 3, sparse=True, device=DEVICE) for _ in range(2)]
     embeddings[1].load_state_dict(embeddings[0].state_dict())
-    dense = twins_of(new_param(BLOCK + 1))
+    dense = two_copies(new_param(BLOCK + 1))
     ours, theirs = (
         getattr(module, name)([*embedding.parameters(), param], **kwargs)
         for module, embedding, param in zip(
@@ -60,7 +60,7 @@ def test_sparse_gradients_on_rdna(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_sparse_gradient_that_becomes_dense(launches: list[backend.Variant]) -> None:
-    p, q = twins_of(new_param(4, 3))
+    p, q = two_copies(new_param(4, 3))
     ours, theirs = triton_optim.Adagrad([p]), torch.optim.Adagrad([q])
     for is_sparse in (True, True, False, False, True, False):
         for param, optimizer in ((p, ours), (q, theirs)):

@@ -25,7 +25,7 @@ from triton_optim.step import row_wise, validation
 @every_sparse_case
 @pytest.mark.parametrize("bad", [-1, 12, -(2**40), 2**40])
 @pytest.mark.parametrize("steps_before", [0, 1])
-def test_rows_that_are_not_there_are_refused(case: Case, bad: int, steps_before: int) -> None:
+def test_rows_that_are_not_there_raise(case: Case, bad: int, steps_before: int) -> None:
     """On the CPU, where that can be known; nothing is written, of the dense parameter neither."""
     tables = Tables([(12, 3), (4, 3)])
     optimizer = case.ours(tables.params)
@@ -76,7 +76,7 @@ def test_one_row_that_is_not_there_within_a_program(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adagrad", "RowwiseAdagrad"])
-def test_rows_that_are_not_there_are_refused_on_torchs_way(name: str) -> None:
+def test_rows_that_are_not_there_raise_in_the_fallback(name: str) -> None:
     """At every step, before it writes."""
     param = Parameter(torch.ones(3, 2))
     optimizer = getattr(triton_optim, name)([param], fused=False)
@@ -89,7 +89,7 @@ def test_rows_that_are_not_there_are_refused_on_torchs_way(name: str) -> None:
 
 
 def test_what_the_kernels_do_not_take() -> None:
-    """Goes torch's way: two sparse dims, a parameter that is not contiguous, wide rows."""
+    """Falls back to torch: two sparse dims, a parameter that is not contiguous, wide rows."""
     shapes = {"two sparse dims": (6, 5), "not contiguous": (6, 5), "wide": (3, 4097)}
     for kind, shape in shapes.items():
         params = [Parameter(torch.ones(shape, device=DEVICE)) for _ in range(2)]

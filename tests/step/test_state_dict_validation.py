@@ -1,4 +1,4 @@
-"""Checkpoints that do not fit: refused when loaded, and the optimizer goes on as it was."""
+"""State that does not fit raises, when loaded or at the step; the optimizer goes on as it was."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cases import (
     every_state,
     main_state,
     new_param,
-    twins_of,
+    two_copies,
     with_state,
     with_step,
 )
@@ -56,7 +56,7 @@ def _applies(case: Case, damage: str) -> bool:
 def test_a_damaged_checkpoint_is_not_loaded(case: Case, damage: str) -> None:
     inflict, message = ALL_DAMAGES[damage]
     params = [new_param(3), new_param(100)]
-    optimizer, twin = case.ours(params), case.theirs([p for q in params for p in twins_of(q)[:1]])
+    optimizer, twin = case.ours(params), case.theirs([p for q in params for p in two_copies(q)[:1]])
     optimizer.step()
     twin.step()
     checkpoint = copy.deepcopy(optimizer.state_dict())
@@ -115,7 +115,7 @@ def test_a_checkpoint_whose_tensors_are_one(case: Case) -> None:
 
 
 @with_state
-def test_a_short_checkpoint_for_torchs_way(case: Case) -> None:
+def test_a_short_checkpoint_for_the_fallback(case: Case) -> None:
     """Refused too; and at the step, if it came into the optimizer in another way."""
     params = [new_param(3), new_param(5)]
     optimizer = case.ours(params, fused=False)
@@ -133,7 +133,7 @@ def test_a_short_checkpoint_for_torchs_way(case: Case) -> None:
 @every_state
 def test_what_torch_loads_is_loaded(case: Case) -> None:
     """A wrapper's tensor beside ours, what a hook unwraps, names for some, steps from numpy."""
-    p, q = twins_of(new_param(3))
+    p, q = two_copies(new_param(3))
     ours, theirs = case.ours([("p", p)]), case.theirs([("q", q)])
     for optimizer, param in ((ours, p), (theirs, q)):
         optimizer.step()

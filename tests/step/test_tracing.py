@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from assertions import assert_same_bits
-from cases import CASES, DEVICE, Case, each, new_param, twins_of
+from cases import CASES, DEVICE, Case, each, new_param, two_copies
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -26,7 +26,7 @@ every_case = each(TRACED)
 
 def _pair(case: Case) -> tuple[list[Parameter], list[Any]]:
     """Ours and torch's, after a step."""
-    params = twins_of(new_param(5))
+    params = two_copies(new_param(5))
     optimizers = [case.ours(params[:1]), case.theirs(params[1:])]
     for optimizer in optimizers:
         optimizer.step()

@@ -1,4 +1,4 @@
-"""What is refused: the error names the parameter, and nothing has been written."""
+"""Errors name the parameter, and nothing has been written."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def test_bad_step(step: Any) -> None:
 
 
 @every_state
-@pytest.mark.parametrize("way", [None, False])
-def test_gradient_of_another_shape_forced_through_data(case: Case, way: bool | None) -> None:
+@pytest.mark.parametrize("fused", [None, False])
+def test_gradient_of_another_shape_forced_through_data(case: Case, fused: bool | None) -> None:
     """A slice has the address that the whole gradient had; torch would broadcast an element."""
     params = [new_param(5), new_param(BLOCK + 1)]
-    optimizer = case.ours(params, fused=way)
+    optimizer = case.ours(params, fused=fused)
     optimizer.step()
     for length in (BLOCK, 1):
         assert params[1].grad is not None

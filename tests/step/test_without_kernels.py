@@ -45,11 +45,11 @@ def _laptop(prelude: str, name: str, device: str, fused: str) -> None:
 
 @pytest.mark.parametrize("fused", ["None", "True"])
 @pytest.mark.parametrize("name", ["SGD", "Adagrad", "RMSprop"])
-def test_cpu_without_the_interpreter_goes_torchs_way(name: str, fused: str) -> None:
+def test_cpu_without_the_interpreter_falls_back(name: str, fused: str) -> None:
     _laptop("", name, "cuda", fused)
 
 
-def test_without_triton_all_goes_torchs_way() -> None:
+def test_without_triton_all_falls_back() -> None:
     _laptop("import sys; sys.modules['triton'] = None\n", "RMSprop", "None", "None")
 
 

@@ -1,4 +1,4 @@
-"""DTensors of one process: what is refused. `test_distributed.py` has several."""
+"""DTensors of one process: what raises. `test_distributed.py` has several."""
 
 from __future__ import annotations
 

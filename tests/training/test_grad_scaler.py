@@ -144,7 +144,7 @@ def test_clipping_comes_after_unscaling(case: Case) -> None:
 
 @pytest.mark.parametrize("kwargs", [{"fused": False}, {"foreach": True}], ids=str)
 @pytest.mark.parametrize("found_inf", [0.0, 1.0])
-def test_on_torchs_own_way(kwargs: dict[str, Any], found_inf: float) -> None:
+def test_fallback_to_torch(kwargs: dict[str, Any], found_inf: float) -> None:
     """Beside parameters that the kernels take."""
     params = [new_param(5), new_param(3, 4)]
     groups = [{"params": params[:1]}, {"params": params[1:], **kwargs}]
@@ -194,7 +194,7 @@ def test_unscaled_by_hand(case: Case) -> None:
 
 
 def test_a_scale_whose_squares_overflow() -> None:
-    """The norm is that of unscaled gradients, on both ways."""
+    """The norm is that of unscaled gradients, on both routes."""
     for kwargs in ({}, {"fused": False}):
         param = Parameter(torch.ones(4, device=DEVICE))
         param.grad = torch.tensor([1.0, 2.0, 3.0, 4.0], device=DEVICE) * 2.0**70

@@ -182,7 +182,7 @@ def test_step_in_backward_refuses_a_step_on_the_instance(between: Callable[..., 
         step_in_backward(model, other)
 
 
-def test_a_step_put_on_the_instance_afterwards_is_refused() -> None:
+def test_a_step_put_on_the_instance_afterwards_raises() -> None:
     """At the next pass, before anything is stepped."""
     model = nn.Linear(2, 1).to(DEVICE)
     optimizer: Any = triton_optim.SGD(model.parameters())

@@ -177,7 +177,7 @@ def test_an_exception_inside_backward(where: int) -> None:
     pair.step(2)
 
 
-def test_torchs_way() -> None:
+def test_fallback_to_torch() -> None:
     """Sparse gradients of an embedding, beside dense ones."""
     case = next(case for case in CASES if case.name == "sgd-momentum")
 

@@ -1,4 +1,4 @@
-"""Steps inside the backward pass: what is refused, hooks, other wrappers of a model, lifetimes."""
+"""Steps inside the backward pass: what raises, hooks, other wrappers of a model, lifetimes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _hooked(model: nn.Module) -> SGD:
         (_hooked, RuntimeError, "remove it"),
     ],
 )
-def test_optimizers_that_are_refused(make: Any, error: type[Exception], message: str) -> None:
+def test_unsupported_optimizers(make: Any, error: type[Exception], message: str) -> None:
     model = Net()
     with pytest.raises(error, match=message):
         step_in_backward(model, make(model))

@@ -194,7 +194,7 @@ def test_max_grad_norm_may_change() -> None:
 
 
 @pytest.mark.parametrize("kwargs", [{"fused": False}, {"foreach": True}], ids=str)
-def test_on_torchs_own_way(kwargs: dict[str, Any]) -> None:
+def test_fallback_to_torch(kwargs: dict[str, Any]) -> None:
     """Beside parameters that the kernels take: one norm of all gradients."""
     params = [new_param(5), new_param(3, 4)]
     twins = copies_of(params)
