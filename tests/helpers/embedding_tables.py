@@ -78,13 +78,19 @@ def launches_of(optimizer: Any) -> list[Launch]:
 
 
 def lazy_and_dense(
-    centered: bool = False, shapes: tuple[tuple[int, ...], ...] = ((30, 4),), **kwargs: Any
+    centered: bool = False,
+    shapes: tuple[tuple[int, ...], ...] = ((30, 4),),
+    steps: int = 0,
+    **kwargs: Any,
 ) -> tuple[list[Tables], list[Any]]:
-    """Ours, lazy, and torch's, which is given dense gradients."""
+    """RMSprop after so many steps: ours, lazy, and torch's, which is given dense gradients."""
     runs = [Tables(shapes), Tables(shapes)]
     kwargs = {"lr": 0.01, "centered": centered, **kwargs}
     ours = triton_optim.RMSprop(runs[0].params, sparse="lazy", **kwargs)
-    return runs, [ours, torch.optim.RMSprop(runs[1].params, foreach=False, **kwargs)]
+    optimizers = [ours, torch.optim.RMSprop(runs[1].params, foreach=False, **kwargs)]
+    for _ in range(steps):
+        step_both(runs, optimizers)
+    return runs, optimizers
 
 
 def step_both(runs: list[Tables], optimizers: list[Any], count: int = 5) -> None:

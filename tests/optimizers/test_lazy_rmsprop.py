@@ -66,9 +66,7 @@ def test_only_touched_rows_are_written_in_one_launch() -> None:
 
 @centered_or_not
 def test_torch_goes_on_from_our_state_dict_and_we_from_its(centered: bool) -> None:
-    runs, optimizers = lazy_and_dense(centered)
-    for _ in range(10):
-        step_both(runs, optimizers)
+    runs, optimizers = lazy_and_dense(centered, steps=10)
     saved = optimizers[0].state_dict()
     expected = ["step", "square_avg", *(["grad_avg"] if centered else [])]
     assert list(saved["state"][0]) == expected
@@ -117,9 +115,7 @@ def test_a_changed_alpha_holds_from_then_on() -> None:
 
 
 def test_copies_go_on_alike() -> None:
-    runs, optimizers = lazy_and_dense()
-    for _ in range(4):
-        step_both(runs, optimizers, count=2)
+    runs, optimizers = lazy_and_dense(steps=4)
     optimizers[0].param_groups[0]["alpha"] = 0.5
     clone = copy.deepcopy(optimizers[0])
     (twin,) = clone.param_groups[0]["params"]
@@ -132,8 +128,7 @@ def test_copies_go_on_alike() -> None:
 
 
 def test_a_skipped_step_counts_for_no_row() -> None:
-    runs, optimizers = lazy_and_dense()
-    step_both(runs, optimizers)
+    runs, optimizers = lazy_and_dense(steps=1)
     (param,) = runs[0].params
     before = copy.deepcopy([param.detach(), dict(optimizers[0].state[param])])
     runs[0].new_gradients([5])
@@ -148,8 +143,7 @@ def test_a_skipped_step_counts_for_no_row() -> None:
 
 
 def test_steps_beyond_what_float32_counts() -> None:
-    runs, optimizers = lazy_and_dense(alpha=0.9)
-    step_both(runs, optimizers)
+    runs, optimizers = lazy_and_dense(alpha=0.9, steps=1)
     (param,) = runs[0].params
     state = optimizers[0].state[param]
     state["step"].fill_(2**24)
@@ -167,9 +161,7 @@ def test_steps_beyond_what_float32_counts() -> None:
 
 def test_a_state_dict_writes_no_parameter() -> None:
     """A backward pass may follow."""
-    runs, optimizers = lazy_and_dense()
-    for _ in range(3):
-        step_both(runs, optimizers, count=2)
+    runs, optimizers = lazy_and_dense(steps=3)
     (param,) = runs[0].params
     loss, before = param.square().sum(), param.detach().clone()
     optimizers[0].state_dict()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from assertions import assert_same_bits, raises
-from embedding_tables import Tables, check_both, lazy_and_dense, step_both
+from embedding_tables import Tables, check_both, lazy_and_dense
 from torch.nn import Parameter
 
 import triton_optim
@@ -40,8 +40,7 @@ def test_what_it_excludes_raises_at_construction(kwargs: dict[str, Any], message
 
 
 def test_what_is_changed_into_that_later_raises_at_the_step() -> None:
-    runs, optimizers = lazy_and_dense()
-    step_both(runs, optimizers)
+    runs, optimizers = lazy_and_dense(steps=1)
     optimizers[0].param_groups[0]["weight_decay"] = 0.1
     runs[0].new_gradients([3])
     message = "sparse='lazy' cannot take parameter 0 of group 0: weight_decay, which moves every"
@@ -51,8 +50,7 @@ def test_what_is_changed_into_that_later_raises_at_the_step() -> None:
 
 @pytest.mark.parametrize("change", ["foreach", "momentum"])
 def test_averages_that_lag_are_not_left_to_torch(change: str) -> None:
-    runs, optimizers = lazy_and_dense()
-    step_both(runs, optimizers)
+    runs, optimizers = lazy_and_dense(steps=1)
     (param,) = runs[0].params
     param.grad = torch.ones_like(param)
     optimizers[0].param_groups[0][change] = 0.5 if change == "momentum" else True
@@ -67,9 +65,7 @@ def test_averages_that_lag_are_not_left_to_torch(change: str) -> None:
 
 
 def test_state_with_gaps_and_damaged_state() -> None:
-    runs, optimizers = lazy_and_dense()
-    for _ in range(3):
-        step_both(runs, optimizers, count=2)
+    runs, optimizers = lazy_and_dense(steps=3)
     (param,) = runs[0].params
     state = optimizers[0].state[param]
     wide = torch.cat((state["square_avg"], torch.full_like(param, 7.0)), 1)

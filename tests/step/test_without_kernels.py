@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-_LAPTOP = """
+WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"
+_AS_TORCH = """
 import sys, warnings
 import torch, triton_optim
 from triton_optim.launch import backend
@@ -36,38 +37,39 @@ assert bool(caught) == bool(fused), caught
 """
 
 
-def _laptop(prelude: str, name: str, device: str, fused: str) -> None:
+def _run(program: str, *arguments: str) -> str:
+    """What it prints on the CPU, without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, "-c", prelude + _LAPTOP, name, device, fused]
-    subprocess.run(command, check=True, env=environment)
+    command = [sys.executable, "-W", "ignore", "-c", program, *arguments]
+    done = subprocess.run(
+        command, env={**environment, "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout
 
 
 @pytest.mark.parametrize("fused", ["None", "True"])
 @pytest.mark.parametrize("name", ["SGD", "Adagrad", "RMSprop"])
 def test_cpu_without_the_interpreter_falls_back(name: str, fused: str) -> None:
-    _laptop("", name, "cuda", fused)
+    _run(_AS_TORCH, name, "cuda", fused)
 
 
 def test_without_triton_all_falls_back() -> None:
-    _laptop("import sys; sys.modules['triton'] = None\n", "RMSprop", "None", "None")
+    _run(WITHOUT_TRITON + _AS_TORCH, "RMSprop", "None", "None")
 
 
 def test_row_wise_adagrad_without_triton() -> None:
     script = """
-import sys
-sys.modules["triton"] = None
 import torch, triton_optim
 param = torch.nn.Parameter(torch.ones(2, 2))
 param.grad = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
 triton_optim.RowwiseAdagrad([param], lr=12.5 ** 0.5, eps=0).step()
 assert param[0].tolist() == [-2.0, -3.0], param
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    _run(WITHOUT_TRITON + script)
 
 
-def test_without_kernels_it_says_so() -> None:
-    """On the CPU, without the interpreter."""
+def test_lazy_rmsprop_without_kernels_raises() -> None:
     program = """
 import torch, triton_optim
 param = torch.nn.Parameter(torch.ones(3, 2))
@@ -80,12 +82,7 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout.startswith(
+    assert _run(program).startswith(
         "sparse='lazy' cannot take parameter 0 of group 0: it is on cpu, where the kernels do not "
         "run; use the kernels, which run on a GPU and under TRITON_INTERPRET=1, or go on from"
     )
