@@ -185,6 +185,12 @@ def new_param(*shape: int, **kwargs: Any) -> Parameter:
     return param
 
 
+def grad_of(param: Tensor) -> Tensor:
+    """Its gradient, which it has."""
+    assert param.grad is not None
+    return param.grad
+
+
 def two_copies(param: Parameter) -> list[Parameter]:
     assert param.grad is not None
     twins = []

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from assertions import largest
-from cases import DEVICE, Case, each
+from cases import DEVICE, Case, each, grad_of
 from guarded_memory import guarded
 from torch import Tensor
 from torch.nn import Parameter
@@ -97,8 +97,7 @@ def step_both(runs: list[Tables], optimizers: list[Any], count: int = 5) -> None
     for run, optimizer in zip(runs, optimizers, strict=True):
         run.new_gradients([count] * len(run.params))
         for param in run.params if run is runs[1] else []:
-            assert param.grad is not None
-            param.grad = param.grad.to_dense()
+            param.grad = grad_of(param).to_dense()
         optimizer.step()
 
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from assertions import assert_no_worse, largest
-from cases import CASES, DEVICE, DTYPES, SPECS, Case, Tensors, double, each
+from cases import CASES, DEVICE, DTYPES, SPECS, Case, Tensors, double, each, grad_of
 from reference import Reference
 from torch.nn import Parameter
 
@@ -61,8 +61,7 @@ def test_float64_against_extended_precision(case: Case) -> None:
         ours.new_gradients()
         theirs.new_gradients()
         for reference, param in zip(exact, ours.params, strict=True):
-            assert param.grad is not None
-            reference.step(param.grad)
+            reference.step(grad_of(param))
         our_optimizer.step()
         their_optimizer.step()
     unit = max(reference.unit() for reference in exact)
@@ -104,8 +103,7 @@ def test_mixed_dtypes(
         e.data = p.data.double().clone()
         assert p.grad is not None
         p.grad.data = p.grad.data.to(grad_dtype)
-        assert e.grad is not None
-        e.grad.data = p.grad.data.double().clone()
+        grad_of(e).data = p.grad.data.double().clone()
     optimizer.step()
     reference.step()
     work = torch.finfo(torch.float64 if param_dtype == torch.float64 else torch.float32).eps

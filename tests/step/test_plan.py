@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, DEVICE, STATEFUL_CASES, Case, each, every_state, interpreted
+from cases import CASES, DEVICE, STATEFUL_CASES, Case, each, every_state, grad_of, interpreted
 from torch import Tensor
 from torch.nn import Parameter
 from torch.profiler import ProfilerActivity, profile
@@ -35,8 +35,7 @@ def test_one_launch_for_many_tensors_in_six_groups(
     params, twins = _params(n, 2, 3), _params(n, 2, 3)
     for param, twin in zip(params, twins, strict=True):
         twin.data.copy_(param)
-        assert param.grad is not None
-        twin.grad = param.grad.clone()
+        twin.grad = grad_of(param).clone()
     for make, tensors in ((case.ours, params), (case.theirs, twins)):
         make([{"params": tensors[i::6], "lr": 0.01 * (i + 1)} for i in range(6)]).step()
     assert len(launches) == 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE, STATEFUL_CASES, Case, every_state, new_param
+from cases import DEVICE, STATEFUL_CASES, Case, every_state, grad_of, new_param
 from embedding_tables import SPARSE_CASES
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -69,8 +69,7 @@ def _optimizer(case: Case) -> tuple[Any, list[weakref.ref[Tensor]], list[weakref
     params = [new_param(4, 3) for _ in range(3)]
     if case.name == "sparse":
         for param in params:
-            assert param.grad is not None
-            param.grad = param.grad.to_sparse(1)
+            param.grad = grad_of(param).to_sparse(1)
     optimizer = case.ours([{"params": params[:2]}, {"params": params[2:]}])
     optimizer.step()
     optimizer.step()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from assertions import assert_same_bits
-from cases import BLOCK, DEVICE, Case, every_state, new_param, two_copies
+from cases import BLOCK, DEVICE, Case, every_state, grad_of, new_param, two_copies
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -67,8 +67,7 @@ def test_a_parameter_that_is_not_dense_falls_back(
 def test_conjugate_gradient() -> None:
     p, q = two_copies(new_param(5, dtype=torch.complex64))
     for param in (p, q):
-        assert param.grad is not None
-        param.grad = param.grad.conj()
+        param.grad = grad_of(param).conj()
     triton_optim.SGD([p], fused=True).step()
     torch.optim.SGD([q]).step()
     torch.testing.assert_close(p, q)

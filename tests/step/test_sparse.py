@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from assertions import assert_same_bits, largest
-from cases import DEVICE, Case
+from cases import DEVICE, Case, grad_of
 from embedding_tables import ADAGRAD, Tables, every_sparse_case, launches_of, sparse, worst
 from torch import Tensor
 from torch.nn import Parameter
@@ -63,8 +63,7 @@ def test_a_vector(case: Case) -> None:
         for run, optimizer in zip(runs, optimizers, strict=True):
             run.new_gradients([count], hot=20)
             if run is runs[1]:
-                assert run.params[0].grad is not None
-                run.params[0].grad = run.params[0].grad.to_dense()
+                run.params[0].grad = grad_of(run.params[0]).to_dense()
             optimizer.step()
     assert worst(runs[0].params, runs[1].params) < 1e-12
 
@@ -108,8 +107,7 @@ def test_what_is_not_finite_stays_in_its_row(bad: float) -> None:
     tables = Tables([(8, 4)], torch.float32)
     (param,) = tables.params
     tables.new_gradients([200], hot=90)
-    assert param.grad is not None
-    ids, values = param.grad._indices()[0], param.grad._values()
+    ids, values = grad_of(param)._indices()[0], grad_of(param)._values()
     for row in (4, 1):
         values[(ids == row).nonzero()[3]] = bad
     ADAGRAD.ours([param], fused=True).step()

@@ -8,12 +8,7 @@ from typing import Any
 import pytest
 import torch
 from assertions import assert_same_bits, raises
-from cases import (
-    DEVICE,
-    Case,
-    interpreted,
-    new_param,
-)
+from cases import DEVICE, Case, grad_of, interpreted, new_param
 from embedding_tables import ADAGRAD, Tables, every_sparse_case, launches_of, sparse, worst
 from torch.nn import Parameter
 
@@ -189,8 +184,7 @@ def test_a_failing_sort_leaves_everything(monkeypatch: pytest.MonkeyPatch) -> No
     optimizer = ADAGRAD.ours(tables.params)
     for step in range(2):
         tables.new_gradients([9, 9])
-        assert tables.params[1].grad is not None
-        tables.params[1].grad = tables.params[1].grad.to_dense()
+        tables.params[1].grad = grad_of(tables.params[1]).to_dense()
         if step == 1:
             with monkeypatch.context() as patch:
                 patch.setattr(torch, "sort", None)

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from cases import CASES, DEVICE, Case, every_state, skip_without_late_state
+from cases import CASES, DEVICE, Case, every_state, grad_of, skip_without_late_state
 from paired_optimizers import Pair, two_groups
 from torch.nn import Parameter
 
@@ -28,8 +28,7 @@ def test_gradients_that_stay_in_place(case: Case, launches: list[backend.Variant
         for optimizer, tensors in zip(pair.optimizers, pair.tensors, strict=True):
             optimizer.zero_grad(set_to_none=False)
             for param in tensors.params:
-                assert param.grad is not None
-                param.grad.add_(tensors.draw(*param.shape))
+                grad_of(param).add_(tensors.draw(*param.shape))
             optimizer.step()
         pair.check()
     assert len(launches) == 4

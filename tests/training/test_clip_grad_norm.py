@@ -17,6 +17,7 @@ from cases import (
     Tensors,
     copies_of,
     double,
+    grad_of,
     interpreted,
     new_param,
 )
@@ -109,8 +110,7 @@ def test_a_gradient_that_occurs_twice() -> None:
 )
 def test_a_bad_max_norm(max_norm: Any, error: type[Exception]) -> None:
     param = new_param(5)
-    assert param.grad is not None
-    before = param.grad.clone()
+    before = grad_of(param).clone()
     with pytest.raises(error):
         clip_grad_norm_([param], max_norm)
     assert_same_bits(param.grad, before)
@@ -127,8 +127,7 @@ def test_gradients_that_overlap() -> None:
 
 def test_inside_a_compiled_program() -> None:
     param, twin = new_param(5), new_param(5)
-    assert param.grad is not None
-    twin.grad = param.grad.clone()
+    twin.grad = grad_of(param).clone()
 
     def clip() -> torch.Tensor:
         return clip_grad_norm_([param], 0.5)
@@ -147,8 +146,7 @@ def test_nothing_to_clip() -> None:
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_error_if_nonfinite(value: float) -> None:
     params = [new_param(5), new_param(3, 4)]
-    assert params[1].grad is not None
-    params[1].grad[1, 2] = value
+    grad_of(params[1])[1, 2] = value
     before = [param.grad.clone() for param in params if param.grad is not None]
     with pytest.raises(RuntimeError, match="non-finite"):
         clip_grad_norm_(params, 1.0, error_if_nonfinite=True)
