@@ -16,12 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook as global_post_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook as global_pre_hook
 from torch.testing._internal.common_optimizers import ErrorOptimizerInput
-from torch_optim_db import (
-    Config,
-    errors,
-    every_config,
-    every_optimizer,
-)
+from torch_optim_db import Config, errors, every_config, every_optimizer
 
 import triton_optim
 

@@ -16,14 +16,7 @@ from paired_optimizers import Pair
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch_optim_db import (
-    Config,
-    every_config,
-    every_optimizer,
-    sparse,
-    step_all,
-    tensors_of,
-)
+from torch_optim_db import Config, every_config, every_optimizer, sparse, step_all, tensors_of
 
 from triton_optim.launch import backend
 

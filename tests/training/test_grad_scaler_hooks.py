@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import (
-    DEVICE,
-)
+from cases import DEVICE
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import ExponentialLR

@@ -7,10 +7,7 @@ from typing import Any
 import pytest
 import torch
 from assertions import raises
-from cases import (
-    DEVICE,
-    new_param,
-)
+from cases import DEVICE, new_param
 from torch.nn import Parameter
 
 import triton_optim
