@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from assertions import assert_same_bits
-from cases import DEVICE
+from cases import DEVICE, scaled_step
 from embedding_tables import Tables, check_both, lazy_and_dense, sparse, step_both, worst
 
 import triton_optim
@@ -132,9 +132,7 @@ def test_a_skipped_step_counts_for_no_row() -> None:
     (param,) = runs[0].params
     before = copy.deepcopy([param.detach(), dict(optimizers[0].state[param])])
     runs[0].new_gradients([5])
-    optimizers[0].found_inf = torch.ones((), device=DEVICE)
-    optimizers[0].step()
-    del optimizers[0].found_inf
+    scaled_step(optimizers[0], found_inf=1.0)
     assert_same_bits([param.detach(), dict(optimizers[0].state[param])], before)
     runs[1].new_gradients([5])  # as many numbers drawn
     for _ in range(3):

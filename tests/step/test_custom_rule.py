@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from assertions import assert_no_worse, assert_same_bits
-from cases import DEVICE, SPECS, Tensors, double, grad_of, new_param
+from cases import DEVICE, SPECS, Tensors, double, grad_of, new_param, scaled_step
 from fake_graph import fake_cuda
 from lion import Lion, lion_reference
 from torch.distributed.device_mesh import DeviceMesh
@@ -56,12 +56,9 @@ def test_clipping_and_scaler() -> None:
         for tensors in (ours, theirs):
             tensors.new_gradients()
         torch.nn.utils.clip_grad_norm_(theirs.params, 0.5)
-        optimizer.grad_scale = torch.full((), 8.0, device=DEVICE)  # type: ignore[attr-defined]
-        optimizer.found_inf = torch.full((), float(skips), device=DEVICE)  # type: ignore[attr-defined]
         for grad in ours.grads:
             grad.mul_(8)
-        optimizer.step()
-        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+        scaled_step(optimizer, float(skips), 8.0)
         if not skips:
             reference.step()
     torch.testing.assert_close(ours.params, theirs.params)

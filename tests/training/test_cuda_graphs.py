@@ -35,9 +35,7 @@ def _problem() -> tuple[list[Parameter], Parameter, list[Any]]:
     return params, params[2], more
 
 
-def _stepped_twins(
-    case: Case,
-) -> tuple[list[Parameter], list[Parameter], list[Any], list[Any]]:
+def _stepped_twins(case: Case) -> tuple[list[Parameter], list[Parameter], list[Any], list[Any]]:
     """Parameters and copies of them, an optimizer of each after a step, and gradients."""
     params, _, more = _problem()
     twins, optimizers = copy.deepcopy(params), []
