@@ -165,3 +165,29 @@ def test_copies_and_defaults() -> None:
     assert again.param_groups[0]["lr"] == 0.5
     assert {*optimizer.param_groups[0]} == {"params", "lr", "beta1", "beta2", "weight_decay"}
     assert copy.deepcopy(optimizer).param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["from the start", "after a step"])
+def test_a_key_that_only_some_groups_have_is_followed(later: bool) -> None:
+    """A rule reads it with a default for the others; a step uses the value that it has then."""
+
+    class Scaled(FusedOptimizer):
+        rule = replace(Lion.rule, hyperparameters=_scaled_rate)
+
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {"lr": 0.01})
+
+    ours, theirs = Tensors(torch.float32, specs=FEW), Tensors(torch.float32, specs=FEW)
+    groups = [[{"params": t.params[:1]}, {"params": t.params[1:]}] for t in (ours, theirs)]
+    optimizer, reference = Scaled(groups[0]), Reference(groups[1], lr=0.01)
+    for step, scale in enumerate((1.0, 2.0, 8.0, 0.0)):
+        if step > 0 or not later:
+            optimizer.param_groups[1]["scale"] = scale
+        reference.param_groups[1]["lr"] = 0.01 * scale
+        ours.train(optimizer, 1)
+        theirs.train(reference, 1)
+        torch.testing.assert_close(ours.params, theirs.params)
+
+
+def _scaled_rate(group: dict[str, Any]) -> tuple[float, ...]:
+    return group["lr"] * group.get("scale", 1.0), 0.9, 0.99, 0.0
