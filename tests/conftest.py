@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import guarded_memory
+from fake_graph import fake_cuda
 
 from triton_optim.launch import backend, row_launcher, tuning
 from triton_optim.launch.launcher import Launch, UpdateLaunch
 from triton_optim.step.launch_group import LaunchGroup
+from triton_optim.step.plan import Plan
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -105,3 +108,24 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[backend.Variant]:
 
     monkeypatch.setattr(Launch, "run", recorded)
     return seen
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """Every plan that is made."""
+    made: list[Plan] = []
+    init = Plan.__init__
+
+    def recording(self: Plan, *args: Any) -> None:
+        made.append(self)
+        init(self, *args)
+
+    monkeypatch.setattr(Plan, "__init__", recording)
+    return made
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """CUDA graphs on the CPU."""
+    with fake_cuda(monkeypatch):
+        yield

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import STATEFUL_CASES, Case, Spec, Tensors, assert_same_bits, new_param, refused
+from assertions import assert_same_bits, raises
+from cases import Case, Spec, Tensors, every_state, grad_of, new_param
 from embedding_tables import Tables
 from torch.nn import Parameter
 
@@ -21,7 +22,6 @@ import triton_optim
 from triton_optim.launch import backend
 
 pytestmark = pytest.mark.gpu
-every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
 SPECS = (Spec("a", lambda draw: draw(5)), Spec("b", lambda draw: draw(100, 77)))
 
 
@@ -95,8 +95,7 @@ def test_learning_rate_on_the_gpu(case: Case) -> None:
         other.param_groups[0]["lr"] = lr
         ours.train(mine, 1)
         theirs.train(other, 1)
-    for p, q in zip(ours.params, theirs.params, strict=True):
-        torch.testing.assert_close(p, q)
+    torch.testing.assert_close(ours.params, theirs.params)
 
 
 def test_adagrads_state_follows_a_model_that_moves() -> None:
@@ -155,9 +154,8 @@ def test_a_gradient_on_another_device() -> None:
     params = [new_param(5), new_param(3, 4)]
     optimizer = triton_optim.RMSprop(params)
     optimizer.step()
-    assert params[1].grad is not None
-    params[1].grad.data = params[1].grad.data.cpu()
-    with refused(r"gradient of parameter 1 of group 0 is \(3, 4\) on cpu", optimizer, params):
+    grad_of(params[1]).data = grad_of(params[1]).data.cpu()
+    with raises(r"gradient of parameter 1 of group 0 is \(3, 4\) on cpu", optimizer, params):
         optimizer.step()
 
 
@@ -185,8 +183,7 @@ def test_gradients_of_one_stream_and_steps_on_others(case: Case) -> None:
     assert not second.query()
     torch.cuda.synchronize()
     assert len(reused) == 100 and len(state) in (0, len(SPECS))
-    for p, q in zip(ours.params, theirs.params, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.params, theirs.params, rtol=1e-12, atol=1e-12)
 
 
 @every_state
@@ -201,8 +198,7 @@ def test_two_optimizers_on_two_streams(case: Case) -> None:
                 tensors.train(optimizer, 1)
     torch.cuda.synchronize()
     for ours, theirs in zip(sets[:2], sets[2:], strict=True):
-        for p, q in zip(ours.params, theirs.params, strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(ours.params, theirs.params, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "initcheck", "racecheck"])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,7 +10,6 @@ import torch
 from guarded_memory import guarded
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import Optimizer
 
 import triton_optim
 
@@ -88,6 +85,17 @@ STATEFUL_CASES = tuple(
     for case in CASES
     if case.name in ("sgd", "sgd-dampening", "adagrad-lr_decay", "rmsprop-all")
 )
+
+
+def each(cases: Sequence[Case]) -> pytest.MarkDecorator:
+    """Parametrize a test over cases."""
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+every_state = each(STATEFUL_CASES)
+with_state = each(STATEFUL_CASES[1:])
+with_step = each(STATEFUL_CASES[2:])
+interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="watches Triton's interpreter")
 
 Build = Callable[[Callable[..., Tensor]], Tensor]
 
@@ -171,69 +179,19 @@ def double(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype.is_complex else torch.float64
 
 
-def largest(tensor: Tensor) -> float:
-    """The largest magnitude; 0 of an empty tensor, infinite of NaN."""
-    value = float(tensor.detach().abs().amax()) if tensor.numel() else 0.0
-    return value if value == value else float("inf")
-
-
-def assert_no_worse(
-    ours: Sequence[Tensor],
-    theirs: Sequence[Tensor],
-    exact: Sequence[Tensor],
-    label: str,
-    units: int = 1,
-    specs: Sequence[Spec] = SPECS,
-) -> None:
-    """Tensor by tensor, the largest error of `ours` is no larger than that of `theirs`.
-
-    But for `units` in the last place of the largest value among them.
-    """
-    unit = units * torch.finfo(theirs[0].dtype).eps * max(map(largest, exact))
-    for spec, p, q, e in zip(specs, ours, theirs, exact, strict=True):
-        error, torch_error = largest(p.to(e.dtype) - e), largest(q.to(e.dtype) - e)
-        message = f"{label} of {spec.name}: {error:.3e}, torch {torch_error:.3e}, unit {unit:.3e}"
-        assert error <= torch_error + unit, message
-
-
-def assert_same_bits(a: Any, b: Any) -> None:
-    """Two nested structures of tensors and values are equal to the bit, NaN included."""
-    if isinstance(a, Tensor):
-        assert isinstance(b, Tensor)
-        assert (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device)
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same_bits(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same_bits(x, y)
-    else:
-        assert a == b
-
-
-@contextmanager
-def refused(message: str, optimizer: Optimizer, tensors: Sequence[Tensor]) -> Iterator[None]:
-    """What is done inside raises, and leaves these tensors and the optimizer to the bit."""
-
-    def state() -> list[Any]:
-        return copy.deepcopy([[t.detach() for t in tensors], dict(optimizer.state_dict())])
-
-    before = state()
-    with pytest.raises(RuntimeError, match=message):
-        yield
-    assert_same_bits(state(), before)
-
-
 def new_param(*shape: int, **kwargs: Any) -> Parameter:
     param = Parameter(guarded(torch.randn(*shape, device=DEVICE, **kwargs)))
     param.grad = torch.randn_like(param)
     return param
 
 
-def twins_of(param: Parameter) -> list[Parameter]:
+def grad_of(param: Tensor) -> Tensor:
+    """Its gradient, which it has."""
+    assert param.grad is not None
+    return param.grad
+
+
+def two_copies(param: Parameter) -> list[Parameter]:
     assert param.grad is not None
     twins = []
     for _ in range(2):
@@ -245,9 +203,19 @@ def twins_of(param: Parameter) -> list[Parameter]:
 
 def copies_of(params: Sequence[Parameter]) -> list[Parameter]:
     """With the gradients."""
-    return [twins_of(param)[0] for param in params]
+    return [two_copies(param)[0] for param in params]
 
 
 def main_state(case: Case) -> str:
     """The state tensor that every parameter of this optimizer has."""
     return {"SGD": "momentum_buffer", "Adagrad": "sum", "RMSprop": "square_avg"}[case.optimizer]
+
+
+def scaled_step(optimizer: Any, found_inf: float, grad_scale: float | None = None) -> None:
+    """Step as GradScaler does."""
+    optimizer.found_inf = torch.tensor(found_inf, device=DEVICE)
+    optimizer.grad_scale = None if grad_scale is None else torch.tensor(grad_scale, device=DEVICE)
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf, optimizer.grad_scale

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import pytest
 import torch
-from cases import DEVICE, Case, largest
+from assertions import largest
+from cases import DEVICE, Case, each, grad_of
 from guarded_memory import guarded
 from torch import Tensor
 from torch.nn import Parameter
 
+import triton_optim
 from triton_optim.launch.launcher import Launch, record_launches
 
 SPARSE_CASES = (
@@ -23,7 +24,7 @@ SPARSE_CASES = (
     Case("adagrad-maximize", "Adagrad", {"lr": 0.1, "maximize": True}),
 )
 ADAGRAD = SPARSE_CASES[2]
-every_sparse_case = pytest.mark.parametrize("case", SPARSE_CASES, ids=lambda case: case.name)
+every_sparse_case = each(SPARSE_CASES)
 
 
 class Tables:
@@ -74,3 +75,33 @@ def launches_of(optimizer: Any) -> list[Launch]:
     with record_launches() as launches:
         optimizer.step()
     return launches
+
+
+def lazy_and_dense(
+    centered: bool = False,
+    shapes: tuple[tuple[int, ...], ...] = ((30, 4),),
+    steps: int = 0,
+    **kwargs: Any,
+) -> tuple[list[Tables], list[Any]]:
+    """RMSprop after so many steps: ours, lazy, and torch's, which is given dense gradients."""
+    runs = [Tables(shapes), Tables(shapes)]
+    kwargs = {"lr": 0.01, "centered": centered, **kwargs}
+    ours = triton_optim.RMSprop(runs[0].params, sparse="lazy", **kwargs)
+    optimizers = [ours, torch.optim.RMSprop(runs[1].params, foreach=False, **kwargs)]
+    for _ in range(steps):
+        step_both(runs, optimizers)
+    return runs, optimizers
+
+
+def step_both(runs: list[Tables], optimizers: list[Any], count: int = 5) -> None:
+    for run, optimizer in zip(runs, optimizers, strict=True):
+        run.new_gradients([count] * len(run.params))
+        for param in run.params if run is runs[1] else []:
+            param.grad = grad_of(param).to_dense()
+        optimizer.step()
+
+
+def check_both(runs: list[Tables], optimizers: list[Any]) -> None:
+    assert worst(runs[0].params, runs[1].params) < 1e-12
+    ours, theirs = (optimizer.state_dict() for optimizer in optimizers)
+    torch.testing.assert_close(ours["state"], theirs["state"], rtol=1e-12, atol=1e-12)

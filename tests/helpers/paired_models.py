@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import CASES, DEVICE, Case, assert_same_bits
+from assertions import assert_same_bits
+from cases import CASES, DEVICE, Case
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

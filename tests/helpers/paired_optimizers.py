@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
-from cases import BLOCK, STATEFUL_CASES, Case, Spec, Tensors
+from cases import BLOCK, Case, Spec, Tensors
 from torch.nn import Parameter
 
 SPECS = (
@@ -16,7 +15,6 @@ SPECS = (
     Spec("c", lambda draw: draw(3, 4)),
     Spec("d", lambda draw: draw()),
 )
-every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
 
 
 class Pair:

@@ -232,6 +232,6 @@ def assert_kernels(optimizer: Any, updated: Sequence[set[int]]) -> None:
     params = [param for group in optimizer.param_groups for param in group["params"]]
     assert optimizer._stepper.plan is not None
     rest = len(optimizer._stepper.plan.fallback(optimizer._fused_view()))
-    assert not rest, f"{rest} of {len(params)} parameters went torch's way"
+    assert not rest, f"{rest} of {len(params)} parameters fell back"
     shards = {local(param).data_ptr() for param in params if local(param).numel()}
     assert all(addresses == shards for addresses in updated)

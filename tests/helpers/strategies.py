@@ -14,38 +14,29 @@ from torch import Tensor
 
 rates = st.sampled_from([0.01, 0.001, 0.0])
 decays = st.sampled_from([0.0, 0.1])
+common = {"lr": rates, "weight_decay": decays, "maximize": st.booleans()}
+momenta: list[dict[str, Any]] = [
+    {"momentum": 0.0},
+    {"momentum": 0.9},
+    {"momentum": 0.9, "dampening": 0.3},
+    {"momentum": 0.9, "nesterov": True},
+]
 GROUPS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
-    "SGD": st.fixed_dictionaries(
-        {"lr": rates, "weight_decay": decays, "maximize": st.booleans()}
-    ).flatmap(
-        lambda group: st.sampled_from(
-            [
-                {**group, "momentum": 0.0},
-                {**group, "momentum": 0.9},
-                {**group, "momentum": 0.9, "dampening": 0.3},
-                {**group, "momentum": 0.9, "nesterov": True},
-            ]
-        )
-    ),
+    "SGD": st.builds(dict, st.sampled_from(momenta), **common),
     "Adagrad": st.fixed_dictionaries(
-        {
-            "lr": rates,
-            "weight_decay": decays,
-            "maximize": st.booleans(),
-            "lr_decay": decays,
-            "eps": st.sampled_from([1e-10, 1e-2]),
-        }
+        {**common, "lr_decay": decays, "eps": st.sampled_from([1e-10, 1e-2])}
     ),
     "RMSprop": st.fixed_dictionaries(
         {
-            "lr": rates,
-            "weight_decay": decays,
-            "maximize": st.booleans(),
+            **common,
             "alpha": st.sampled_from([0.9, 0.99]),
             "eps": st.sampled_from([1e-8, 1e-2]),
             "momentum": st.sampled_from([0.0, 0.9]),
             "centered": st.booleans(),
         }
+    ),
+    "Lion": st.fixed_dictionaries(
+        {"lr": rates, "weight_decay": decays, "beta1": st.sampled_from([0.9, 0.5])}
     ),
 }
 

@@ -9,7 +9,8 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import DEVICE, Case, Spec, assert_no_worse, assert_same_bits, double
+from assertions import assert_no_worse, assert_same_bits
+from cases import DEVICE, Case, Spec, double
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer

@@ -1,4 +1,4 @@
-"""How compiled kernels are launched, shown without a GPU; and every way to cut a launch up."""
+"""How compiled kernels are launched, shown without a GPU; and every chunking of a launch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DEVICE, Case, Tensors, assert_same_bits
+from assertions import assert_same_bits
+from cases import CASES, DEVICE, Case, Tensors, each
 from compiled_scenarios import SCENARIOS
 
 from triton_optim.launch import backend
@@ -45,16 +46,15 @@ def test_compiled(scenario: str) -> None:
     [Config(64, 1, blocks=2), Config(128, 4, blocks=3, num_stages=3, eviction="evict_first")],
     ids=str,
 )
-@pytest.mark.parametrize("case", CASES[::3], ids=lambda case: case.name)
-def test_the_cut_of_a_launch_changes_no_bit(
+@each(CASES[::3])
+def test_the_chunking_of_a_launch_changes_no_bit(
     case: Case, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, cut = Tensors(torch.bfloat16), Tensors(torch.bfloat16)
     expected.train(case.ours(expected.params), 2)
     monkeypatch.setattr(backend, "config", lambda *_: config)
     cut.train(case.ours(cut.params), 2)
-    for p, q in zip(cut.params, expected.params, strict=True):
-        assert_same_bits(p, q)
+    assert_same_bits(cut.params, expected.params)
 
 
 @pytest.mark.parametrize(

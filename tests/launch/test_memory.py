@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BLOCK, DEVICE, STATEFUL_CASES, Case
+from cases import BLOCK, DEVICE, Case, every_state, interpreted
 from guarded_memory import GuardedBuffer, guarded, guarded_buffers
 from torch.nn import Parameter
 
@@ -16,9 +16,6 @@ from triton_optim.launch import backend, chunking
 from triton_optim.launch.launcher import Launch, LaunchSpec, UpdateLaunch
 from triton_optim.launch.tuning import Config
 from triton_optim.optimizers.adagrad import RULE
-
-interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="watches Triton's interpreter")
-every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
 
 
 @every_state

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE, Case, assert_same_bits
+from assertions import assert_same_bits
+from cases import DEVICE, Case, grad_of, interpreted
 from embedding_tables import ADAGRAD, SPARSE_CASES, Tables, launches_of, sparse, worst
 from lab.traffic import Traffic, watched
 from torch import Tensor
@@ -17,8 +18,6 @@ import triton_optim
 from triton_optim.launch import row_chunking, tuning
 from triton_optim.launch.launcher import Launch
 from triton_optim.launch.row_launcher import RowLaunch, RowVariant
-
-interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="watches Triton's interpreter")
 
 
 def test_tables_of_other_widths_have_launches_of_their_own() -> None:
@@ -160,8 +159,7 @@ def test_bytes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     tables = Tables([(n_rows, width)], torch.float32)
     tables.new_gradients([count], hot=100)
     (param,) = tables.params
-    assert param.grad is not None
-    touched = len(param.grad._indices().unique())
+    touched = len(grad_of(param)._indices().unique())
     with watched((traffic := Traffic()).count):
         case.ours([param], fused=True).step()
     n_tensors = 2 if case.optimizer == "Adagrad" else 1

@@ -10,7 +10,8 @@ import cases
 import paired_optimizers
 import pytest
 import torch
-from cases import BLOCK, DEVICE, Tensors, assert_same_bits, double
+from assertions import assert_same_bits
+from cases import BLOCK, DEVICE, Tensors, double
 from paired_optimizers import Pair
 from torch.nn import Parameter
 from torch.optim import Optimizer

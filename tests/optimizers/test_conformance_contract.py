@@ -8,19 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same_bits, new_param
+from assertions import assert_same_bits
+from cases import new_param
 from paired_optimizers import Pair
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook as global_post_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook as global_pre_hook
 from torch.testing._internal.common_optimizers import ErrorOptimizerInput
-from torch_optim_db import (
-    Config,
-    errors,
-    every_config,
-    every_optimizer,
-)
+from torch_optim_db import Config, errors, every_config, every_optimizer
 
 import triton_optim
 
@@ -73,7 +69,7 @@ def _note(calls: list[Any], name: str, answer: object = None) -> Callable[..., A
 @pytest.mark.parametrize("way", [{}, *({flag: on} for flag, on in FLAGS)], ids=str)
 @every_optimizer
 def test_step_hooks(case: Config, way: dict[str, bool]) -> None:
-    """Once a step on every way, and no more once they are removed."""
+    """Once a step on every route, and no more once they are removed."""
     case.theirs([new_param(1)])  # whose class calls hooks around its own step from here on
     calls: list[Any] = []
     optimizer = case.ours([new_param(5).requires_grad_(False)], **way)

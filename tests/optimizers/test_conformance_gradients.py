@@ -10,19 +10,13 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import DEVICE, Tensors, assert_same_bits
+from assertions import assert_same_bits
+from cases import DEVICE, Tensors, grad_of
 from paired_optimizers import Pair
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch_optim_db import (
-    Config,
-    every_config,
-    every_optimizer,
-    sparse,
-    step_all,
-    tensors_of,
-)
+from torch_optim_db import Config, every_config, every_optimizer, sparse, step_all, tensors_of
 
 from triton_optim.launch import backend
 
@@ -92,8 +86,7 @@ def test_nan_and_infinite_gradients(case: Config, value: float) -> None:
             tensors.new_gradients()
             if step == 1:
                 for param in tensors.params:
-                    assert param.grad is not None
-                    param.grad.view(-1)[:2] = value
+                    grad_of(param).view(-1)[:2] = value
             optimizer.step()
     ours, theirs = map(tensors_of, optimizers)
     assert not all(bool(param.isfinite().all()) for param in ours["param"])

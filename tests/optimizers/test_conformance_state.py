@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same_bits, new_param, skip_without_late_state
+from assertions import assert_same_bits
+from cases import new_param, skip_without_late_state
 from paired_optimizers import Pair
 from torch.nn import Parameter
 from torch.optim import Optimizer

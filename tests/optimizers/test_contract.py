@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DEVICE, Case, assert_same_bits
-from paired_optimizers import Pair, every_state, two_groups
+from assertions import assert_same_bits
+from cases import CASES, DEVICE, Case, every_state
+from paired_optimizers import Pair, two_groups
 from torch.nn import Parameter
 
 import triton_optim

@@ -15,10 +15,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of parts that this build of it has not
     pytest.importorskip("fbgemm_gpu", reason="needs fbgemm-gpu-cpu", exc_type=ImportError)
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
-    from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
-        EmbeddingLocation,
-        PoolingMode,
-    )
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
     from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
         ComputeDevice,
         SplitTableBatchedEmbeddingBagsCodegen,

@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from cases import CASES, DEVICE, DTYPES, SPECS, Case, Tensors, assert_no_worse, double, largest
+from assertions import assert_no_worse, largest
+from cases import CASES, DEVICE, DTYPES, SPECS, Case, Tensors, double, each, grad_of
 from reference import Reference
 from torch.nn import Parameter
 
@@ -46,12 +47,12 @@ def _compare(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float64], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@each(CASES)
 def test_error_is_no_larger_than_torchs(case: Case, dtype: torch.dtype) -> None:
     _compare(case, dtype)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@each(CASES)
 def test_float64_against_extended_precision(case: Case) -> None:
     ours, theirs = Tensors(torch.float64), Tensors(torch.float64)
     exact = [Reference(case.optimizer, p, **case.kwargs) for p in ours.params]
@@ -60,8 +61,7 @@ def test_float64_against_extended_precision(case: Case) -> None:
         ours.new_gradients()
         theirs.new_gradients()
         for reference, param in zip(exact, ours.params, strict=True):
-            assert param.grad is not None
-            reference.step(param.grad)
+            reference.step(grad_of(param))
         our_optimizer.step()
         their_optimizer.step()
     unit = max(reference.unit() for reference in exact)
@@ -69,7 +69,7 @@ def test_float64_against_extended_precision(case: Case) -> None:
         assert reference.error(p) <= reference.error(q) + unit, spec.name
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@each(CASES)
 @pytest.mark.parametrize(
     ("param_dtype", "grad_dtype", "state_dtype"),
     [
@@ -103,8 +103,7 @@ def test_mixed_dtypes(
         e.data = p.data.double().clone()
         assert p.grad is not None
         p.grad.data = p.grad.data.to(grad_dtype)
-        assert e.grad is not None
-        e.grad.data = p.grad.data.double().clone()
+        grad_of(e).data = p.grad.data.double().clone()
     optimizer.step()
     reference.step()
     work = torch.finfo(torch.float64 if param_dtype == torch.float64 else torch.float32).eps
@@ -145,7 +144,7 @@ FINITE_CASES = (
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:4], ids=str)
-@pytest.mark.parametrize("case", FINITE_CASES, ids=lambda case: case.name)
+@each(FINITE_CASES)
 def test_finite_where_torchs_is(
     case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,15 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from assertions import assert_same_bits, raises
 from cases import (
     BLOCK,
     DEVICE,
     STATEFUL_CASES,
     Case,
-    assert_same_bits,
+    every_state,
     new_param,
-    refused,
-    twins_of,
+    two_copies,
+    with_state,
 )
 from guarded_memory import guarded
 from torch import Tensor
@@ -30,7 +31,6 @@ from torch.nn import Parameter
 import triton_optim
 from triton_optim.launch.launcher import Launch
 
-every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
 # A signal is not noticed between the start of a `finally` and the end of its first call.
 CLEANUP = {"torch.set_grad_enabled(enabled)", "self.param_groups = groups"}
 HOST = str(Path(triton_optim.__file__).parent)
@@ -134,12 +134,12 @@ def test_interrupted_at_any_line(case: Case, first: bool, restores: bool) -> Non
     assert len(done) > 50
 
 
-@pytest.mark.parametrize("case", STATEFUL_CASES[1:], ids=lambda case: case.name)
+@with_state
 @pytest.mark.parametrize("when", ["hyperparameter", "launch"])
 def test_a_first_step_that_fails_makes_no_state(
     case: Case, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    p, q = twins_of(new_param(5))
+    p, q = two_copies(new_param(5))
     ours, theirs = case.ours([p]), case.theirs([q])
     before = copy.deepcopy((p, ours.state_dict()["state"]))
     with monkeypatch.context() as patch:
@@ -165,7 +165,7 @@ def test_an_exception_of_the_program(case: Case, when: str) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("the program's own")
 
-    p, q = twins_of(new_param(BLOCK + 1))
+    p, q = two_copies(new_param(BLOCK + 1))
     ours, theirs = case.ours([p]), case.theirs([q])
     for optimizer in (ours, theirs):
         optimizer.step()
@@ -178,11 +178,11 @@ def test_an_exception_of_the_program(case: Case, when: str) -> None:
         handle.remove()
     elif when == "pre":
         handle = hooks[when](fail)
-        with refused("the program's own", ours, [p]):
+        with raises("the program's own", ours, [p]):
             ours.step()
         handle.remove()
     else:
-        with refused("the program's own", ours, [p]):
+        with raises("the program's own", ours, [p]):
             ours.step(fail)
     for optimizer in (ours, theirs):
         optimizer.step()

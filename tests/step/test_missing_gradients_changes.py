@@ -7,36 +7,32 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE, STATEFUL_CASES, Case, main_state, new_param
+from cases import DEVICE, Case, main_state, new_param, with_state
 from embedding_tables import Tables
+from torch import Tensor
 
 import triton_optim
 from triton_optim.launch.launcher import record_launches
 
 
-def _none(state: dict[str, Any], name: str) -> None:
-    state[name] = None
+def _emptied(value: Tensor) -> Tensor:
+    value = torch.randn(value.shape, device=DEVICE)
+    value.untyped_storage().resize_(0)
+    return value
 
 
-def _offloaded(state: dict[str, Any], name: str) -> None:
-    state[name] = state[name].to("meta")
-
-
-def _narrowed(state: dict[str, Any], name: str) -> None:
-    state[name] = state[name].to(torch.int8)
-
-
-def _emptied(state: dict[str, Any], name: str) -> None:
-    state[name] = torch.randn(4, 3, device=DEVICE)
-    state[name].untyped_storage().resize_(0)
-
-
-def _reordered(state: dict[str, Any], name: str) -> None:
-    state[name] = state[name].t().contiguous().t()
-
-
-@pytest.mark.parametrize("case", STATEFUL_CASES[1:], ids=lambda case: case.name)
-@pytest.mark.parametrize("change", [_none, _offloaded, _narrowed, _emptied, _reordered])
+@with_state
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda _: None,
+        lambda value: value.to("meta"),
+        lambda value: value.to(torch.int8),
+        _emptied,
+        lambda value: value.t().contiguous().t(),
+    ],
+    ids=["none", "offloaded", "narrowed", "emptied", "reordered"],
+)
 def test_state_of_a_missing_one_is_nobodys_business(case: Case, change: Any) -> None:
     """As in training block by block: it is neither checked nor moved before its next gradient."""
     params = [new_param(4, 3) for _ in range(3)]
@@ -45,7 +41,8 @@ def test_state_of_a_missing_one_is_nobodys_business(case: Case, change: Any) -> 
     kept = [copy.deepcopy(dict(optimizer.state[param])) for param in params[1:]]
     for param in params[1:]:
         param.grad = None
-        change(optimizer.state[param], main_state(case))
+        state, name = optimizer.state[param], main_state(case)
+        state[name] = change(state[name])
     changed = [optimizer.state[param][main_state(case)] for param in params[1:]]
     optimizer.step()
     params[0].data = params[0].data.clone()  # so that a plan is made anew
@@ -87,7 +84,7 @@ def test_two_parameters_over_one_memory_in_turn() -> None:
 
 @pytest.mark.parametrize("name", ["SGD", "Adagrad"])
 def test_weight_decay_switched_on_while_a_sparse_gradient_is_missing(name: str) -> None:
-    """Its next gradient goes torch's way, whose error it gets, and no row is updated."""
+    """Its next gradient falls back to torch, whose error it gets, and no row is updated."""
     tables, dense = Tables([(9, 4)]), new_param(3, dtype=torch.float64)
     (table,) = tables.params
     optimizer = getattr(triton_optim, name)([table, dense], lr=0.1)

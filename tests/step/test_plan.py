@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, DEVICE, STATEFUL_CASES, Case
+from cases import CASES, DEVICE, STATEFUL_CASES, Case, each, every_state, grad_of, interpreted
 from torch import Tensor
 from torch.nn import Parameter
 from torch.profiler import ProfilerActivity, profile
@@ -15,10 +15,6 @@ from triton_optim.launch import backend, pointer_tables, tuning
 from triton_optim.launch.device_buffer import Buffer
 from triton_optim.step import plan
 from triton_optim.step.dense import DenseLaunchGroup
-from triton_optim.tensors import layout
-
-interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
-every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
 
 
 def _params(n: int, *shape: int, dtype: torch.dtype = torch.float32) -> list[Parameter]:
@@ -39,13 +35,11 @@ def test_one_launch_for_many_tensors_in_six_groups(
     params, twins = _params(n, 2, 3), _params(n, 2, 3)
     for param, twin in zip(params, twins, strict=True):
         twin.data.copy_(param)
-        assert param.grad is not None
-        twin.grad = param.grad.clone()
+        twin.grad = grad_of(param).clone()
     for make, tensors in ((case.ours, params), (case.theirs, twins)):
         make([{"params": tensors[i::6], "lr": 0.01 * (i + 1)} for i in range(6)]).step()
     assert len(launches) == 1
-    for param, twin in zip(params, twins, strict=True):
-        torch.testing.assert_close(param, twin)
+    torch.testing.assert_close(params, twins)
 
 
 def test_step_counters_take_one_operation() -> None:
@@ -67,7 +61,7 @@ def test_step_counters_take_one_operation() -> None:
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@each(CASES)
 def test_bytes_are_within_one_percent_of_the_floor(
     case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,51 +181,6 @@ def test_interpreted_block_size_weighs_programs_against_padding(
         ([10**6, *[100] * 50], {2**k for k in range(10, 18)}),
     ):
         assert backend.config(variant, numels, torch.device("cpu")).block_size in sizes
-
-
-@pytest.mark.parametrize("private", [True, False])
-def test_layout_guard(private: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's private guard, and the public one that stands in where it is missing."""
-    if private:
-        assert vars(layout)["TensorGuards"] is not None
-    else:
-        monkeypatch.setattr(layout, "TensorGuards", None)
-    tensors = [torch.randn(4, 8), torch.randn(()), torch.randn(2, 3, 4, 5)]
-    layouts = [*map(layout.Layout.of, tensors)]
-    guard = layout.LayoutGuard(layouts, [(0, 1), (2,)])
-    same = [torch.zeros_like(t) for t in tensors]
-    assert guard.check(same)
-    assert guard.check_rows(same, b"\1\1")
-    first = tensors[0]
-    for other in (
-        None,
-        torch.randn(8, 4).t(),
-        first[:3],
-        first[:, :7],
-        first.bfloat16(),
-        first.double(),
-        first.to("meta"),
-        first.to_sparse(),
-        first.to(torch.complex64).conj(),
-        Parameter(first),
-    ):
-        assert not guard.check([other, *tensors[1:]])
-        assert not guard.check_rows([other, *tensors[1:]], b"\1\1")
-        assert guard.check_rows([other, *tensors[1:]], b"\0\1")
-
-
-def test_is_dense() -> None:
-    base = torch.zeros(4, 6, 5)
-    for tensor, dense in (
-        (base, True),
-        (base.permute(2, 0, 1), True),
-        (base[1:2].transpose(0, 2), True),
-        (base[:, ::2], False),
-        (base[:, :, :1].expand(4, 6, 5), False),
-        (base[:0], True),
-        (torch.zeros(()), True),
-    ):
-        assert layout.is_non_overlapping_and_dense(tensor) == dense
 
 
 def test_same_objects_are_not_compared_by_value() -> None:

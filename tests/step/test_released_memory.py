@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE, STATEFUL_CASES, Case, new_param
+from cases import DEVICE, STATEFUL_CASES, Case, every_state, grad_of, new_param
 from embedding_tables import SPARSE_CASES
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -69,8 +69,7 @@ def _optimizer(case: Case) -> tuple[Any, list[weakref.ref[Tensor]], list[weakref
     params = [new_param(4, 3) for _ in range(3)]
     if case.name == "sparse":
         for param in params:
-            assert param.grad is not None
-            param.grad = param.grad.to_sparse(1)
+            param.grad = grad_of(param).to_sparse(1)
     optimizer = case.ours([{"params": params[:2]}, {"params": params[2:]}])
     optimizer.step()
     optimizer.step()
@@ -107,7 +106,7 @@ def test_parameters(case: Case, change: Change) -> None:
     _step(optimizer, case)
 
 
-@pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
+@every_state
 def test_parameters_that_step_in_backward(case: Case) -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)).to(DEVICE)
     groups = [{"params": [*layer.parameters()]} for layer in model]

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE, Case, assert_same_bits, refused
+from assertions import assert_same_bits, raises
+from cases import DEVICE, Case, grad_of, interpreted, new_param
 from embedding_tables import ADAGRAD, Tables, every_sparse_case, launches_of, sparse, worst
 from torch.nn import Parameter
 
 import triton_optim
 from triton_optim.step import row_wise, validation
 
-interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="watches Triton's interpreter")
-
 
 @interpreted
 @every_sparse_case
 @pytest.mark.parametrize("bad", [-1, 12, -(2**40), 2**40])
 @pytest.mark.parametrize("steps_before", [0, 1])
-def test_rows_that_are_not_there_are_refused(case: Case, bad: int, steps_before: int) -> None:
+def test_rows_that_are_not_there_raise(case: Case, bad: int, steps_before: int) -> None:
     """On the CPU, where that can be known; nothing is written, of the dense parameter neither."""
     tables = Tables([(12, 3), (4, 3)])
     optimizer = case.ours(tables.params)
@@ -30,7 +30,7 @@ def test_rows_that_are_not_there_are_refused(case: Case, bad: int, steps_before:
     tables.new_gradients([5, 5])
     tables.params[0].grad = sparse([3, bad, 2], tables.draw(3, 3), tables.params[0])
     message = rf"parameter 0 of group 0 has a row {bad}, the parameter 12 rows"
-    with refused(message, optimizer, tables.params):
+    with raises(message, optimizer, tables.params):
         optimizer.step()
 
 
@@ -71,7 +71,7 @@ def test_one_row_that_is_not_there_within_a_program(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adagrad", "RowwiseAdagrad"])
-def test_rows_that_are_not_there_are_refused_on_torchs_way(name: str) -> None:
+def test_rows_that_are_not_there_raise_in_the_fallback(name: str) -> None:
     """At every step, before it writes."""
     param = Parameter(torch.ones(3, 2))
     optimizer = getattr(triton_optim, name)([param], fused=False)
@@ -79,12 +79,12 @@ def test_rows_that_are_not_there_are_refused_on_torchs_way(name: str) -> None:
     optimizer.step()
     for bad in (-1, 3, 10**9):
         param.grad = sparse([0, bad], torch.ones(2, 2), param).cpu()
-        with refused(f"has a row {bad}, the parameter 3 rows", optimizer, [param]):
+        with raises(f"has a row {bad}, the parameter 3 rows", optimizer, [param]):
             optimizer.step()
 
 
 def test_what_the_kernels_do_not_take() -> None:
-    """Goes torch's way: two sparse dims, a parameter that is not contiguous, wide rows."""
+    """Falls back to torch: two sparse dims, a parameter that is not contiguous, wide rows."""
     shapes = {"two sparse dims": (6, 5), "not contiguous": (6, 5), "wide": (3, 4097)}
     for kind, shape in shapes.items():
         params = [Parameter(torch.ones(shape, device=DEVICE)) for _ in range(2)]
@@ -142,7 +142,7 @@ def test_options_that_sparse_gradients_exclude(kwargs: dict[str, Any], message: 
     tables = Tables([(12, 3)])
     tables.new_gradients([4])
     optimizer = ADAGRAD.ours(tables.params, **kwargs)
-    with refused(message, optimizer, tables.params):
+    with raises(message, optimizer, tables.params):
         optimizer.step()
 
 
@@ -158,7 +158,7 @@ def test_more_rows_than_can_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="it or its gradient has more than 10 rows"):
         ADAGRAD.ours(tables.params, fused=True).step()
     tables.new_gradients([8, 8])
-    with refused("have 16 rows together, more than 10", ADAGRAD.ours(tables.params), tables.params):
+    with raises("have 16 rows together, more than 10", ADAGRAD.ours(tables.params), tables.params):
         ADAGRAD.ours(tables.params).step()
 
 
@@ -167,3 +167,32 @@ def test_check_ids_knows_every_sparse_dim() -> None:
     validation.check_indices(ids, (3, 5, 7), "p")
     with pytest.raises(RuntimeError, match="p has a row 4, the parameter 4 rows"):
         validation.check_indices(ids, (3, 4, 7), "p")
+
+
+def test_a_sparse_gradient_has_no_norm() -> None:
+    param = new_param(5)
+    other = Parameter(torch.ones(4, 3, device=DEVICE))
+    other.grad = torch.ones(4, 3, device=DEVICE).to_sparse(1)
+    optimizer = triton_optim.SGD([param, other], max_grad_norm=1.0)
+    with pytest.raises(RuntimeError, match=r"max_grad_norm takes no torch\.sparse_coo gradient"):
+        optimizer.step()
+
+
+def test_a_failing_sort_leaves_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As out of memory: the dense parameter of the same step, too."""
+    tables = Tables([(12, 4), (12, 4)])
+    optimizer = ADAGRAD.ours(tables.params)
+    for step in range(2):
+        tables.new_gradients([9, 9])
+        tables.params[1].grad = grad_of(tables.params[1]).to_dense()
+        if step == 1:
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "sort", None)
+                before = copy.deepcopy(
+                    [[p.detach() for p in tables.params], optimizer.state_dict()]
+                )
+                with pytest.raises(TypeError):
+                    optimizer.step()
+            assert_same_bits([[p.detach() for p in tables.params], optimizer.state_dict()], before)
+        optimizer.step()
+    assert all(state["step"] == 2 for state in optimizer.state.values())

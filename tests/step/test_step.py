@@ -6,8 +6,8 @@ import weakref
 
 import pytest
 import torch
-from cases import CASES, DEVICE, Case, skip_without_late_state
-from paired_optimizers import Pair, every_state, two_groups
+from cases import CASES, DEVICE, Case, every_state, grad_of, skip_without_late_state
+from paired_optimizers import Pair, two_groups
 from torch.nn import Parameter
 
 from triton_optim.launch import backend
@@ -21,22 +21,6 @@ def test_groups_have_their_own_hyperparameters(case: Case, launches: list[backen
 
 
 @every_state
-def test_gradients_come_and_go(case: Case) -> None:
-    pair = Pair(case)
-    for without in ((0,), (0, 1, 2, 3), (), (2,), (1, 3), ()):
-        pair.step(2, without)
-
-
-@every_state
-def test_frozen_and_unfrozen(case: Case) -> None:
-    pair = Pair(case)
-    pair.each(lambda _, params: params[1].requires_grad_(False))
-    pair.step(2, without=(1,))
-    pair.each(lambda _, params: params[1].requires_grad_(True))
-    pair.step(2)
-
-
-@every_state
 def test_gradients_that_stay_in_place(case: Case, launches: list[backend.Variant]) -> None:
     pair = Pair(case)
     pair.step()
@@ -44,8 +28,7 @@ def test_gradients_that_stay_in_place(case: Case, launches: list[backend.Variant
         for optimizer, tensors in zip(pair.optimizers, pair.tensors, strict=True):
             optimizer.zero_grad(set_to_none=False)
             for param in tensors.params:
-                assert param.grad is not None
-                param.grad.add_(tensors.draw(*param.shape))
+                grad_of(param).add_(tensors.draw(*param.shape))
             optimizer.step()
         pair.check()
     assert len(launches) == 4

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DEVICE, Case, assert_same_bits, new_param, twins_of
+from assertions import assert_same_bits
+from cases import CASES, DEVICE, Case, each, new_param, two_copies
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -20,12 +21,12 @@ from triton_optim.launch.launcher import record_launches
 
 # torch's for-loop of Adagrad reads its step, which cannot be traced.
 TRACED = [case for case in CASES if case.name in ("sgd", "sgd-dampening", "rmsprop", "rmsprop-all")]
-every_case = pytest.mark.parametrize("case", TRACED, ids=lambda case: case.name)
+every_case = each(TRACED)
 
 
 def _pair(case: Case) -> tuple[list[Parameter], list[Any]]:
     """Ours and torch's, after a step."""
-    params = twins_of(new_param(5))
+    params = two_copies(new_param(5))
     optimizers = [case.ours(params[:1]), case.theirs(params[1:])]
     for optimizer in optimizers:
         optimizer.step()

@@ -1,4 +1,4 @@
-"""DTensors of one process: what is refused. `test_distributed.py` has several."""
+"""DTensors of one process: what raises. `test_distributed.py` has several."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import refused
+from assertions import raises
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
@@ -44,5 +44,5 @@ def _on(device_type: str) -> Parameter:
 def test_a_norm_over_meshes_of_mixed_devices() -> None:
     params = [_on("cpu"), _on("meta")]
     optimizer = triton_optim.SGD(params, max_grad_norm=1.0)
-    with refused("meshes of cpu and meta devices", optimizer, [*map(sharding.local, params)]):
+    with raises("meshes of cpu and meta devices", optimizer, [*map(sharding.local, params)]):
         optimizer.step()

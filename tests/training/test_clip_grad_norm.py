@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from assertions import assert_no_worse, assert_same_bits
 from cases import (
     BLOCK,
     DEVICE,
@@ -14,20 +15,22 @@ from cases import (
     SPECS,
     Spec,
     Tensors,
-    assert_no_worse,
-    assert_same_bits,
     copies_of,
     double,
+    grad_of,
+    interpreted,
     new_param,
 )
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_ as torchs
 
+import triton_optim
 from triton_optim import clip_grad_norm_
 from triton_optim.launch import chunking
 from triton_optim.launch.launcher import record_launches
+from triton_optim.step.conditions import StepConditions
+from triton_optim.step.planning import Planning
 
-interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
 # Gradients that lie dense in memory; torch's function is what clips the others.
 DENSE = tuple(spec for spec in SPECS if spec.name != "grad-expanded")
 
@@ -107,8 +110,7 @@ def test_a_gradient_that_occurs_twice() -> None:
 )
 def test_a_bad_max_norm(max_norm: Any, error: type[Exception]) -> None:
     param = new_param(5)
-    assert param.grad is not None
-    before = param.grad.clone()
+    before = grad_of(param).clone()
     with pytest.raises(error):
         clip_grad_norm_([param], max_norm)
     assert_same_bits(param.grad, before)
@@ -125,8 +127,7 @@ def test_gradients_that_overlap() -> None:
 
 def test_inside_a_compiled_program() -> None:
     param, twin = new_param(5), new_param(5)
-    assert param.grad is not None
-    twin.grad = param.grad.clone()
+    twin.grad = grad_of(param).clone()
 
     def clip() -> torch.Tensor:
         return clip_grad_norm_([param], 0.5)
@@ -145,9 +146,43 @@ def test_nothing_to_clip() -> None:
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_error_if_nonfinite(value: float) -> None:
     params = [new_param(5), new_param(3, 4)]
-    assert params[1].grad is not None
-    params[1].grad[1, 2] = value
+    grad_of(params[1])[1, 2] = value
     before = [param.grad.clone() for param in params if param.grad is not None]
     with pytest.raises(RuntimeError, match="non-finite"):
         clip_grad_norm_(params, 1.0, error_if_nonfinite=True)
     assert_same_bits([param.grad for param in params], before)
+
+
+@interpreted
+def test_the_order_of_programs_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import interpreter
+
+    sizes = [7 * BLOCK + 3, 1, 5 * BLOCK, BLOCK - 1]
+    grads = [torch.randn(n) * 10.0 ** (i - 2) for i, n in enumerate(sizes)]
+    norms = []
+    set_grid_idx = interpreter.InterpreterBuilder.set_grid_idx
+    for order in (range(9), reversed(range(9)), [3, 8, 0, 4, 5, 1, 7, 2, 6]):
+        turns = iter(order)
+
+        def shuffled(builder: Any, x: int, y: int, z: int, turns: Any = turns) -> None:
+            set_grid_idx(builder, next(turns), y, z)
+
+        params = [Parameter(torch.zeros_like(grad)) for grad in grads]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.clone()
+        optimizer = triton_optim.SGD(params, max_grad_norm=1.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", shuffled)
+            norms.append(_norm(optimizer))
+        assert next(turns, None) is None
+    assert norms[0] == norms[1] == norms[2]
+
+
+def _norm(optimizer: triton_optim.SGD) -> torch.Tensor:
+    """Of its gradients, and nothing is stepped."""
+    plan = Planning(optimizer._fused_view()).finish()
+    conditions = StepConditions.read({}, optimizer._stepper.options)
+    inputs = [group.first_inputs for group in plan.launch_groups]
+    plan.compile(inputs, conditions)
+    plan.upload(inputs, conditions)
+    return plan.grad_norm([], conditions).clone()

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE, STATEFUL_CASES, TORCH, Case
-from paired_optimizers import Pair, every_state
+from cases import DEVICE, STATEFUL_CASES, TORCH, Case, every_state
+from paired_optimizers import Pair
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn import Linear, Sequential, Tanh

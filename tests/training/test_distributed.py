@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import STATEFUL_CASES, Case, new_param
+from cases import Case, every_state, new_param
 from distributed_scenarios import SCENARIOS
 
 SIZES = (2, 4, 1)  # of one world after another: the last two go on from checkpoints
@@ -52,7 +52,7 @@ def test_on_gpus(run: str) -> None:
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"max_grad_norm": 1.0}], ids=["plain", "clipping"])
-@pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
+@every_state
 def test_keys_of_a_state_dict_are_torchs(case: Case, kwargs: dict[str, float]) -> None:
     """No key more: torch.distributed.checkpoint would look for it in a checkpoint of torch's."""
     keys = []

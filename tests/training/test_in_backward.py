@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DEVICE, Case
+from cases import CASES, DEVICE, Case, every_state
 from paired_models import MOMENTUM, Net, PairedModels
-from paired_optimizers import every_state
 from torch import Tensor, nn
 
 import triton_optim
@@ -178,7 +177,7 @@ def test_an_exception_inside_backward(where: int) -> None:
     pair.step(2)
 
 
-def test_torchs_way() -> None:
+def test_fallback_to_torch() -> None:
     """Sparse gradients of an embedding, beside dense ones."""
     case = next(case for case in CASES if case.name == "sgd-momentum")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import resumable_training
 import torch
-from cases import assert_same_bits
+from assertions import assert_same_bits
 
 KILLS = 50
 ENDLESS = sys.maxsize

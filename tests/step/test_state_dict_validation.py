@@ -1,4 +1,4 @@
-"""Checkpoints that do not fit: refused when loaded, and the optimizer goes on as it was."""
+"""State that does not fit raises, when loaded or at the step; the optimizer goes on as it was."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from assertions import assert_same_bits, raises
 from cases import (
+    BLOCK,
     DEVICE,
     STATEFUL_CASES,
     Case,
+    every_state,
     main_state,
     new_param,
-    refused,
-    twins_of,
+    two_copies,
+    with_state,
+    with_step,
 )
-
-every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
-with_state = pytest.mark.parametrize("case", STATEFUL_CASES[1:], ids=lambda case: case.name)
+from torch import Tensor
 
 # What becomes of parameter 1 in a checkpoint, whose main state is {}, and the error.
 CHECKPOINT_DAMAGES: dict[str, tuple[Callable[[dict[str, Any], str], object], str]] = {
@@ -54,17 +56,16 @@ def _applies(case: Case, damage: str) -> bool:
 def test_a_damaged_checkpoint_is_not_loaded(case: Case, damage: str) -> None:
     inflict, message = ALL_DAMAGES[damage]
     params = [new_param(3), new_param(100)]
-    optimizer, twin = case.ours(params), case.theirs([p for q in params for p in twins_of(q)[:1]])
+    optimizer, twin = case.ours(params), case.theirs([p for q in params for p in two_copies(q)[:1]])
     optimizer.step()
     twin.step()
     checkpoint = copy.deepcopy(optimizer.state_dict())
     inflict(checkpoint["state"][1], main_state(case))
-    with refused(message.format(main_state(case)), optimizer, params):
+    with raises(message.format(main_state(case)), optimizer, params):
         optimizer.load_state_dict(checkpoint)
     optimizer.step()
     twin.step()
-    for p, q in zip(params, twin.param_groups[0]["params"], strict=True):
-        torch.testing.assert_close(p, q)
+    torch.testing.assert_close(params, twin.param_groups[0]["params"])
 
 
 @with_state
@@ -74,7 +75,7 @@ def test_a_checkpoint_of_more_parameters(case: Case) -> None:
     optimizer.step()
     checkpoint = copy.deepcopy(optimizer.state_dict())
     checkpoint["state"][7] = checkpoint["state"][0]
-    with refused("state for parameter 7, but the optimizer has 1", optimizer, [param]):
+    with raises("state for parameter 7, but the optimizer has 1", optimizer, [param]):
         optimizer.load_state_dict(checkpoint)
 
 
@@ -87,7 +88,7 @@ def test_a_checkpoint_of_another_optimizer(case: Case) -> None:
     adam = torch.optim.Adam([other])
     for _ in range(2):
         checkpoint = copy.deepcopy(adam.state_dict())
-        with refused("group 0 of the state dict has no|of parameter 0", optimizer, [param]):
+        with raises("group 0 of the state dict has no|of parameter 0", optimizer, [param]):
             optimizer.load_state_dict(checkpoint)
         adam.step()
 
@@ -98,7 +99,7 @@ def test_a_checkpoint_whose_entry_is_no_dict(case: Case) -> None:
     optimizer = case.ours([param])
     optimizer.step()
     checkpoint = {**optimizer.state_dict(), "state": {0: None}}
-    with refused("state of parameter 0 of group 0 is None", optimizer, [param]):
+    with raises("state of parameter 0 of group 0 is None", optimizer, [param]):
         optimizer.load_state_dict(checkpoint)
 
 
@@ -109,12 +110,12 @@ def test_a_checkpoint_whose_tensors_are_one(case: Case) -> None:
     optimizer.step()
     checkpoint, name = copy.deepcopy(optimizer.state_dict()), main_state(case)
     checkpoint["state"][1][name] = checkpoint["state"][0][name]
-    with refused(f"'{name}' of parameter 0 .* share memory", optimizer, params):
+    with raises(f"'{name}' of parameter 0 .* share memory", optimizer, params):
         optimizer.load_state_dict(checkpoint)
 
 
 @with_state
-def test_a_short_checkpoint_for_torchs_way(case: Case) -> None:
+def test_a_short_checkpoint_for_the_fallback(case: Case) -> None:
     """Refused too; and at the step, if it came into the optimizer in another way."""
     params = [new_param(3), new_param(5)]
     optimizer = case.ours(params, fused=False)
@@ -122,17 +123,17 @@ def test_a_short_checkpoint_for_torchs_way(case: Case) -> None:
     name = main_state(case)
     checkpoint = copy.deepcopy(optimizer.state_dict())
     checkpoint["state"][1][name] = checkpoint["state"][1][name][:1]
-    with refused(f"'{name}' of parameter 1 of group 0 has shape", optimizer, params):
+    with raises(f"'{name}' of parameter 1 of group 0 has shape", optimizer, params):
         optimizer.load_state_dict(checkpoint)
     optimizer.state[params[1]] = {**optimizer.state[params[1]], name: torch.ones(1, device=DEVICE)}
-    with refused(f"'{name}' of parameter 1 of group 0 has shape", optimizer, params):
+    with raises(f"'{name}' of parameter 1 of group 0 has shape", optimizer, params):
         optimizer.step()
 
 
 @every_state
 def test_what_torch_loads_is_loaded(case: Case) -> None:
     """A wrapper's tensor beside ours, what a hook unwraps, names for some, steps from numpy."""
-    p, q = twins_of(new_param(3))
+    p, q = two_copies(new_param(3))
     ours, theirs = case.ours([("p", p)]), case.theirs([("q", q)])
     for optimizer, param in ((ours, p), (theirs, q)):
         optimizer.step()
@@ -146,3 +147,38 @@ def test_what_torch_loads_is_loaded(case: Case) -> None:
         optimizer.step()
     torch.testing.assert_close(p, q)
     torch.testing.assert_close(ours.state[p]["slow"], theirs.state[q]["slow"])
+
+
+STATE_DAMAGES: dict[str, tuple[Callable[[Tensor], object], str]] = {
+    "short": (lambda t: t.flatten()[:-1].clone(), r"has shape \(11,\)"),
+    "integer": (lambda t: t.int(), "is torch.int32"),
+    "sparse": (lambda t: t.to_sparse(), "is torch.sparse_coo"),
+    "complex": (lambda t: t.to(torch.complex64), "is torch.complex64"),
+    "missing": (lambda t: None, "is None"),
+    "device": (lambda t: t.to("meta"), "is on meta"),
+}
+
+
+@with_step
+@pytest.mark.parametrize("damage", STATE_DAMAGES)
+def test_state_damaged_between_steps(case: Case, damage: str) -> None:
+    name = main_state(case)
+    inflict, message = STATE_DAMAGES[damage]
+    params = [new_param(5), new_param(3, 4), new_param(BLOCK + 1)]
+    optimizer = case.ours([("a", params[0]), ("b", params[1]), ("c", params[2])])
+    optimizer.step()
+    entry = optimizer.state[params[1]]
+    entry[name], kept = inflict(entry[name]), entry[name]
+    steps = [float(optimizer.state[p]["step"]) for p in params]
+    others = copy.deepcopy([optimizer.state[p] for p in (params[0], params[2])])
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(
+        RuntimeError, match=rf"'{name}' of parameter 1 \('b'\) of group 0 {message}"
+    ):
+        optimizer.step()
+    assert_same_bits([p.detach() for p in params], before)
+    assert [float(optimizer.state[p]["step"]) for p in params] == steps
+    assert_same_bits([optimizer.state[p] for p in (params[0], params[2])], others)
+    entry[name] = kept
+    optimizer.step()
+    assert [float(optimizer.state[p]["step"]) for p in params] == [s + 1 for s in steps]

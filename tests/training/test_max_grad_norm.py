@@ -9,65 +9,25 @@ from typing import Any
 import paired_optimizers
 import pytest
 import torch
+from assertions import assert_no_worse, assert_same_bits, raises
 from cases import (
-    BLOCK,
     CASES,
-    DEVICE,
     STATEFUL_CASES,
     Case,
     Tensors,
-    assert_no_worse,
-    assert_same_bits,
     copies_of,
+    every_state,
+    grad_of,
+    interpreted,
     new_param,
-    refused,
 )
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_ as torchs
 
 import triton_optim
 from triton_optim.launch.launcher import record_launches
-from triton_optim.step.conditions import StepConditions
-from triton_optim.step.planning import Planning
 
-interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
-every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
 FEW = paired_optimizers.SPECS
-
-
-@interpreted
-def test_the_order_of_programs_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton.runtime import interpreter
-
-    sizes = [7 * BLOCK + 3, 1, 5 * BLOCK, BLOCK - 1]
-    grads = [torch.randn(n) * 10.0 ** (i - 2) for i, n in enumerate(sizes)]
-    norms = []
-    set_grid_idx = interpreter.InterpreterBuilder.set_grid_idx
-    for order in (range(9), reversed(range(9)), [3, 8, 0, 4, 5, 1, 7, 2, 6]):
-        turns = iter(order)
-
-        def shuffled(builder: Any, x: int, y: int, z: int, turns: Any = turns) -> None:
-            set_grid_idx(builder, next(turns), y, z)
-
-        params = [Parameter(torch.zeros_like(grad)) for grad in grads]
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad.clone()
-        optimizer = triton_optim.SGD(params, max_grad_norm=1.0)
-        with monkeypatch.context() as patch:
-            patch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", shuffled)
-            norms.append(_norm(optimizer))
-        assert next(turns, None) is None
-    assert norms[0] == norms[1] == norms[2]
-
-
-def _norm(optimizer: triton_optim.SGD) -> torch.Tensor:
-    """Of its gradients, and nothing is stepped."""
-    plan = Planning(optimizer._fused_view()).finish()
-    conditions = StepConditions.read({}, optimizer._stepper.options)
-    inputs = [group.first_inputs for group in plan.launch_groups]
-    plan.compile(inputs, conditions)
-    plan.upload(inputs, conditions)
-    return plan.grad_norm([], conditions).clone()
 
 
 @pytest.mark.parametrize(
@@ -92,8 +52,7 @@ def test_max_grad_norm_is_a_clipped_step(case: Case, dtype: torch.dtype) -> None
         for problem, optimizer in zip(problems[1:], others, strict=True):
             problem.new_gradients()
             for param in problem.params:
-                assert param.grad is not None
-                param.grad = param.grad.clone()
+                param.grad = grad_of(param).clone()
             norm = torchs(problem.params, 2.0)
             optimizer.step()
         torch.testing.assert_close(ours.grad_norm.double(), norm, rtol=1e-6, atol=0)
@@ -183,8 +142,7 @@ def _assert_unchanged(before: dict[int, Any], after: dict[int, Any]) -> None:
 def test_nan_spreads_without_options(case: Case) -> None:
     """As with torch: a norm of NaN makes every parameter NaN."""
     params = [new_param(5), new_param(3, 4)]
-    assert params[1].grad is not None
-    params[1].grad[0, 1] = math.nan
+    grad_of(params[1])[0, 1] = math.nan
     case.ours(params, max_grad_norm=1.0).step()
     assert all(bool(param.isnan().all()) for param in params)
 
@@ -194,9 +152,8 @@ def test_error_if_nonfinite_writes_nothing(case: Case) -> None:
     params = [new_param(5), new_param(3, 4)]
     optimizer = case.ours(params, max_grad_norm=1.0, error_if_nonfinite=True)
     optimizer.step()
-    assert params[1].grad is not None
-    params[1].grad[0, 1] = math.nan
-    with refused("norm of the gradients is nan", optimizer, params):
+    grad_of(params[1])[0, 1] = math.nan
+    with raises("norm of the gradients is nan", optimizer, params):
         optimizer.step()
 
 
@@ -235,7 +192,7 @@ def test_max_grad_norm_may_change() -> None:
 
 
 @pytest.mark.parametrize("kwargs", [{"fused": False}, {"foreach": True}], ids=str)
-def test_on_torchs_own_way(kwargs: dict[str, Any]) -> None:
+def test_fallback_to_torch(kwargs: dict[str, Any]) -> None:
     """Beside parameters that the kernels take: one norm of all gradients."""
     params = [new_param(5), new_param(3, 4)]
     twins = copies_of(params)
@@ -246,15 +203,6 @@ def test_on_torchs_own_way(kwargs: dict[str, Any]) -> None:
     torch.optim.SGD(twins, lr=0.1, foreach=False).step()
     torch.testing.assert_close(optimizer.grad_norm, norm)
     torch.testing.assert_close(params, twins)
-
-
-def test_a_sparse_gradient_has_no_norm() -> None:
-    param = new_param(5)
-    other = Parameter(torch.ones(4, 3, device=DEVICE))
-    other.grad = torch.ones(4, 3, device=DEVICE).to_sparse(1)
-    optimizer = triton_optim.SGD([param, other], max_grad_norm=1.0)
-    with pytest.raises(RuntimeError, match=r"max_grad_norm takes no torch\.sparse_coo gradient"):
-        optimizer.step()
 
 
 @every_state

@@ -9,6 +9,7 @@ from typing import Any
 import paired_optimizers
 import pytest
 import torch
+from assertions import assert_no_worse, assert_same_bits
 from cases import (
     CASES,
     DEVICE,
@@ -16,10 +17,10 @@ from cases import (
     Case,
     Spec,
     Tensors,
-    assert_no_worse,
-    assert_same_bits,
+    every_state,
+    grad_of,
     new_param,
-    refused,
+    scaled_step,
 )
 from cases import SPECS as ALL_SPECS
 from torch.nn import Parameter
@@ -27,19 +28,8 @@ from torch.nn import Parameter
 import triton_optim
 from triton_optim.launch.launcher import record_launches
 
-every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: case.name)
 INF = math.inf
 SCALE = 1024.0
-
-
-def _told(optimizer: Any, found_inf: float, grad_scale: float | None) -> None:
-    """Step as GradScaler does."""
-    optimizer.found_inf = torch.tensor(found_inf, device=DEVICE)
-    optimizer.grad_scale = None if grad_scale is None else torch.tensor(grad_scale, device=DEVICE)
-    try:
-        optimizer.step()
-    finally:
-        del optimizer.found_inf, optimizer.grad_scale
 
 
 # Autograd leaves no gradient expanded.
@@ -85,7 +75,7 @@ def test_unscaling_in_the_update(case: Case, storage: torch.dtype) -> None:
         for grad in scaled.grads:
             grad.mul_(16.0)
         versions = [grad._version for grad in scaled.grads]
-        _told(one, 0.0, 16.0)
+        scaled_step(one, 0.0, 16.0)
         other.step()
         assert_same_bits(scaled.grads, plain.grads)
         assert all(g._version > v for g, v in zip(scaled.grads, versions, strict=True))
@@ -105,10 +95,10 @@ def test_a_skipped_step_leaves_everything(
     tensors.new_gradients()
     before = copy.deepcopy([tensors.params, tensors.grads, optimizer.state_dict()])
     with record_launches() as launches:
-        _told(optimizer, found_inf, grad_scale)
+        scaled_step(optimizer, found_inf, grad_scale)
     assert launches
     assert_same_bits([tensors.params, tensors.grads, optimizer.state_dict()], before)
-    _told(optimizer, 0.0, grad_scale)
+    scaled_step(optimizer, 0.0, grad_scale)
     assert not torch.equal(tensors.params[-1], before[0][-1])
 
 
@@ -118,16 +108,16 @@ def test_a_first_step_that_is_skipped_is_none(case: Case) -> None:
     skipped, plain = (Tensors(torch.float64, specs=paired_optimizers.SPECS) for _ in range(2))
     optimizer, other = case.ours(skipped.params), case.ours(plain.params)
     skipped.new_gradients()
-    _told(optimizer, 1.0, None)
+    scaled_step(optimizer, 1.0, None)
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    _told(optimizer, 1.0, None)
+    scaled_step(optimizer, 1.0, None)
     for tensors, opt in ((skipped, optimizer), (plain, other)):
         tensors._generator.manual_seed(1)
         for _ in range(2):
             tensors.new_gradients()
-            _told(opt, 0.0, None)
+            scaled_step(opt, 0.0, None)
             tensors.params[0].grad = None
-            _told(opt, 0.0, None)
+            scaled_step(opt, 0.0, None)
     assert_same_bits(skipped.params, plain.params)
     assert_same_bits(optimizer.state_dict()["state"], other.state_dict()["state"])
 
@@ -143,7 +133,7 @@ def test_clipping_comes_after_unscaling(case: Case) -> None:
         problems[0].new_gradients()
         for grad in problems[0].grads:
             grad.mul_(SCALE)
-        _told(ours, 0.0, SCALE)
+        scaled_step(ours, 0.0, SCALE)
         for tensors, optimizer in zip((problems[1], exact), others, strict=True):
             tensors.new_gradients()
             norm = torch.nn.utils.clip_grad_norm_(tensors.params, 1.5)
@@ -155,7 +145,7 @@ def test_clipping_comes_after_unscaling(case: Case) -> None:
 
 @pytest.mark.parametrize("kwargs", [{"fused": False}, {"foreach": True}], ids=str)
 @pytest.mark.parametrize("found_inf", [0.0, 1.0])
-def test_on_torchs_own_way(kwargs: dict[str, Any], found_inf: float) -> None:
+def test_fallback_to_torch(kwargs: dict[str, Any], found_inf: float) -> None:
     """Beside parameters that the kernels take."""
     params = [new_param(5), new_param(3, 4)]
     groups = [{"params": params[:1]}, {"params": params[1:], **kwargs}]
@@ -163,9 +153,8 @@ def test_on_torchs_own_way(kwargs: dict[str, Any], found_inf: float) -> None:
     grads = [param.grad.clone() for param in params if param.grad is not None]
     expected = [param - 0.5 * (1 - found_inf) * g for param, g in zip(params, grads, strict=True)]
     for param in params:
-        assert param.grad is not None
-        param.grad.mul_(8.0)
-    _told(optimizer, found_inf, 8.0)
+        grad_of(param).mul_(8.0)
+    scaled_step(optimizer, found_inf, 8.0)
     torch.testing.assert_close(params, expected)
     factor = 8.0 if found_inf else 1.0
     torch.testing.assert_close([param.grad for param in params], [factor * g for g in grads])
@@ -204,84 +193,21 @@ def test_unscaled_by_hand(case: Case) -> None:
     torch.testing.assert_close(params[0], params[1])
 
 
-@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
-@pytest.mark.parametrize("value", [torch.ones((), device="meta"), torch.ones(2), 1.0], ids=str)
-def test_a_scale_that_the_kernel_cannot_read(name: str, value: Any) -> None:
-    param = new_param(5)
-    optimizer = triton_optim.RMSprop([param])
-    optimizer.step()
-    setattr(optimizer, name, value)
-    with refused(f"optimizer.{name} is ", optimizer, [param]):
-        optimizer.step()
-
-
-def test_an_expanded_gradient_cannot_be_unscaled() -> None:
-    param = new_param(5, 6)
-    param.grad = torch.ones(5, 1, device=DEVICE).expand(5, 6)
-    optimizer = triton_optim.SGD([param])
-    vars(optimizer)["grad_scale"] = torch.ones((), device=DEVICE)
-    with refused("is expanded", optimizer, [param]):
-        optimizer.step()
-
-
 def test_a_scale_whose_squares_overflow() -> None:
-    """The norm is that of unscaled gradients, on both ways."""
+    """The norm is that of unscaled gradients, on both routes."""
     for kwargs in ({}, {"fused": False}):
         param = Parameter(torch.ones(4, device=DEVICE))
         param.grad = torch.tensor([1.0, 2.0, 3.0, 4.0], device=DEVICE) * 2.0**70
         optimizer = triton_optim.SGD([param], lr=1.0, max_grad_norm=1.0, **kwargs)
-        _told(optimizer, 0.0, 2.0**70)
+        scaled_step(optimizer, 0.0, 2.0**70)
         torch.testing.assert_close(float(optimizer.grad_norm or 0), 30**0.5)
         expected = 1 - torch.tensor([1.0, 2.0, 3.0, 4.0], device=DEVICE) / 30**0.5
         torch.testing.assert_close(param.detach(), expected)
-
-
-def test_one_gradient_of_two_parameters() -> None:
-    params = [new_param(5), new_param(5)]
-    params[0].grad = params[1].grad
-    optimizer = triton_optim.SGD(params)
-    optimizer.step()
-    vars(optimizer)["grad_scale"] = torch.ones((), device=DEVICE)
-    with refused("one gradient tensor", optimizer, params):
-        optimizer.step()
-    assert "grad_scale" not in vars(optimizer)  # a scaler would multiply its next scale by it
-
-
-class _Clamping(triton_optim.SGD):
-    def step(self, closure: Any = None) -> Any:
-        for param in self.param_groups[0]["params"]:
-            param.grad.clamp_(-1.0, 1.0)
-        return super().step(closure)
-
-
-def _clamp(optimizer: Any, *_: Any) -> None:
-    for param in optimizer.param_groups[0]["params"]:
-        param.grad.clamp_(-1.0, 1.0)
-
-
-@pytest.mark.parametrize("make", [_Clamping, triton_optim.SGD])
-def test_what_sees_gradients_sees_them_unscaled(make: Any) -> None:
-    param = Parameter(torch.ones(3, device=DEVICE))
-    optimizer = make([param], lr=0.5)
-    if make is not _Clamping:
-        optimizer.register_step_pre_hook(_clamp)
-    scaler = torch.amp.GradScaler(DEVICE, init_scale=SCALE)
-    scaler.scale((4 * param).sum()).backward()
-    scaler.step(optimizer)
-    assert torch.equal(param, torch.full_like(param, 0.5))
 
 
 @pytest.mark.parametrize("found_inf", [0.0, 1.0])
 def test_a_parameter_without_elements_counts_as_the_others(found_inf: float) -> None:
     params = [new_param(0), new_param(3, dtype=torch.float64)]
     optimizer = triton_optim.RMSprop(params[:1])
-    _told(optimizer, found_inf, None)
+    scaled_step(optimizer, found_inf, None)
     assert float(optimizer.state[params[0]]["step"]) == 1 - found_inf
-
-
-def test_a_scaler_without_gradients() -> None:
-    """It tells an int: the sum of nothing."""
-    optimizer = triton_optim.RMSprop([Parameter(torch.ones(3, device=DEVICE))])
-    vars(optimizer).update(found_inf=0, grad_scale=torch.ones((), device=DEVICE))
-    optimizer.step()
-    assert not optimizer.state

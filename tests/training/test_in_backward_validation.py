@@ -1,4 +1,4 @@
-"""Steps inside the backward pass: what is refused, hooks, other wrappers of a model, lifetimes."""
+"""Steps inside the backward pass: what raises, hooks, other wrappers of a model, lifetimes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import DEVICE, assert_same_bits, refused
+from assertions import assert_same_bits, raises
+from cases import DEVICE
 from paired_models import MOMENTUM, Net, PairedModels
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -56,7 +57,7 @@ def _hooked(model: nn.Module) -> SGD:
         (_hooked, RuntimeError, "remove it"),
     ],
 )
-def test_optimizers_that_are_refused(make: Any, error: type[Exception], message: str) -> None:
+def test_unsupported_optimizers(make: Any, error: type[Exception], message: str) -> None:
     model = Net()
     with pytest.raises(error, match=message):
         step_in_backward(model, make(model))
@@ -102,7 +103,7 @@ def test_what_is_changed_later(change: str) -> None:
         optimizer.max_grad_norm = 1.0
     else:
         hook = optimizer.register_step_pre_hook(lambda *_: None)
-    with refused("call remove|leave it out|remove it", optimizer, [*model.parameters()]):
+    with raises("call remove|leave it out|remove it", optimizer, [*model.parameters()]):
         _backward(model)
     assert all(param.grad is None for param in model.parameters())
     optimizer.param_groups[:] = groups
@@ -149,7 +150,7 @@ def test_wrappers_that_exchange_gradients_later() -> None:
         step_in_backward(wrapped, optimizer)
     _assert_unhooked(model)
     step_in_backward(model, optimizer)  # nothing tells that it is wrapped, until it is called
-    with refused("DistributedDataParallel exchanges", optimizer, [*model.parameters()]):
+    with raises("DistributedDataParallel exchanges", optimizer, [*model.parameters()]):
         _backward(wrapped)
 
 

@@ -20,7 +20,6 @@ from torch.optim.optimizer import (
 
 import triton_optim
 from triton_optim import step_in_backward
-from triton_optim.launch import backend
 from triton_optim.launch.launcher import record_launches
 
 SCALE = 1024.0
@@ -93,38 +92,28 @@ def _of_the_class(param: Parameter, seen: Seen, **kwargs: Any) -> Iterator[Any]:
     yield Another([param], **kwargs)
 
 
-@contextmanager
-def _pre_hook(param: Parameter, seen: Seen, **kwargs: Any) -> Iterator[Any]:
-    optimizer = triton_optim.SGD([param], **kwargs)
-    optimizer.register_step_pre_hook(lambda optimizer, *_: _see(optimizer, seen))
-    yield optimizer
+def _hook(kind: str) -> Callable[..., Any]:
+    @contextmanager
+    def hooked(param: Parameter, seen: Seen, **kwargs: Any) -> Iterator[Any]:
+        optimizer = triton_optim.SGD([param], **kwargs)
+        register: dict[str, Any] = {
+            "pre": optimizer.register_step_pre_hook,
+            "post": optimizer.register_step_post_hook,
+            "global pre": register_optimizer_step_pre_hook,
+            "global post": register_optimizer_step_post_hook,
+        }
+        handle = register[kind](lambda optimizer, *_: _see(optimizer, seen))
+        yield optimizer
+        handle.remove()
 
-
-@contextmanager
-def _post_hook(param: Parameter, seen: Seen, **kwargs: Any) -> Iterator[Any]:
-    optimizer = triton_optim.SGD([param], **kwargs)
-    optimizer.register_step_post_hook(lambda optimizer, *_: _see(optimizer, seen))
-    yield optimizer
-
-
-@contextmanager
-def _global_pre_hook(param: Parameter, seen: Seen, **kwargs: Any) -> Iterator[Any]:
-    handle = register_optimizer_step_pre_hook(lambda optimizer, *_: _see(optimizer, seen))
-    yield triton_optim.SGD([param], **kwargs)
-    handle.remove()
-
-
-@contextmanager
-def _global_post_hook(param: Parameter, seen: Seen, **kwargs: Any) -> Iterator[Any]:
-    handle = register_optimizer_step_post_hook(lambda optimizer, *_: _see(optimizer, seen))
-    yield triton_optim.SGD([param], **kwargs)
-    handle.remove()
+    hooked.__name__ = f"{kind} hook"
+    return hooked
 
 
 BETWEEN = (
-    _wrapped, _on_the_instance, _around_a_schedulers, _of_the_class,
-    _pre_hook, _post_hook, _global_pre_hook, _global_post_hook,
-)  # fmt: skip
+    *(_wrapped, _on_the_instance, _around_a_schedulers, _of_the_class),
+    *map(_hook, ("pre", "post", "global pre", "global post")),
+)
 
 
 def _train(optimizer: Any, param: Parameter) -> Any:
@@ -181,23 +170,6 @@ def test_fused_unscales_and_skips_in_the_kernel(name: str, change: Callable[...,
     torch.testing.assert_close(*params)
 
 
-def test_no_kernel_no_unscaling_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On another device, and where torch's implementation was asked for in a group or loaded."""
-    param = Parameter(torch.ones(4, device=DEVICE))
-    optimizer = triton_optim.SGD([param], fused=True)
-    assert optimizer._step_supports_amp_scaling
-    for key, value in (("fused", None), ("fused", False), ("foreach", True)):
-        before = optimizer.param_groups[0][key]
-        optimizer.param_groups[0][key] = value
-        assert not optimizer._step_supports_amp_scaling
-        optimizer.param_groups[0][key] = before
-    monkeypatch.setattr(backend, "DEVICE_TYPE", "another")
-    assert not optimizer._step_supports_amp_scaling
-    monkeypatch.undo()
-    optimizer._step_supports_amp_scaling = False
-    assert not optimizer._step_supports_amp_scaling
-
-
 @pytest.mark.parametrize("between", BETWEEN[1:3], ids=lambda between: between.__name__)
 def test_step_in_backward_refuses_a_step_on_the_instance(between: Callable[..., Any]) -> None:
     model = nn.Linear(2, 1).to(DEVICE)
@@ -208,7 +180,7 @@ def test_step_in_backward_refuses_a_step_on_the_instance(between: Callable[..., 
         step_in_backward(model, other)
 
 
-def test_a_step_put_on_the_instance_afterwards_is_refused() -> None:
+def test_a_step_put_on_the_instance_afterwards_raises() -> None:
     """At the next pass, before anything is stepped."""
     model = nn.Linear(2, 1).to(DEVICE)
     optimizer: Any = triton_optim.SGD(model.parameters())
@@ -219,3 +191,27 @@ def test_a_step_put_on_the_instance_afterwards_is_refused() -> None:
         model(torch.ones(1, 2, device=DEVICE)).sum().backward()
     assert all(map(torch.equal, model.parameters(), before))
     handle.remove()
+
+
+class _Clamping(triton_optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        for param in self.param_groups[0]["params"]:
+            param.grad.clamp_(-1.0, 1.0)
+        return super().step(closure)
+
+
+def _clamp(optimizer: Any, *_: Any) -> None:
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad.clamp_(-1.0, 1.0)
+
+
+@pytest.mark.parametrize("make", [_Clamping, triton_optim.SGD])
+def test_what_sees_gradients_sees_them_unscaled(make: Any) -> None:
+    param = Parameter(torch.ones(3, device=DEVICE))
+    optimizer = make([param], lr=0.5)
+    if make is not _Clamping:
+        optimizer.register_step_pre_hook(_clamp)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=SCALE)
+    scaler.scale((4 * param).sum()).backward()
+    scaler.step(optimizer)
+    assert torch.equal(param, torch.full_like(param, 0.5))
