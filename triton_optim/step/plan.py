@@ -77,7 +77,7 @@ class Values:
         self._values: list[object] = []  # until all is done: an interrupt may come between
         self._sizes = [*map(len, view.groups)]
         self.hyperparameters = view.hyperparameters() if self._uses_kernels else []
-        self._mutate = not all(v is None or isinstance(v, (float, int, str)) for v in values)
+        self._mutate = not all(map(_is_immutable, values))
         self._values = values
 
 
@@ -259,6 +259,12 @@ class Plan:
         places = {id(param): i for i, param in enumerate(view.state)}
         for group in self.launch_groups:
             group.remember_places(places, params)
+
+
+def _is_immutable(value: object) -> bool:
+    if isinstance(value, tuple):  # betas
+        return all(map(_is_immutable, value))
+    return value is None or isinstance(value, (float, int, str))
 
 
 def not_identical(objects: Iterable[object], others: Sequence[Any]) -> bool:
