@@ -26,6 +26,9 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("Adagrad", {"lr_decay": 0.1, "weight_decay": 0.01}),
     ("RMSprop", {}),
     ("RMSprop", {"momentum": 0.9, "centered": True}),
+    ("Adam", {}),
+    ("Adam", {"amsgrad": True, "weight_decay": 0.01}),
+    ("AdamW", {}),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NUMELS = (1, 1000, 4096, 5000)
