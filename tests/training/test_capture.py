@@ -11,7 +11,7 @@ import torch
 from cases import DEVICE, STATEFUL_CASES, Case, assert_same_bits, new_param, refused
 from fake_graph import FakeGraph, fake_cuda
 from torch.nn import Parameter
-from torch.optim.lr_scheduler import ExponentialLR
+from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR
 
 import triton_optim
 from triton_optim import GraphedStep
@@ -309,6 +309,40 @@ def test_what_cannot_be_captured(
         optimizer.step()
     with refused(message, optimizer, [param]), torch.cuda.graph(FakeGraph()):  # type: ignore[arg-type]
         optimizer.step()
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize(("name", "kwargs"), [("Adam", {}), ("RMSprop", {"momentum": 0.9})])
+def test_a_momentum_that_a_scheduler_cycles(name: str, kwargs: dict[str, Any]) -> None:
+    param, lr = new_param(5), torch.tensor(0.1)
+    optimizer = getattr(triton_optim, name)([param], lr=lr, capturable=True, **kwargs)
+    OneCycleLR(optimizer, 0.1, total_steps=10)
+    optimizer.step()
+    message = "cycles the momentum of group 0.*cycle_momentum=False"
+    with refused(message, optimizer, [param]), torch.cuda.graph(FakeGraph()):  # type: ignore[arg-type]
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("cuda")
+def test_replays_read_tensors() -> None:
+    """Rate, betas and weight decay that are changed in place between replays."""
+    runs = []
+    for graphed in (True, False):
+        torch.manual_seed(0)
+        param = new_param(70)
+        values = [torch.tensor(v, dtype=torch.float64) for v in (0.1, 0.8, 0.99, 0.1)]
+        lr, beta1, beta2, weight_decay = values
+        optimizer = triton_optim.AdamW(
+            [param], lr, (beta1, beta2), weight_decay=weight_decay, capturable=True
+        )
+        optimizer.step()
+        step: Callable[[], object] = GraphedStep(optimizer) if graphed else optimizer.step
+        for value in values:
+            step()
+            value.mul_(0.5)
+        step()
+        runs.append([param, optimizer.state_dict()["state"]])
+    assert_same_bits(*runs)
 
 
 @pytest.mark.parametrize("name", triton_optim.OPTIMIZERS)
