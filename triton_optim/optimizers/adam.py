@@ -55,7 +55,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         betas: :math:`\beta_1, \beta_2` in [0, 1); two floats or two one-element tensors. On a GPU
             tensors are read there, and complements and powers are taken in float64.
         eps: :math:`\epsilon`, outside the root.
-        weight_decay: :math:`\lambda`.
+        weight_decay: :math:`\lambda`; a float or a one-element tensor.
         amsgrad: divide by the root of the largest :math:`v` until now.
         decoupled_weight_decay: subtract :math:`\gamma\lambda\theta` from the parameter instead of
             adding to the gradient; without the rounding of :math:`1 - \gamma\lambda`.
@@ -84,7 +84,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0,
+        weight_decay: float | Tensor = 0,
         amsgrad: bool = False,
         *,
         foreach: bool | None = None,
