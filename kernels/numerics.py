@@ -6,6 +6,8 @@ Arithmetic is float32, or float64 for float64 parameters; square root and divisi
 import triton
 import triton.language as tl
 
+LN_2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def sqrt(x):
@@ -45,6 +47,25 @@ def power(base, exponent):
         base = base * base
         exponent = exponent >> 1
     return result
+
+
+@triton.jit
+def one_minus_exp2(x, DTYPE: tl.constexpr):
+    """1 - 2^x to a few ulp of DTYPE, float32 or float64. x: a float64 scalar, 0 or less."""
+    NEAR: tl.constexpr = -0.0625 if DTYPE == tl.float64 else -1.0
+    y = (x * LN_2).to(DTYPE)
+    series = tl.full((), 1, DTYPE)  # (e^y - 1) / y, from where on 1 - 2^x would cancel
+    for i in tl.static_range(9, 1, -1):
+        series = 1 + y * (1 / i) * series
+    return tl.where(x < NEAR, 1 - tl.exp2(x.to(DTYPE)), -y * series)
+
+
+@triton.jit
+def lerp(start, end, weight):
+    """start + weight * (end - start), from the nearer end, as torch. weight: a scalar."""
+    near = weight < 0.5
+    factor = tl.where(near, weight, weight - 1).to(start.dtype)
+    return tl.where(near, start, end) + factor * (end - start)
 
 
 # Triton's interpreter truncates float32 to bfloat16 and mangles bfloat16 subnormals, where the

@@ -6,8 +6,8 @@ Every rule is `rule(param, grad, state, hyper, step, FLAGS) -> (param, state)`:
 - state: tuple of such blocks, in the order in which the optimizer class names them;
 - hyper: tuple of float64 scalars, in the order in which the optimizer class gives them. A rule
   casts each one once, after the scalar arithmetic;
-- step: float64 scalar, how many updates this tensor has had before this one (None where neither
-  LR_DECAY nor DAMPENING asks for it);
+- step: float64 scalar, how many updates this tensor has had before this one (None where the
+  optimizer class does not ask for it);
 - FLAGS: constexpr, a sum of the bits below.
 
 Rules that know of rows are given two more, after state, and return the first of them:
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .flags import flag
-from .numerics import div, power, reciprocal, sqrt
+from .numerics import div, lerp, one_minus_exp2, power, reciprocal, sqrt
 
 MAXIMIZE = flag("MAXIMIZE")
 MOMENTUM = flag("MOMENTUM")
@@ -29,6 +29,7 @@ CENTERED = flag("CENTERED")
 LR_DECAY = flag("LR_DECAY")
 DAMPENING = flag("DAMPENING")
 DECOUPLED = flag("DECOUPLED")
+AMSGRAD = flag("AMSGRAD")
 CATCH_UP = flag("CATCH_UP")  # parameters are not stored
 
 
@@ -37,7 +38,22 @@ def objective_gradient(param, grad, weight_decay, FLAGS: tl.constexpr):
     """The gradient of what is minimized: negated to maximize, plus that of the L2 penalty."""
     if MAXIMIZE & FLAGS:
         grad = grad * -1.0  # Triton's -x is 0 - x, which loses the sign of zero
-    return tl.where(weight_decay == 0, grad, grad + weight_decay.to(grad.dtype) * param)
+    if DECOUPLED & FLAGS:
+        return grad
+    else:
+        return tl.where(weight_decay == 0, grad, grad + weight_decay.to(grad.dtype) * param)
+
+
+@triton.jit
+def descend(param, update, lr, weight_decay, FLAGS: tl.constexpr):
+    """p - update, or with decoupled weight decay p - (lr weight_decay p + update).
+
+    Not p (1 - lr weight_decay): in float32 that factor is off by the same in every step.
+    """
+    if DECOUPLED & FLAGS:
+        rate = (lr * weight_decay).to(param.dtype)
+        update = tl.where(rate == 0, update, rate * param + update)
+    return param - update
 
 
 @triton.jit
@@ -101,6 +117,30 @@ def rmsprop_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
 
 
 @triton.jit
+def adam_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
+    """Kingma and Ba 2015: m += (1 - b1) (g - m), v = b2 v + (1 - b2) g^2, and with
+    m^ = m / (1 - b1^t), v^ = v / (1 - b2^t): p -= lr m^ / (sqrt(v^) + eps).
+
+    AMSGrad (Reddi et al. 2018): the largest v until now in place of v.
+    """
+    lr, one_minus_beta1, log2_beta1, beta2, one_minus_beta2, log2_beta2, eps, weight_decay = hyper
+    DTYPE: tl.constexpr = param.dtype
+    correction1 = one_minus_exp2((step + 1) * log2_beta1, DTYPE)
+    correction2 = one_minus_exp2((step + 1) * log2_beta2, DTYPE)
+    step_size, scale = div(lr.to(DTYPE), correction1), div(sqrt(correction2), correction2)
+    grad = objective_gradient(param, grad, weight_decay, FLAGS)
+    exp_avg = lerp(state[0], grad, one_minus_beta1)
+    exp_avg_sq = beta2.to(DTYPE) * state[1] + one_minus_beta2.to(DTYPE) * grad * grad
+    new_state = (exp_avg, exp_avg_sq)
+    largest = exp_avg_sq
+    if AMSGRAD & FLAGS:
+        largest = tl.maximum(state[2], exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
+        new_state = new_state + (largest,)
+    denominator = sqrt(largest) * scale + eps.to(DTYPE)
+    return descend(param, step_size * div(exp_avg, denominator), lr, weight_decay, FLAGS), new_state
+
+
+@triton.jit
 def rowwise_adagrad_rule(param, grad, state, row_state, width, hyper, step, FLAGS: tl.constexpr):
     """Adagrad with one s a row: s += mean(g^2), p -= lr g / (sqrt(s) + eps), as FBGEMM has it.
 
@@ -110,7 +150,6 @@ def rowwise_adagrad_rule(param, grad, state, row_state, width, hyper, step, FLAG
     decayed = param
     if DECOUPLED & FLAGS:
         decayed = param * (1 - lr * weight_decay).to(param.dtype)
-        weight_decay = 0.0 * weight_decay
     grad = objective_gradient(param, grad, weight_decay, FLAGS)
     sum = row_state + div(tl.sum(grad * grad, 1, keep_dims=True), width.to(grad.dtype))
     scale = div(lr.to(grad.dtype), sqrt(sum) + eps.to(grad.dtype))

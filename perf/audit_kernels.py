@@ -110,10 +110,11 @@ def _dense(pool: ProcessPoolExecutor, architectures: Sequence[str]) -> dict[str,
     # Where launches are cut alike, steps move the same.
     cuts = {a: tuple(tuning.config(a, half=half).chunk for half in (False, True)) for a in GPUS}
     first = {cuts[a]: a for a in reversed(architectures)}
-    tasks = {
-        a: [pool.submit(kernels_of, a, name) for name in triton_optim.OPTIMIZERS]
-        for a in first.values()
-    }
+    # Adam for AdamW too, whose rule is the same.
+    names = {
+        getattr(triton_optim, n).rule.name: n for n in reversed(triton_optim.OPTIMIZERS)
+    }.values()
+    tasks = {a: [pool.submit(kernels_of, a, name) for name in names] for a in first.values()}
     found = {a: [kernel for task in of for kernel in task.result()] for a, of in tasks.items()}
     return {a: found[first[cuts[a]]] for a in architectures}
 

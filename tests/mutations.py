@@ -35,7 +35,12 @@ def _rule(name: str, case: str, old: str, new: str) -> Mutation:
 
 def _each_rule(name: str, old: str, new: str, test_file: str, test: str) -> list[Mutation]:
     """A mutation of the kernel around the rules, to be noticed with each of them."""
-    cases = {"SGD": "sgd-dampening", "Adagrad": "adagrad-lr_decay", "RMSprop": "rmsprop-all"}
+    cases = {
+        "SGD": "sgd-dampening",
+        "Adagrad": "adagrad-lr_decay",
+        "RMSprop": "rmsprop-all",
+        "AdamW": "adamw-all",
+    }
     return [
         Mutation(f"{rule}: {name}", old, new, test_file, f"{test} and {case}")
         for rule, case in cases.items()
@@ -82,6 +87,19 @@ MUTATIONS = [
         'StateTensor("square_avg")',
         'StateTensor("square_avg", 1.0)',
     ),
+    _rule("Adam: sign", "adam", "    return param - update", "    return param + update"),
+    _rule(
+        "Adam: eps inside the root", "adam-eps",
+        "sqrt(largest) * scale + eps.to(DTYPE)",
+        "sqrt(largest + eps.to(DTYPE)) * scale",
+    ),
+    _rule("Adam: first step", "adam", "(step + 1) * log2_beta1", "(step + 2) * log2_beta1"),
+    _rule("Adam: largest", "adam-amsgrad", "tl.maximum(state[2], exp", "tl.minimum(state[2], exp"),
+    _rule("AdamW: decay left out", "adamw", "rate * param + update", "update"),
+    Mutation("AdamW: decay with a bias", "rate * param + update",
+             "(1 - (1 - rate)) * param + update", "test_adam.py", "no_bias"),
+    Mutation("bias corrections cancel", "-y * series", "1 - tl.exp2(x.to(DTYPE))",
+             "test_kernels.py", "bias"),
     *_each_rule("group index off by one", "row_ptr + GROUP) * N_HYPERS",
                 "row_ptr + GROUP) * N_HYPERS + N_HYPERS",
                 "test_step.py", "test_groups_have_their_own"),

@@ -11,6 +11,8 @@ if not (Path(__file__).parent / "kernels" / "rules.py").is_file():
 from .launch.backend import flag
 from .optimizer import FusedOptimizer
 from .optimizers.adagrad import Adagrad
+from .optimizers.adam import Adam
+from .optimizers.adamw import AdamW
 from .optimizers.rmsprop import RMSprop
 from .optimizers.rowwise_adagrad import RowwiseAdagrad
 from .optimizers.sgd import SGD
@@ -23,6 +25,8 @@ __version__ = "0.1.0"
 __all__ = [
     "SGD",
     "Adagrad",
+    "Adam",
+    "AdamW",
     "FusedOptimizer",
     "GraphedStep",
     "RMSprop",
@@ -34,4 +38,4 @@ __all__ = [
     "flag",
     "step_in_backward",
 ]
-OPTIMIZERS = ("SGD", "Adagrad", "RMSprop")
+OPTIMIZERS = ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW")

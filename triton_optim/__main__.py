@@ -24,6 +24,9 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("Adagrad", {"lr_decay": 0.1, "weight_decay": 0.01}),
     ("RMSprop", {}),
     ("RMSprop", {"momentum": 0.9, "centered": True}),
+    ("Adam", {}),
+    ("Adam", {"amsgrad": True, "weight_decay": 0.01}),
+    ("AdamW", {}),
 ]
 
 

@@ -77,13 +77,31 @@ CASES = (
             "maximize": True,
         },
     ),
+    Case("adam", "Adam", {"lr": 0.01}),
+    Case("adam-betas", "Adam", {"lr": 0.01, "betas": (0.3, 0.99999)}),
+    Case("adam-eps", "Adam", {"lr": 0.01, "eps": 0.1}),
+    Case("adam-weight_decay", "Adam", {"lr": 0.01, "weight_decay": 0.1}),
+    Case("adam-amsgrad", "Adam", {"lr": 0.01, "amsgrad": True}),
+    Case("adamw", "AdamW", {"lr": 0.01, "weight_decay": 0.1}),
+    Case(
+        "adamw-all",
+        "AdamW",
+        {
+            "lr": 0.01,
+            "betas": (0.8, 0.95),
+            "eps": 1e-3,
+            "weight_decay": 0.1,
+            "amsgrad": True,
+            "maximize": True,
+        },
+    ),
 )
 
 # One of each state layout, for tests that are about the step and not about the arithmetic.
 STATEFUL_CASES = tuple(
     case
     for case in CASES
-    if case.name in ("sgd", "sgd-dampening", "adagrad-lr_decay", "rmsprop-all")
+    if case.name in ("sgd", "sgd-dampening", "adagrad-lr_decay", "rmsprop-all", "adamw-all")
 )
 
 
@@ -208,7 +226,8 @@ def copies_of(params: Sequence[Parameter]) -> list[Parameter]:
 
 def main_state(case: Case) -> str:
     """The state tensor that every parameter of this optimizer has."""
-    return {"SGD": "momentum_buffer", "Adagrad": "sum", "RMSprop": "square_avg"}[case.optimizer]
+    names = {"SGD": "momentum_buffer", "Adagrad": "sum", "RMSprop": "square_avg"}
+    return names.get(case.optimizer, "exp_avg")
 
 
 def scaled_step(optimizer: Any, found_inf: float, grad_scale: float | None = None) -> None:

@@ -27,6 +27,7 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"momentum": 0.9}),
     ("Adagrad", {"lr_decay": 0.1}),
     ("RMSprop", {"momentum": 0.9, "centered": True}),
+    ("AdamW", {}),
 ]
 SPARSE_OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {}),

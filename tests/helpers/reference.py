@@ -25,6 +25,7 @@ class Reference:
 
     def __init__(self, rule: str, param: Tensor, **kwargs: Any) -> None:
         self.param = _array(param)
+        self._is_decoupled = rule in ("AdamW",)
         self._rule = getattr(self, f"_{rule.lower()}")
         self._args = kwargs
         self._step = 0
@@ -33,12 +34,17 @@ class Reference:
 
     def step(self, grad: Tensor) -> None:
         g = -_array(grad) if self._args.get("maximize") else _array(grad)
-        g = g + np.longdouble(self._args.get("weight_decay", 0)) * self.param
+        decay = np.longdouble(self._args.get("weight_decay", 0)) * self.param
+        decoupled = self._args.get("decoupled_weight_decay", self._is_decoupled)
         self._step += 1
-        self.param = self.param - self._rule(g, **self._args)
+        update = self._rule(g if decoupled else g + decay, **self._args)
+        self.param = self.param - update - decoupled * np.longdouble(self._args["lr"]) * decay
 
     def error(self, param: Tensor) -> float:
         return float(np.abs(_array(param) - self.param).max(initial=0))
+
+    def rms_error(self, param: Tensor) -> float:
+        return float(np.sqrt(np.square(_array(param) - self.param).mean()))
 
     def unit(self) -> float:
         return float(np.finfo(np.float64).eps * np.abs(self.param).max(initial=0))
@@ -67,3 +73,16 @@ class Reference:
         variance = self._a - self._b**2 if centered else self._a
         self._c = momentum * self._c + g / (np.sqrt(variance) + eps)
         return lr * self._c
+
+    def _adam(
+        self, g: Array, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        amsgrad: bool = False, **_: Any,
+    ) -> Any:  # fmt: skip
+        beta1, beta2 = map(np.longdouble, betas)
+        self._a = beta1 * self._a + (1 - beta1) * g
+        self._b = beta2 * self._b + (1 - beta2) * g * g
+        self._c = np.maximum(self._c, self._b) if amsgrad else self._b
+        corrected = self._c / (1 - beta2**self._step)
+        return lr * self._a / (1 - beta1**self._step) / (np.sqrt(corrected) + eps)
+
+    _adamw = _adam

@@ -38,6 +38,17 @@ GROUPS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "Lion": st.fixed_dictionaries(
         {"lr": rates, "weight_decay": decays, "beta1": st.sampled_from([0.9, 0.5])}
     ),
+    "Adam": st.fixed_dictionaries(
+        {
+            "lr": rates,
+            "betas": st.tuples(st.sampled_from([0.9, 0.3]), st.sampled_from([0.999, 0.9])),
+            "weight_decay": decays,
+            "maximize": st.booleans(),
+            "eps": st.sampled_from([1e-8, 1e-2]),
+            "amsgrad": st.booleans(),
+            "decoupled_weight_decay": st.booleans(),
+        }
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -58,3 +59,22 @@ def test_reciprocal() -> None:
     y = torch.empty_like(x)
     _reciprocal[(100,)](x, y)
     torch.testing.assert_close(y, 1 / x, rtol=4e-16, atol=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _complement(x_ptr, y_ptr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.program_id(0)
+    tl.store(y_ptr + i, numerics.one_minus_exp2(tl.load(x_ptr + i), DTYPE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bias_corrections(dtype: torch.dtype) -> None:
+    """1 - beta^t without the cancellation of torch's, from the first step to the millionth."""
+    steps = torch.tensor([1, 2, 3, 7, 10, 69, 70, 100, 693, 694, 1000, 10**4, 10**6])
+    log2 = torch.tensor([0.0, 0.5, 0.9, 0.999, 0.99999], dtype=torch.float64).log2()
+    x = (log2[:, None] * steps).flatten().to(DEVICE)
+    y = torch.empty_like(x, dtype=dtype)
+    _complement[(len(x),)](x, y, getattr(tl, str(dtype).removeprefix("torch.")))
+    exact = -np.expm1(x.cpu().numpy().astype(np.longdouble) * np.log(np.longdouble(2)))
+    error = np.abs(y.cpu().numpy().astype(np.longdouble) / exact - 1).max()
+    assert error < (4 if dtype == torch.float32 else 16) * torch.finfo(dtype).eps

@@ -105,7 +105,7 @@ def test_zero_gradients(case: Config) -> None:
     for _ in range(2):
         both.each(step)
         both.check()
-    if not case.kwargs.get("weight_decay"):
+    if not both.optimizers[0].defaults["weight_decay"]:
         assert_same_bits(both.tensors[0].params, before)
 
 

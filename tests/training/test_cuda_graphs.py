@@ -155,3 +155,25 @@ def test_steps_are_counted_on_the_device(name: str) -> None:
     step()
     counts = [float(state["step"]) for state in optimizer.state.values() if "step" in state]
     assert set(counts) <= {3.0}
+
+
+@pytest.mark.usefixtures("cuda")
+def test_replays_read_tensors() -> None:
+    """Rate, betas and weight decay that are changed in place between replays."""
+    runs = []
+    for graphed in (True, False):
+        torch.manual_seed(0)
+        param = new_param(70)
+        values = [torch.tensor(v, dtype=torch.float64) for v in (0.1, 0.8, 0.99, 0.1)]
+        lr, beta1, beta2, weight_decay = values
+        optimizer = triton_optim.AdamW(
+            [param], lr, (beta1, beta2), weight_decay=weight_decay, capturable=True
+        )
+        optimizer.step()
+        step: Callable[[], object] = GraphedStep(optimizer) if graphed else optimizer.step
+        for value in values:
+            step()
+            value.mul_(0.5)
+        step()
+        runs.append([param, optimizer.state_dict()["state"]])
+    assert_same_bits(*runs)

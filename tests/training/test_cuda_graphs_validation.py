@@ -11,6 +11,7 @@ from assertions import raises
 from cases import DEVICE, new_param
 from fake_graph import FakeGraph, fake_cuda
 from torch.nn import Parameter
+from torch.optim.lr_scheduler import OneCycleLR
 
 import triton_optim
 from triton_optim import GraphedStep
@@ -142,6 +143,18 @@ def test_what_cannot_be_captured(
     optimizer = getattr(triton_optim, name)([param], **{"lr": torch.tensor(0.1), **kwargs})
     if stepped:
         optimizer.step()
+    with raises(message, optimizer, [param]), torch.cuda.graph(FakeGraph()):  # type: ignore[arg-type]
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize(("name", "kwargs"), [("Adam", {}), ("RMSprop", {"momentum": 0.9})])
+def test_a_momentum_that_a_scheduler_cycles(name: str, kwargs: dict[str, Any]) -> None:
+    param, lr = new_param(5), torch.tensor(0.1)
+    optimizer = getattr(triton_optim, name)([param], lr=lr, capturable=True, **kwargs)
+    OneCycleLR(optimizer, 0.1, total_steps=10)
+    optimizer.step()
+    message = "cycles the momentum of group 0.*cycle_momentum=False"
     with raises(message, optimizer, [param]), torch.cuda.graph(FakeGraph()):  # type: ignore[arg-type]
         optimizer.step()
 

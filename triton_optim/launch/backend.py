@@ -66,9 +66,10 @@ _CURRENT: AbstractContextManager[object] = nullcontext()
 
 ALIGNMENT = 16  # bytes: a 128-bit load
 
-# Left alone, ptxas squeezes kernels of two states into 64 registers, where some spill, and gated
-# ones of one state into 56.
-TWO_STATES_REGISTERS = 80
+# Left alone, ptxas squeezes kernels of two states into 64 registers, of three into 80, and gated
+# ones of one state into 56, where some spill.
+STATES_REGISTERS = {2: 80, 3: 96}
+MISALIGNED_REGISTERS = 16  # more, where elements are loaded one by one
 GATED_REGISTERS = 64
 FEW_ELEMENTS = 256  # that a warp holds at once; with more, or in a loop, these are too few
 
@@ -237,8 +238,9 @@ def options(variant: Variant, config: Config, architecture: str) -> dict[str, An
         and elements <= FEW_ELEMENTS
         and config.blocks == 1
     ):
-        if variant.n_states == 2:
-            chosen["maxnreg"] = TWO_STATES_REGISTERS
+        if variant.n_states in STATES_REGISTERS:
+            more = 0 if variant.aligned else MISALIGNED_REGISTERS
+            chosen["maxnreg"] = STATES_REGISTERS[variant.n_states] + more
         elif variant.n_states == 1 and variant.conditions and not variant.aligned:
             chosen["maxnreg"] = GATED_REGISTERS
     return chosen

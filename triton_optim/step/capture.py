@@ -78,6 +78,11 @@ def check_capture(
                 f"{name}, but lr of group {index} is {lr!r}, which a replay would repeat; give "
                 'a tensor: lr=torch.tensor(1e-3, device="cuda")'
             )
+        if "max_momentum" in group:  # CyclicLR and OneCycleLR write momentum or betas as floats
+            raise RuntimeError(
+                f"{name}, but a scheduler cycles the momentum of group {index}, which a replay "
+                "would repeat; give the scheduler cycle_momentum=False"
+            )
     if not is_prepared:
         raise RuntimeError(
             f"{name} before there was a step like it to repeat; run a few steps first, with "
