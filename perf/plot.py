@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from lab import host_plot, host_rows
-from lab.implementations import COPIES, COPY, IMPLEMENTATIONS, MIXED_COPY, OURS, RULES, TORCH_BEST
-from lab.rows import OK, Row, read
+from lab.implementations import IMPLEMENTATIONS
+from lab.rows import COPIES, COPY, MIXED_COPY, OK, OURS, TORCH_BEST, Row, read
+from lab.rules import RULES
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 

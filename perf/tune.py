@@ -24,15 +24,8 @@ from unittest.mock import patch
 
 import torch
 from lab.device import Device
-from lab.implementations import (
-    IMPLEMENTATIONS,
-    RULES,
-    STORAGES,
-    Rule,
-    Step,
-    Storage,
-    bytes_per_param,
-)
+from lab.implementations import IMPLEMENTATIONS, Step
+from lab.rules import RULES, STORAGES, Rule, Storage, bytes_per_param
 from lab.suites import Layout
 from lab.timing import Summary, measure
 from lab.workload import Workload, tolerance

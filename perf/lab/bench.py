@@ -12,8 +12,8 @@ import torch
 
 from lab.device import COPY_BYTES, Device
 from lab.group import Group
-from lab.implementations import COPIES, COPY, OURS, Implementation, Step
-from lab.rows import FAILED, NO_ROOM, NOT_AVAILABLE, OK, RIGHT, WRONG, Row
+from lab.implementations import Implementation, Step
+from lab.rows import COPIES, COPY, NO_ROOM, NOT_AVAILABLE, OK, OURS, RIGHT, WRONG, Row
 from lab.timing import Summary, Times, measure
 
 NO_KERNELS = "not timed on a CPU; --check runs the kernels in Triton's interpreter"
@@ -88,8 +88,7 @@ def _prepare(device: Device, work: Any, implementation: Implementation, row: Row
         row.status = NO_ROOM
         return None
     except Exception as error:
-        row.status = FAILED
-        row.detail = f"{type(error).__name__}: {error}".splitlines()[0]
+        row.fail(error)
         return None
     row.status = OK if row.error <= row.tolerance else WRONG  # as NaN is
     return step if row.status == OK else None

@@ -13,14 +13,15 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 import triton_optim
-from lab.implementations import LAZY_RMSPROP, OURS, ROWWISE, SGD, Implementation, Rule, Step
-from lab.packages import Refusal
+from lab.implementations import Implementation, Refusal, Step
+from lab.rows import OURS, TORCH_DENSE, TORCH_SPARSE
+from lab.rules import LAZY_RMSPROP, ROWWISE, SGD, Rule
 from triton_optim.launch import backend
 
 if TYPE_CHECKING:
     from lab.embeddings import Embeddings
 
-TORCH_SPARSE, TORCH_DENSE, FBGEMM = "torch sparse", "torch dense", "FBGEMM"
+FBGEMM = "FBGEMM"
 
 
 class Candidate:

@@ -7,7 +7,7 @@ from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from lab.implementations import Rule
+    from lab.rules import Rule
 
 UNIFORM, ZIPF = DISTRIBUTIONS = ("uniform", "zipf")
 

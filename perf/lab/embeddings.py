@@ -14,8 +14,9 @@ from lab.device import Device
 from lab.embedding_ids import ids_of
 from lab.embedding_steps import EMBEDDING_IMPLEMENTATIONS, Candidate
 from lab.embedding_tables import ZIPF, Tables, state_bytes, step_bytes
-from lab.implementations import Implementation, Rule, Step, Storage
+from lab.implementations import Implementation, Step
 from lab.reference import CHECKED_STEPS, check
+from lab.rules import Rule, Storage
 
 BATCHES = 3  # gradients that take turns while steps are timed
 CHECKED = (0, 1, 0)  # batches of the checked steps: rows of the first rest while the second steps

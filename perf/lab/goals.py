@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from lab.embedding_steps import TORCH_SPARSE
-from lab.implementations import ADAGRAD, OURS, ROWWISE, TORCH_BEST
-from lab.rows import OK, Row
+from lab.rows import OK, OURS, TORCH_BEST, TORCH_SPARSE, Row
 from lab.suites import SMALL_TENSORS
 
 LARGE = 100_000_000  # parameters of a large model
-SHARE_OF_COPY = 95.0  # percent
-FOREACH_SPEEDUP = 2.5
-FUSED_SPEEDUP = 3.0
+MANY_ROWS = 100_000  # touched ones, from which on a step of embeddings has a share as its goal
 EXTRA_MEMORY = 0.1  # percent of parameters, gradients and state
-# Of embedding tables.
-SPARSE_SPEEDUP = 10.0  # over torch's sparse Adagrad
-SHARE_BY_ROWS = 80.0  # percent of the copy
-MANY_ROWS = 100_000  # touched ones, from which on that share is a goal
+CLOCKS = {"GPU": "gpu_us", "wall": "wall_us"}
+DIGITS = {" %": 1, "x": 2}  # of what is reached, by its unit
 
-Group = dict[str, Row]
+Group = dict[str, Row]  # by implementation
+Pair = tuple[Row, Group]  # ours, and what it is compared with
 
 
 class Goal(NamedTuple):
@@ -32,110 +27,80 @@ class Goal(NamedTuple):
     met: bool
 
 
-def judged(rows: Iterable[Row]) -> list[Goal]:
+def judged(rows: Iterable[Row]) -> Iterator[Goal]:
     """The goals about which these rows say something."""
-    dense: dict[tuple[str, ...], Group] = defaultdict(dict)
-    embeddings: dict[tuple[str, ...], Group] = defaultdict(dict)
+    groups: dict[tuple[str, ...], Group] = defaultdict(dict)
     for row in rows:
         if row.status == OK and row.gpu_us:
-            (embeddings if row.batch else dense)[row.group][row.implementation] = row
-    ours = [group for group in dense.values() if OURS in group]
-    large = [group[OURS] for group in ours if group[OURS].params >= LARGE]
-    by_rows = [group[OURS] for group in embeddings.values() if OURS in group]
-    many = [row for row in by_rows if (row.unique_rows or 0) >= MANY_ROWS]
+            groups[row.group][row.implementation] = row
+    pairs = [(group[OURS], group) for group in groups.values() if OURS in group]
+    dense = [pair for pair in pairs if not pair[0].batch]
+    large = [pair for pair in dense if pair[0].params >= LARGE]
+    foreach = [pair for pair in large if pair[0].rule not in ("sgd", "momentum")]
+    sweep = [pair for pair in dense if pair[0].suite == "sweep"]
+    small = [pair for pair in dense if pair[0].layout == SMALL_TENSORS]
+    embeddings = [pair for pair in pairs if pair[0].batch]
+    many = [pair for pair in embeddings if (pair[0].unique_rows or 0) >= MANY_ROWS]
+    by_rows = {
+        rule: [
+            (row, groups.get((row.layout, "adagrad", row.storage), {}))
+            for row, _ in embeddings
+            if row.rule == rule
+        ]
+        for rule in ("adagrad", "rowwise-adagrad")
+    }
+
+    def speedup(wanted: float, what: str, pairs: Sequence[Pair], *names: str) -> Iterator[Goal]:
+        for clock, column in CLOCKS.items():
+            text = f"{what}, {clock} time"
+            yield from _at_least(wanted, "x", text, _speedups(pairs, column, names))
+
+    percent = "of copy bandwidth from 100 M parameters up"
+    yield from _at_least(95.0, " %", percent, _shares(large))
+    yield from speedup(1.0, "the best of torch's own in the sweep", sweep, *TORCH_BEST)
+    what = "foreach Adagrad and RMSprop, large"
+    yield from _at_least(2.5, "x", what, _speedups(foreach, "gpu_us", ("torch foreach",)))
+    yield from speedup(3.0, "fused torch on 1,000 small tensors", small, "torch fused")
+    yield from _memory([row for row, _ in large])
+    for rule, found in by_rows.items():
+        yield from speedup(10.0, f"torch's sparse Adagrad by {rule}", found, TORCH_SPARSE)
+    percent = f"of copy bandwidth on touched bytes, from {MANY_ROWS:,} rows up"
+    yield from _at_least(80.0, " %", percent, _shares(many))
+
+
+def _shares(pairs: Sequence[Pair]) -> list[tuple[float, Row]]:
+    return [(row.percent_of_copy, row) for row, _ in pairs if row.percent_of_copy]
+
+
+def _speedups(pairs: Sequence[Pair], column: str, names: Sequence[str]) -> list[tuple[float, Row]]:
+    """Over the best of these implementations."""
     return [
-        *_bandwidth(large, SHARE_OF_COPY, "copy bandwidth from 100 M parameters up"),
-        *_never_slower(ours),
-        *_speedups(ours),
-        *_memory(large),
-        *_sparse_speedups(embeddings),
-        *_bandwidth(
-            many, SHARE_BY_ROWS, f"copy bandwidth on touched bytes, from {MANY_ROWS:,} rows up"
-        ),
+        (min(getattr(other, column) for other in others) / getattr(row, column), row)
+        for row, group in pairs
+        if (others := [group[name] for name in names if name in group])
     ]
 
 
-def _bandwidth(rows: Sequence[Row], wanted: float, what: str) -> Iterator[Goal]:
-    shares = [(row.percent_of_copy, row) for row in rows if row.percent_of_copy]
-    if shares:
-        share, row = min(shares, key=lambda pair: pair[0])
-        reached = f"{share:.1f} % ({_where(row)})"
-        yield Goal(f"at least {wanted:g} % of {what}", reached, round(share, 1) >= wanted)
-
-
-def _never_slower(groups: Sequence[Group]) -> Iterator[Goal]:
-    sweep = [group for group in groups if group[OURS].suite == "sweep"]
-    for label, column in (("GPU", "gpu_us"), ("wall", "wall_us")):
-        ratios = [(_time(group[OURS], column) / _best(group, column), group) for group in sweep
-                  if not group.keys().isdisjoint(TORCH_BEST)]  # fmt: skip
-        if ratios:
-            ratio, group = max(ratios, key=lambda pair: pair[0])
-            yield Goal(
-                f"never slower than the best of torch's own in the sweep, {label} time",
-                f"{ratio:.2f} of its time ({_where(group[OURS])})",
-                round(ratio, 2) <= 1,
-            )
-
-
-def _speedups(groups: Sequence[Group]) -> Iterator[Goal]:
-    large = [g for g in groups if g[OURS].params >= LARGE and g[OURS].rule not in _SGD]
-    pairs = [(g[OURS], g["torch foreach"]) for g in large if "torch foreach" in g]
-    yield from _speedup(pairs, "gpu_us", FOREACH_SPEEDUP, "foreach Adagrad and RMSprop, large")
-    small = [g for g in groups if g[OURS].layout == SMALL_TENSORS]
-    pairs = [(g[OURS], g["torch fused"]) for g in small if "torch fused" in g]
-    for label, column in (("GPU", "gpu_us"), ("wall", "wall_us")):
-        what = f"fused torch on 1,000 small tensors, {label} time"
-        yield from _speedup(pairs, column, FUSED_SPEEDUP, what)
-
-
-_SGD = ("sgd", "momentum")
-
-
-def _sparse_speedups(groups: Mapping[tuple[str, ...], Group]) -> Iterator[Goal]:
-    for rule in (ADAGRAD.name, ROWWISE.name):
-        pairs = [
-            (group[OURS], groups[layout, ADAGRAD.name, storage][TORCH_SPARSE])
-            for (layout, of, storage), group in groups.items()
-            if of == rule and OURS in group
-            if TORCH_SPARSE in groups.get((layout, ADAGRAD.name, storage), {})
-        ]
-        for label, column in (("GPU", "gpu_us"), ("wall", "wall_us")):
-            what = f"torch's sparse Adagrad by {rule}, {label} time"
-            yield from _speedup(pairs, column, SPARSE_SPEEDUP, what)
-
-
-def _speedup(
-    pairs: Iterable[tuple[Row, Row]], column: str, wanted: float, what: str
+def _at_least(
+    wanted: float, unit: str, what: str, found: Sequence[tuple[float, Row]]
 ) -> Iterator[Goal]:
-    """Of pairs of our row and another."""
-    ratios = [(_time(other, column) / _time(ours, column), ours) for ours, other in pairs]
-    if ratios:
-        ratio, row = min(ratios, key=lambda pair: pair[0])
-        reached = f"{ratio:.2f}x ({_where(row)})"
-        yield Goal(f"at least {wanted:g}x {what}", reached, round(ratio, 2) >= wanted)
+    if found:
+        value, row = min(found, key=lambda pair: pair[0])
+        reached = round(value, DIGITS[unit])
+        text = f"{reached:.{DIGITS[unit]}f}{unit} ({_where(row)})"
+        yield Goal(f"at least {wanted:g}{unit} {what}", text, reached >= wanted)
 
 
 def _memory(rows: Iterable[Row]) -> Iterator[Goal]:
-    shares = []
-    for row in rows:
-        if row.model_bytes and row.kept_bytes is not None:
-            extra = row.kept_bytes + (row.step_extra_bytes or 0)
-            shares.append((100 * extra / row.model_bytes, row))
+    shares = [
+        (100 * (row.kept_bytes + (row.step_extra_bytes or 0)) / row.model_bytes, row)
+        for row in rows
+        if row.model_bytes and row.kept_bytes is not None
+    ]
     if shares:
         share, row = max(shares, key=lambda pair: pair[0])
-        yield Goal(
-            f"extra memory under {EXTRA_MEMORY:g} %",
-            f"{share:.3f} % ({_where(row)})",
-            share < EXTRA_MEMORY,
-        )
-
-
-def _best(group: Group, column: str) -> float:
-    return min(_time(group[name], column) for name in TORCH_BEST if name in group)
-
-
-def _time(row: Row, column: str) -> float:
-    return float(getattr(row, column))
+        reached = f"{share:.3f} % ({_where(row)})"
+        yield Goal(f"extra memory under {EXTRA_MEMORY:g} %", reached, share < EXTRA_MEMORY)
 
 
 def _where(row: Row) -> str:

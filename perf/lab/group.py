@@ -10,7 +10,7 @@ import torch
 from lab.device import Device
 from lab.embedding_tables import Tables
 from lab.embeddings import Embeddings
-from lab.implementations import EMBEDDING_RULES, RULES, STORAGES, Rule, Storage
+from lab.rules import EMBEDDING_RULES, RULES, STORAGES, Rule, Storage
 from lab.suites import Layout
 from lab.workload import Workload
 

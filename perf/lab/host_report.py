@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lab import host_rows as columns
 from lab import markdown
 from lab.host_rows import DTENSOR, FRESH, PLAIN, SERIES, Row, found
-from lab.implementations import OURS
+from lab.rows import OURS
 
 TITLES = {
     "sgd": "SGD",

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from lab.implementations import OURS
-from lab.rows import read_as
+from lab.rows import OURS, read_as
 
 FLOOR = "floor"
 TORCH = ("fused", "foreach", "for-loop")

@@ -7,9 +7,12 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in rows)
+def table(head: Sequence[str], lines: Iterable[Iterable[str]]) -> str:
+    rows = ([cell.replace("|", "/") for cell in cells] for cells in lines)
+    return "\n".join(
+        f"| {' | '.join(cells)} |".replace("|  |", "| |")
+        for cells in (head, ["---"] * len(head), *rows)
+    )
 
 
 def paragraph(text: str) -> str:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lab.implementations import ROWWISE, Rule, Step
+from lab.implementations import Step
+from lab.rules import ROWWISE, Rule
 
 CHECKED_STEPS = 3
 

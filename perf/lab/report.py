@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 from lab.columns import Column
 from lab.goals import judged
-from lab.implementations import COPIES
-from lab.rows import NO_ROOM, OK, Row
+from lab.rows import COPIES, NO_ROOM, OK, Row
 
 
 def _spread(clock: str) -> Callable[[Row], str | None]:
@@ -75,7 +74,7 @@ def print_missing(rows: Sequence[Row]) -> None:
 
 def print_goals(rows: Sequence[Row]) -> None:
     """Print every goal that the rows can judge."""
-    goals = judged(rows)
+    goals = [*judged(rows)]
     if goals:
         print("\ngoals, each judged by the worst of these rows:")
     for goal in goals:

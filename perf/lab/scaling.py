@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from lab import markdown, suites
 from lab.host_rows import DTENSOR, FRESH, Row, found
-from lab.implementations import OURS, RULES, STORAGES, Storage, bytes_kept, bytes_per_param
+from lab.rows import OURS
+from lab.rules import RULES, STORAGES, Storage, bytes_kept, bytes_per_param
 from lab.suites import Layout
 
 # NVIDIA H100 Tensor Core GPU datasheet, SXM: the peak, which no kernel reaches.

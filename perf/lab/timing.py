@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from lab.device import Device
-from lab.implementations import COPIES, Step
+from lab.implementations import Step
+from lab.rows import COPIES
+
+Key = TypeVar("Key")
 
 SAMPLE_US = 2000.0  # one sample is about this long, and at most MAX_STEPS steps
 MAX_STEPS = 10
@@ -30,6 +34,36 @@ class Summary(NamedTuple):
     def of(cls, series: list[float]) -> Summary:
         low, *_, high = statistics.quantiles(series, n=5, method="inclusive")
         return cls(statistics.median(series), low, high)
+
+
+def in_turn(
+    prepare: Mapping[Key, Callable[[], Step]],
+    repeats: int,
+    *,
+    warmup: int = 0,
+    seconds: float = math.inf,
+) -> dict[Key, list[float]]:
+    """The host's microseconds of one step of each, in turn.
+
+    Args:
+        prepare: make a step; that is not timed.
+        repeats: how often, at the most.
+        warmup: repeats before them.
+        seconds: after which no further repeat begins, but for the fewest that there are.
+    """
+    series: dict[Key, list[float]] = {key: [] for key in prepare}
+    stop = time.monotonic() + seconds
+    for repeat in range(warmup + repeats):
+        if repeat >= warmup + FEWEST_REPEATS and time.monotonic() > stop:
+            break
+        for key, prepared in prepare.items():
+            step = prepared()
+            start = time.perf_counter()
+            step()
+            elapsed = time.perf_counter() - start
+            if repeat >= warmup:
+                series[key].append(1e6 * elapsed)
+    return series
 
 
 class Times(NamedTuple):

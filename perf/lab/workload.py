@@ -11,18 +11,11 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lab.device import Device
-from lab.implementations import (
-    IMPLEMENTATIONS,
-    MIXED_COPY,
-    Implementation,
-    Rule,
-    Step,
-    Storage,
-    bytes_kept,
-    bytes_per_param,
-)
+from lab.implementations import IMPLEMENTATIONS, Implementation, Step
 from lab.mixed_copy import MixedCopy
 from lab.reference import CHECKED_STEPS, check
+from lab.rows import MIXED_COPY
+from lab.rules import Rule, Storage, bytes_kept, bytes_per_param
 from lab.suites import Layout
 
 PROBED = 1024  # elements of a tensor that are checked: evenly spaced, first and last among them

@@ -21,18 +21,9 @@ from cases import DEVICE
 from fake_device import FakeDevice
 from lab import bench, reference, rows, suites, workload
 from lab.group import Group
-from lab.implementations import (
-    COPIES,
-    COPY,
-    IMPLEMENTATIONS,
-    MIXED_COPY,
-    OURS,
-    RULES,
-    STORAGES,
-    Implementation,
-    Rule,
-    Storage,
-)
+from lab.implementations import IMPLEMENTATIONS, Implementation
+from lab.rows import COPIES, COPY, MIXED_COPY, OURS
+from lab.rules import RULES, STORAGES, Rule, Storage
 from lab.suites import Layout
 from lab.timing import Summary, measure
 from torch.nn import Parameter

@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +22,14 @@ from fake_device import FakeDevice
 from lab import dry_embeddings, embedding_ids, embeddings, rows, suites
 from lab.bench import bench
 from lab.device import Host
-from lab.embedding_steps import FBGEMM, TORCH_SPARSE, Candidate, Stepped
+from lab.embedding_steps import FBGEMM, Candidate, Stepped
 from lab.embedding_tables import DISTRIBUTIONS, Tables, state_bytes, step_bytes
 from lab.embeddings import CHECKED, Embeddings, tolerance
 from lab.goals import judged
 from lab.group import Group
-from lab.implementations import (
-    ADAGRAD,
-    COPY,
-    EMBEDDING_RULES,
-    LAZY_RMSPROP,
-    OURS,
-    ROWWISE,
-    SGD,
-    STORAGES,
-    Implementation,
-    Rule,
-)
-from lab.rows import COLUMNS, Row
+from lab.implementations import Implementation
+from lab.rows import COPY, OURS, TORCH_SPARSE, Row
+from lab.rules import ADAGRAD, EMBEDDING_RULES, LAZY_RMSPROP, ROWWISE, SGD, STORAGES, Rule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -346,7 +335,6 @@ def test_a_whole_run(
     assert "torch's sparse Adagrad by adagrad, GPU time" in printed  # a goal
     (path,) = tmp_path.iterdir()
     assert rows.read(path) == found
-    assert [*asdict(found[0])] == COLUMNS
 
 
 def test_what_is_wrong_has_no_time(
@@ -383,7 +371,7 @@ def test_ours_has_no_time_while_it_is_wrong(
     found = _run(monkeypatch, tmp_path)
     assert {row.status for row in found} == {rows.WRONG, rows.NOT_AVAILABLE}
     assert not any(row.gpu_us or row.wall_us for row in found)
-    assert judged(found) == []
+    assert not [*judged(found)]
 
 
 def test_no_room_while_all_are_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -443,7 +431,7 @@ def test_goals_are_judged_by_the_worst_row() -> None:
         _made_up("adagrad", COPY, 1, percent_of_copy=1.0),
         _made_up("adagrad", OURS, 9, layout="wrong", status=rows.WRONG, percent_of_copy=1.0),
     ]
-    goals = judged(found)
+    goals = [*judged(found)]
     assert [(goal.met, goal.reached.split(" (")[0]) for goal in goals] == [
         (True, "10.00x"),
         (False, "7.00x"),
@@ -452,7 +440,7 @@ def test_goals_are_judged_by_the_worst_row() -> None:
         (True, "80.0 %"),
     ]
     on_cpu = [_made_up("adagrad", name, 1.0, gpu_us=None) for name in (OURS, TORCH_SPARSE)]
-    assert judged(on_cpu) == []
+    assert not [*judged(on_cpu)]
 
 
 def test_a_cpu_times_all_but_ours() -> None:

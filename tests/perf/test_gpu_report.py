@@ -18,9 +18,10 @@ import pytest
 import torch
 from fake_device import FakeDevice
 from gpu_report import PARTS, is_here, report
-from lab import implementations, parts
+from lab import parts
 from lab.embedding_tables import EMBEDDING_SUITES
 from lab.parts import FAILED, OK, OUT_OF_TIME, SKIPPED, Part, Record
+from lab.rules import EMBEDDING_RULES, RULES
 from lab.suites import SUITES
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +79,8 @@ def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert [*tmp_path.glob(pattern)], pattern
     written = _page(tmp_path)
     for line in ("| GPU | ", "| gpt2 | tiny | 1 | 180 | momentum | float32 | ", "](raw/roofline-",
-                 "| adagrad | 1 | 1,000 | 16 | 100 | ", "| sgd | 10 | 1 | fresh | "):  # fmt: skip
+                 "| adagrad | 1 | 1,000 | 16 | 100 | ",
+                 "| sgd | plain | 10 | 1 | fresh | "):  # fmt: skip
         assert line in written
 
 
@@ -101,8 +103,7 @@ def test_the_short_benchmark_has_a_layout_a_suite() -> None:
     assert len(found) == len(SUITES)
     assert ("sweep", "1000x1024") in found
     dense = len(found) - len(EMBEDDING_SUITES)
-    rules, by_rows = implementations.RULES, implementations.EMBEDDING_RULES
-    assert len(groups) == dense * len(rules) + len(EMBEDDING_SUITES) * len(by_rows)
+    assert len(groups) == dense * len(RULES) + len(EMBEDDING_SUITES) * len(EMBEDDING_RULES)
     sizes = [group.layout.params for group in groups]
     assert sizes == sorted(sizes)
 
@@ -269,7 +270,7 @@ def test_what_is_missing_is_skipped_with_a_line(tmp_path: Path) -> None:
     needs = ("pytest", "no_such_module", "no-such-program")
     records = _report(tmp_path, _part("a", "", needs=needs), _part("b", "", needs=("sh",)))
     assert (records["a"]["outcome"], records["b"]["outcome"]) == (SKIPPED, OK)
-    line = "| a | skipped |  | DATE |  | no_such_module, no-such-program not found |"
+    line = "| a | skipped | | DATE | | no_such_module, no-such-program not found |"
     assert line.replace("DATE", records["a"]["date"]) in _page(tmp_path)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tune
 from fake_device import FakeDevice
-from lab.implementations import RULES, STORAGES
+from lab.rules import RULES, STORAGES
 from lab.suites import Layout
 from lab.workload import Workload
 from tune import Trial, Tuner
