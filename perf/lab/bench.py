@@ -116,7 +116,7 @@ def _peak_bytes(group: Group, implementation: Implementation, row: Row) -> int:
     """Of one implementation alone, which needs no state beside its own."""
     peak = (row.model_bytes or 0) + (row.kept_bytes or 0) + (row.step_extra_bytes or 0)
     if not implementation.torch_state:  # its state is among what it kept
-        peak -= group.workload.state_bytes(*group[1:])
+        peak -= group.layout.state_bytes(group.rule, group.storage)
     return peak
 
 

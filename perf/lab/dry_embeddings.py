@@ -8,8 +8,8 @@ from itertools import cycle
 
 from lab.dry_gpu import dry_gpu
 from lab.embedding_steps import Candidate
-from lab.embedding_tables import UNIFORM, Tables
-from lab.embeddings import BATCHES, Embeddings
+from lab.embedding_tables import BATCHES, UNIFORM, Tables
+from lab.embeddings import Embeddings
 from lab.group import Group, groups_of
 from lab.implementations import Implementation
 from lab.rows import OK, OURS, TORCH_SPARSE, Row

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from itertools import cycle
+from collections.abc import Callable, Iterable
+from itertools import count, cycle
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lab.device import Device
-from lab.embedding_ids import ids_of
 from lab.embedding_steps import EMBEDDING_IMPLEMENTATIONS, Candidate
-from lab.embedding_tables import ZIPF, Tables, state_bytes, step_bytes
+from lab.embedding_tables import BATCHES, UNIFORM, Tables
 from lab.implementations import Implementation, Step
 from lab.reference import CHECKED_STEPS, check
-from lab.rules import Rule, Storage
+from lab.rules import STORAGES, Rule, Storage
 
-BATCHES = 3  # gradients that take turns while steps are timed
 CHECKED = (0, 1, 0)  # batches of the checked steps: rows of the first rest while the second steps
 UNITS = 8  # in the last place, that an addition may be off
 PROBED = 4096  # rows of a table that are checked, about; all where it has no more
 FREQUENT = 8  # the most frequent rows, which are checked in any case
+ZIPF_EXPONENT = 1.05  # the row of rank k has a share of k**-1.05
+GOLDEN = 0.618  # spreads multiples evenly
 PASSING_VALUES = 8  # times the gradients' values that sorting and summing them may take
 
 
@@ -57,34 +57,12 @@ class Embeddings:
         size = (self.shape.rows, self.shape.dim)
         return torch.sparse_coo_tensor(ids[None], values, size, check_invariants=False)
 
-    @staticmethod
-    def size(shape: Tables, rule: Rule, storage: Storage) -> int:
-        """Bytes of tables, gradients and what it takes to draw them."""
-        ids = 8 * BATCHES * shape.tables * shape.batch
-        zipf = 16 * shape.rows if shape.distribution == ZIPF else 0
-        return shape.value_bytes + ids + max(shape.table_bytes, zipf)
-
-    @staticmethod
-    def state_bytes(shape: Tables, rule: Rule, storage: Storage) -> int:
-        return state_bytes(rule, shape)
-
-    @staticmethod
-    def columns(shape: Tables, rule: Rule, storage: Storage) -> dict[str, Any]:
-        """What a row says of these tables."""
-        return {
-            "rows": shape.rows,
-            "dim": shape.dim,
-            "batch": shape.batch,
-            "distribution": shape.distribution,
-            "model_bytes": shape.table_bytes + shape.value_bytes + state_bytes(rule, shape),
-        }
-
     def drawn(self) -> dict[str, Any]:
         """What else a row says, that only the drawn ids tell."""
         unique_rows, _ = self.counted()
         return {
             "unique_rows": unique_rows,
-            "step_bytes": step_bytes(self.rule, self.shape, unique_rows),
+            "step_bytes": self.shape.step_bytes(self.rule, unique_rows),
         }
 
     def tolerance(self, implementation: Implementation) -> float:
@@ -94,8 +72,8 @@ class Embeddings:
 
     def needed(self, implementation: Implementation) -> tuple[int, int]:
         """Bytes that it keeps beside what all share, and that its steps take."""
-        shape = self.shape
-        kept = implementation.tables * shape.table_bytes + state_bytes(self.rule, shape)
+        shape, state = self.shape, self.shape.state_bytes(self.rule, STORAGES[0])
+        kept = implementation.tables * shape.table_bytes + state
         passing = implementation.passing * shape.table_bytes
         return kept, max(PASSING_VALUES * shape.value_bytes, passing)
 
@@ -177,3 +155,21 @@ def tolerance(additions: int = 1) -> float:
         additions: to an element in a step. Each rounds it, up or down by chance.
     """
     return CHECKED_STEPS * UNITS * math.sqrt(additions) * torch.finfo(torch.float32).eps
+
+
+def ids_of(tables: Tables, device: str, generator: torch.Generator) -> Callable[[], Tensor]:
+    """What draws the ids of one table's batch, with duplicates."""
+    rows, size = tables.rows, (tables.batch,)
+    if tables.distribution == UNIFORM:
+        return lambda: torch.randint(rows, size, device=device, generator=generator)
+    ranks = torch.arange(1, rows + 1, dtype=torch.float64, device=device)
+    cumulative = ranks.pow_(-ZIPF_EXPONENT).cumsum_(0)
+    # Frequent rows are to lie all over the table, as hashed ids do: each rank has a row of its own.
+    factor = next(n for n in count(max(1, int(GOLDEN * rows))) if math.gcd(n, rows) == 1)
+
+    def draw() -> Tensor:
+        drawn = torch.rand(size, dtype=torch.float64, device=device, generator=generator)
+        found = torch.searchsorted(cumulative, drawn * cumulative[-1], right=True)
+        return found.clamp_(max=rows - 1) * factor % rows
+
+    return draw

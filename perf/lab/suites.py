@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lab.embedding_tables import EMBEDDING_SUITES, Tables
+from lab.rules import Rule, Storage, bytes_kept, bytes_per_param
 
 Tensors = list[tuple[str, tuple[int, ...]]]
 
@@ -21,6 +22,18 @@ class Layout(NamedTuple):
     @property
     def params(self) -> int:
         return sum(math.prod(shape) for _, shape in self.tensors)
+
+    def size(self, rule: Rule, storage: Storage) -> int:
+        """Bytes of parameters, gradients and state."""
+        return self.params * bytes_kept(rule, storage)
+
+    def state_bytes(self, rule: Rule, storage: Storage) -> int:
+        return self.params * len(rule.states) * storage.state.itemsize
+
+    def columns(self, rule: Rule, storage: Storage) -> dict[str, Any]:
+        """What a row says of these tensors."""
+        step_bytes = self.params * bytes_per_param(rule, storage)
+        return {"step_bytes": step_bytes, "model_bytes": self.size(rule, storage)}
 
 
 def gpt2() -> Layout:

@@ -15,7 +15,7 @@ from lab.implementations import IMPLEMENTATIONS, Implementation, Step
 from lab.mixed_copy import MixedCopy
 from lab.reference import CHECKED_STEPS, check
 from lab.rows import MIXED_COPY
-from lab.rules import Rule, Storage, bytes_kept, bytes_per_param
+from lab.rules import Rule, Storage
 from lab.suites import Layout
 
 PROBED = 1024  # elements of a tensor that are checked: evenly spaced, first and last among them
@@ -42,23 +42,6 @@ class Workload:
             self._states.append(state)
         self._places = {p.numel(): _places(p.numel(), device) for p in self.params}
         self.new_gradients()
-
-    @staticmethod
-    def size(layout: Layout, rule: Rule, storage: Storage) -> int:
-        """Bytes of parameters, gradients and state."""
-        return layout.params * bytes_kept(rule, storage)
-
-    @staticmethod
-    def state_bytes(layout: Layout, rule: Rule, storage: Storage) -> int:
-        return layout.params * len(rule.states) * storage.state.itemsize
-
-    @staticmethod
-    def columns(layout: Layout, rule: Rule, storage: Storage) -> dict[str, Any]:
-        """What a row says of these tensors."""
-        return {
-            "step_bytes": layout.params * bytes_per_param(rule, storage),
-            "model_bytes": Workload.size(layout, rule, storage),
-        }
 
     def drawn(self) -> dict[str, Any]:
         """What else a row says, that only the drawn tensors tell: nothing."""

@@ -19,11 +19,11 @@ import pytest
 import torch
 from cases import DEVICE
 from fake_device import FakeDevice
-from lab import dry_embeddings, embedding_ids, embeddings, rows, suites
+from lab import dry_embeddings, embeddings, rows, suites
 from lab.bench import bench
 from lab.device import Host
 from lab.embedding_steps import FBGEMM, Candidate, Stepped
-from lab.embedding_tables import DISTRIBUTIONS, Tables, state_bytes, step_bytes
+from lab.embedding_tables import BATCHES, DISTRIBUTIONS, Tables
 from lab.embeddings import CHECKED, Embeddings, tolerance
 from lab.goals import judged
 from lab.group import Group
@@ -55,7 +55,7 @@ def _error(work: Embeddings, candidate: Candidate) -> float:
 
 
 def _drawn(shape: Tables) -> Tensor:
-    return embedding_ids.ids_of(shape, DEVICE, torch.Generator(DEVICE).manual_seed(0))()
+    return embeddings.ids_of(shape, DEVICE, torch.Generator(DEVICE).manual_seed(0))()
 
 
 def test_zipf_is_zipf() -> None:
@@ -63,7 +63,7 @@ def test_zipf_is_zipf() -> None:
     ids = _drawn(Tables(n, 1, n_ids, "zipf"))
     counts = ids.bincount(minlength=n)
     assert len(counts) == n
-    shares = [rank**-embedding_ids.ZIPF_EXPONENT for rank in range(1, n + 1)]
+    shares = [rank**-embeddings.ZIPF_EXPONENT for rank in range(1, n + 1)]
     frequent = counts.sort(descending=True)
     for share, count in zip(shares[:20], frequent.values.tolist(), strict=False):
         expected = n_ids * share / sum(shares)
@@ -120,10 +120,10 @@ def test_touched_rows_and_bytes_by_hand() -> None:
     shape = Tables(10, 4, 3, "uniform", tables=2)
     work = _work(shape)
     one, two = (torch.tensor(ids, device=DEVICE) for ids in ([7, 1, 7], [0, 0, 0]))
-    work.ids = [[one, two]] * embeddings.BATCHES
+    work.ids = [[one, two]] * BATCHES
     assert work.counted() == (3, 3)
     # Read: 2 gradients of 3 rows of 4 numbers; and of 3 rows, twice: 4 of the parameter, and state.
-    found = [step_bytes(rule, shape, 3) for rule in (SGD, ADAGRAD, ROWWISE, LAZY_RMSPROP)]
+    found = [shape.step_bytes(rule, 3) for rule in (SGD, ADAGRAD, ROWWISE, LAZY_RMSPROP)]
     assert found == [4 * (24 + 6 * numbers) for numbers in (4, 4 + 4, 4 + 1, 4 + 4 + 1)]
     assert (shape.table_bytes, shape.value_bytes) == (2 * 160, 2 * 48)
 
@@ -136,7 +136,7 @@ def test_our_state_is_what_is_counted(rule: Rule) -> None:
     candidate()
     states = candidate.step.__self__.state.values()
     kept = sum(value.nbytes for state in states for value in state.values() if value.dim())
-    assert kept == state_bytes(rule, TINY) == work.needed(ours)[0]
+    assert kept == TINY.state_bytes(rule, STORAGES[0]) == work.needed(ours)[0]
 
 
 def test_checked_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +311,7 @@ def test_a_whole_run(
         rows_of = {row.implementation: row for row in found if row.rule == rule.name}
         ours, copy = rows_of[OURS], rows_of[COPY]
         assert ours.status == copy.status == rows.OK
-        assert ours.step_bytes == step_bytes(rule, TINY, ours.unique_rows or 0)
+        assert ours.step_bytes == TINY.step_bytes(rule, ours.unique_rows or 0)
         assert ours.gb_per_s == pytest.approx((ours.step_bytes or 0) / (ours.gpu_us or 0) / 1e3)
         assert ours.l2 == "exceeded"  # the fake device's are 1,024 bytes
         share = 100 * (ours.gb_per_s or 0) / (ours.copy_gb_per_s or 0)
