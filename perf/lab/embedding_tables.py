@@ -71,7 +71,7 @@ class Tables(NamedTuple):
 
 def _grid(*sizes: Iterable[Any], tables: int = 1) -> list[Tables]:
     """Of so many rows, columns and ids."""
-    return [Tables(*size, tables=tables) for size in product(*sizes, DISTRIBUTIONS)]
+    return [Tables(*size)._replace(tables=tables) for size in product(*sizes, DISTRIBUTIONS)]
 
 
 EMBEDDING_SUITES: dict[str, Callable[[], list[Tables]]] = {

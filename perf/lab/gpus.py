@@ -36,14 +36,6 @@ class Gpu(NamedTuple):
         low, high = (self.bandwidth * latency / self.sms for latency in LATENCIES)
         return low, high
 
-    def memory_rate(self, floor: float) -> float:
-        """Elements a second of `floor` bytes each that memory allows."""
-        return self.bandwidth / floor
-
-    def issue_rate(self, instructions: float) -> float:
-        """Elements a second of so many instructions each that the schedulers allow."""
-        return self.issue / instructions if instructions else 0.0
-
     def resident_warps(self, warps: int, registers: int, shared: int) -> int:
         """Warps an SM, in whole programs of `warps` warps that take so much of it.
 

@@ -1,9 +1,10 @@
-"""What an audit finds out about a kernel or a step: its columns, and what is wrong with it."""
+"""What an audit holds kernels and steps to: sentences about those that break a limit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 from lab.gpus import GPUS
 
@@ -17,153 +18,75 @@ PROGRAM_BYTES = 288  # a program: tables, and the keys around its chunk
 PARTIAL_ROWS = 4  # a program: two partial sums, each stored once and loaded once
 PARTIAL_SIZE = 4  # bytes of their elements: float32
 
-
-class DenseReport(NamedTuple):
-    """One kernel that updates whole tensors, on one architecture."""
-
-    architecture: str
-    kernel: str
-    alignment: int  # bytes, of every address
-    registers: int  # a thread
-    spills: int  # bytes a thread
-    shared: int  # bytes a program
-    load_bits: int  # the widest load of the main path; 0 where there is no main path
-    store_bits: int
-    narrowest_bits: int  # of both
-    instructions: float  # of the main path, an element
-    with_detours: float
-    resident_warps: int  # an SM
-    in_flight: int  # bytes an SM
-    bytes_per_param: float
-    floor: int
-    launches: int  # a step
-
-    @property
-    def memory_rate(self) -> float:
-        return GPUS[self.architecture].memory_rate(self.floor)
-
-    @property
-    def issue_rate(self) -> float:
-        return GPUS[self.architecture].issue_rate(self.instructions)
-
-    @property
-    def limit(self) -> str:
-        return "memory" if self.memory_rate <= self.issue_rate else "issue"
-
-    def findings(self) -> list[str]:
-        """What is wrong with it, a sentence each."""
-        found = []
-        if self.spills:
-            found.append(f"spills {self.spills} bytes a thread; 0 are allowed")
-        if not self.narrowest_bits:
-            found.append("stores no whole block without a mask")
-        elif self.alignment == ALIGNMENT and self.narrowest_bits < VECTOR_BITS:
-            found.append(
-                f"has a load or store of {self.narrowest_bits} bits on its main path; "
-                f"{VECTOR_BITS} are asked for"
-            )
-        if not self.floor <= self.bytes_per_param <= BYTES_OVER_FLOOR * self.floor:
-            found.append(
-                f"moves {self.bytes_per_param:.3f} bytes a parameter; {self.floor} to "
-                f"{BYTES_OVER_FLOOR * self.floor:.3f} are allowed"
-            )
-        if self.launches != 1:
-            found.append(f"takes {self.launches} update launches a step; 1 is allowed")
-        if self.architecture == "sm_90" and self.narrowest_bits and self.limit == "issue":
-            allowed = GPUS[self.architecture].issue / self.memory_rate
-            found.append(
-                f"issues {self.instructions:.1f} instructions an element; {allowed:.1f} fit while "
-                "memory moves it"
-            )
-        return _sentences(f"{self.architecture} {self.kernel}", found)
+Measures = dict[str, Any]  # of a kernel or a step; lab/audit_columns.py has their meanings
+Limit = tuple[Callable[[Any], object], str]  # whether a report breaks it, and what is said then
 
 
-class RowReport(NamedTuple):
-    """One kernel that updates by rows, on one architecture."""
-
-    architecture: str
-    kernel: str
-    block_rows: int
-    warps: int  # of a program
-    multiple: int  # elements that are loaded together
-    registers: int  # a thread
-    spills: int  # bytes a thread
-    shared: int  # bytes a program
-    load_bits: int  # the widest load of rows
-    store_bits: int
-    accesses: int  # instructions that load or store rows
-    split: int  # of these, narrower than they could be
-    adjacent: int  # elements of a row that a thread loads, next to each other
-    instructions: int
-    loop: int  # of these
-    resident_programs: int  # an SM
-    in_flight: int  # bytes an SM
-
-    @property
-    def spills_allowed(self) -> bool:
-        return self.multiple <= FEW
-
-    def findings(self) -> list[str]:
-        """What is wrong with it, a sentence each."""
-        found = []
-        if self.spills and not self.spills_allowed:
-            found.append(f"spills {self.spills} bytes a thread; 0 are allowed")
-        if self.split:
-            found.append(
-                f"has {self.split} of {self.accesses} loads and stores of rows that are narrower "
-                f"than {self.multiple} elements or 128 bits"
-            )
-        if self.adjacent > self.multiple:
-            found.append(
-                f"has {self.adjacent} elements next to each other a thread, loaded by "
-                f"{self.multiple}"
-            )
-        return _sentences(f"{self.architecture} {self.kernel}", found)
+def dense_report(architecture: str, name: str, measures: Measures) -> SimpleNamespace:
+    """Of a kernel that updates whole tensors: its measures, and what follows from them."""
+    gpu, instructions = GPUS[architecture], measures["instructions"]
+    memory = gpu.bandwidth / measures["floor"]
+    issue = gpu.issue / instructions if instructions else 0.0
+    more = {
+        "name": f"{architecture} {name}", "kernel": name, "architecture": architecture,
+        "memory_rate": memory, "issue_rate": issue, "fitting": gpu.issue / memory,
+        "limit": "memory" if memory <= issue else "issue",
+        "most_bytes": BYTES_OVER_FLOOR * measures["floor"],
+    }  # fmt: skip
+    return SimpleNamespace(**{**measures, **more})
 
 
-class StepReport(NamedTuple):
-    """What one step by rows moved, in bytes; one launch makes the keys, the other reads them."""
-
-    name: str
-    ids: int
-    rows: int  # touched
-    width: int
-    programs: int  # of the update
-    floor: int  # values once, and touched rows in and out
-    moved: int  # of these
-    astray: int  # of these elements, those that were not moved exactly once
-    keys: int  # with the ids they are made of
-    order: int
-    partials: int
-    tables: int
-
-    @property
-    def beside(self) -> int:
-        """Bytes that are neither of rows nor of sums of them."""
-        return self.keys + self.order + self.tables
-
-    @property
-    def total(self) -> int:
-        return self.moved + self.partials + self.beside
-
-    def findings(self) -> list[str]:
-        """What is wrong with what it moves, a sentence each."""
-        found = []
-        if self.astray or self.moved != self.floor:
-            found.append(
-                f"moves {self.moved} bytes of values and rows, {self.astray} elements not exactly "
-                f"once; {self.floor} are the floor"
-            )
-        allowed = ID_BYTES * self.ids + PROGRAM_BYTES * self.programs
-        if self.beside > allowed:
-            found.append(
-                f"moves {self.beside} bytes of ids, keys, order and tables; {allowed} are allowed"
-            )
-        allowed = PARTIAL_ROWS * PARTIAL_SIZE * self.width * self.programs
-        if self.partials > allowed:
-            found.append(f"moves {self.partials} bytes of partial sums; {allowed} are allowed")
-        return _sentences(self.name, found)
+def row_report(architecture: str, name: str, measures: Measures) -> SimpleNamespace:
+    """Of a kernel that updates by rows."""
+    return SimpleNamespace(
+        **measures, name=f"{architecture} {name}", kernel=name, architecture=architecture,
+        spills_allowed=measures["multiple"] <= FEW,
+    )  # fmt: skip
 
 
-def _sentences(name: str, found: Sequence[str]) -> list[str]:
-    return [f"{name} {sentence}." for sentence in found]
+def step_report(name: str, measures: Measures) -> SimpleNamespace:
+    """Of a step by rows: one launch makes the keys, the other reads them."""
+    step = SimpleNamespace(**measures, name=name)
+    step.beside = step.keys + step.order + step.tables  # neither of rows nor of sums of them
+    step.total = step.moved + step.partials + step.beside
+    step.beside_allowed = ID_BYTES * step.ids + PROGRAM_BYTES * step.programs
+    step.partials_allowed = PARTIAL_ROWS * PARTIAL_SIZE * step.width * step.programs
+    return step
+
+
+SPILLS = "spills {0.spills} bytes a thread; 0 are allowed"
+DENSE_LIMITS: Sequence[Limit] = (
+    (lambda r: r.spills, SPILLS),
+    (lambda r: not r.narrowest_bits, "stores no whole block without a mask"),
+    (lambda r: r.alignment == ALIGNMENT and 0 < r.narrowest_bits < VECTOR_BITS,
+     "has a load or store of {0.narrowest_bits} bits on its main path; 128 are asked for"),
+    (lambda r: not r.floor <= r.bytes_per_param <= r.most_bytes,
+     "moves {0.bytes_per_param:.3f} bytes a parameter; {0.floor} to {0.most_bytes:.3f} are "
+     "allowed"),
+    (lambda r: r.launches != 1, "takes {0.launches} update launches a step; 1 is allowed"),
+    (lambda r: r.architecture == "sm_90" and r.narrowest_bits and r.limit == "issue",
+     "issues {0.instructions:.1f} instructions an element; {0.fitting:.1f} fit while memory moves "
+     "it"),
+)  # fmt: skip
+ROW_LIMITS: Sequence[Limit] = (
+    (lambda r: r.spills and not r.spills_allowed, SPILLS),
+    (lambda r: r.split,
+     "has {0.split} of {0.accesses} loads and stores of rows that are narrower than {0.multiple} "
+     "elements or 128 bits"),
+    (lambda r: r.adjacent > r.multiple,
+     "has {0.adjacent} elements next to each other a thread, loaded by {0.multiple}"),
+)  # fmt: skip
+STEP_LIMITS: Sequence[Limit] = (
+    (lambda r: r.astray or r.moved != r.floor,
+     "moves {0.moved} bytes of values and rows, {0.astray} elements not exactly once; {0.floor} "
+     "are the floor"),
+    (lambda r: r.beside > r.beside_allowed,
+     "moves {0.beside} bytes of ids, keys, order and tables; {0.beside_allowed} are allowed"),
+    (lambda r: r.partials > r.partials_allowed,
+     "moves {0.partials} bytes of partial sums; {0.partials_allowed} are allowed"),
+)  # fmt: skip
+
+
+def findings(report: SimpleNamespace, limits: Sequence[Limit]) -> list[str]:
+    """What is wrong, a sentence each."""
+    return [f"{report.name} {text.format(report)}." for broken, text in limits if broken(report)]

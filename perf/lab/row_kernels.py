@@ -14,7 +14,7 @@ from lab.compiled import built_in, compile_for, rule_and_flags, short
 from lab.control_flow import Instruction
 from lab.disassembly import Usage
 from lab.gpus import GPUS
-from lab.kernel_report import VECTOR_BITS, RowReport
+from lab.kernel_report import VECTOR_BITS, Measures
 from lab.row_code import Loop, adjacent, main_loop, row_accesses
 from triton_optim.kernels.keys import keys_kernel
 from triton_optim.kernels.rows import rows_kernel
@@ -59,9 +59,9 @@ class Kernel(NamedTuple):
         partials = "*fp64" if self.variant.compute_dtype == torch.float64 else "*fp32"
         return compile_for(architecture, rows_kernel, constants, options, partials_ptr=partials)
 
-    def report(
+    def measures(
         self, architecture: str, binary: Any, code: Sequence[Instruction], usage: Usage
-    ) -> RowReport:
+    ) -> Measures:
         """What its machine code says.
 
         Raises:
@@ -82,25 +82,23 @@ class Kernel(NamedTuple):
             for bits in access.bits
         ]
         programs = gpu.resident_warps(warps, usage.registers, shared) // warps
-        return RowReport(
-            architecture,
-            self.name,
-            block_rows,
-            warps,
-            multiple,
-            registers=usage.registers,
-            spills=usage.spills,
-            shared=shared,
-            load_bits=max(bits for stores, bits, _ in widths if not stores),
-            store_bits=max(bits for stores, bits, _ in widths if stores),
-            accesses=len(widths),
-            split=sum(bits < whole for _, bits, whole in widths),
-            adjacent=1 if variant is None else adjacent(binary.asm["ttgir"], shape),
-            instructions=len(code),
-            loop=loop.instructions,
-            resident_programs=programs,
-            in_flight=programs * warps * gpu.warp_size * loop.outstanding,
-        )
+        return {
+            "block_rows": block_rows,
+            "warps": warps,
+            "multiple": multiple,
+            "registers": usage.registers,
+            "spills": usage.spills,
+            "shared": shared,
+            "load_bits": max(bits for stores, bits, _ in widths if not stores),
+            "store_bits": max(bits for stores, bits, _ in widths if stores),
+            "accesses": len(widths),
+            "split": sum(bits < whole for _, bits, whole in widths),
+            "adjacent": 1 if variant is None else adjacent(binary.asm["ttgir"], shape),
+            "instructions": len(code),
+            "loop": loop.instructions,
+            "resident_programs": programs,
+            "in_flight": programs * warps * gpu.warp_size * loop.outstanding,
+        }
 
 
 _config = row_launcher.config

@@ -50,6 +50,40 @@ def test_goals_are_judged_by_the_worst_row() -> None:
     assert not [*goals.judged([_row("torch fused", 1.0)])]
 
 
+def _of_embeddings(rule: str, name: str, us: float, **columns: Any) -> rows.Row:
+    """A made-up row; no machine gave it."""
+    row = rows.Row(rule=rule, implementation=name, status=rows.OK, gpu_us=us, wall_us=us + 50)
+    vars(row).update({"layout": "large", "batch": 1, "unique_rows": 100_000, **columns})
+    return row
+
+
+def test_goals_of_embeddings_are_judged_by_the_worst_row() -> None:
+    found = [
+        _of_embeddings("adagrad", OURS, 100, percent_of_copy=80.0),
+        _of_embeddings("adagrad", rows.TORCH_SPARSE, 1000),
+        _of_embeddings("rowwise-adagrad", OURS, 50, percent_of_copy=95.0),
+        _of_embeddings(
+            "adagrad", OURS, 10, percent_of_copy=30.0, layout="small", unique_rows=99_999
+        ),
+        _of_embeddings("adagrad", rows.TORCH_SPARSE, 950, layout="small"),
+        _of_embeddings("sgd", rows.TORCH_SPARSE, 1, percent_of_copy=1.0),
+        _of_embeddings("adagrad", COPY, 1, percent_of_copy=1.0),
+        _of_embeddings("adagrad", OURS, 9, layout="wrong", status=rows.WRONG, percent_of_copy=1.0),
+    ]
+    found_goals = [*goals.judged(found)]
+    assert [(goal.met, goal.reached.split(" (")[0]) for goal in found_goals] == [
+        (True, "10.00x"),
+        (False, "7.00x"),
+        (True, "20.00x"),
+        (True, "10.50x"),
+        (True, "80.0 %"),
+    ]
+    on_cpu = [
+        _of_embeddings("adagrad", name, 1.0, gpu_us=None) for name in (OURS, rows.TORCH_SPARSE)
+    ]
+    assert not [*goals.judged(on_cpu)]
+
+
 def test_rows_survive_their_file(tmp_path: Path) -> None:
     table = rows.Table(tmp_path / "new folder" / "step-x.csv")
     first = _row(OURS, 0.1, detail='a, "b"', cold=True, launches=None)

@@ -60,8 +60,8 @@ def test_the_page_says_what_is_ahead_and_what_is_behind(tmp_path: Path) -> None:
         f"| {what('adagrad')} | GPU | 700.0 | 650.0 | torch fused | 0.93 |",
         f"| {what('rmsprop')} | GPU | 100.0 | 249.6 | torch foreach | 2.50 |",
         "",
-        f"- no time of ours, {what('momentum')}: no row",
         f"- no time of ours, {what('sgd')}: failed: RuntimeError: broken",
+        f"- no time of ours, {what('momentum')}: no row",
     ]
     table = written["A step of dense gradients: GPU time"]
     of_gpt2 = "| gpt2 | gpt2 | 148 | 124,439,808 |"
