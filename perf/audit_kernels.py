@@ -4,7 +4,7 @@
 
 compiles every kernel that the optimizers can launch, dense ones and those that update by rows, and
 steps them in Triton's interpreter. It prints a row for each, and exits 1 if one of them breaks a
-limit: see `findings` in lab/kernel_report.py. The committed rows are written by
+limit: see `findings` in lab/audit.py. The committed rows are written by
 
     python perf/audit_kernels.py --json perf/results/audit.json
 """
@@ -28,13 +28,12 @@ if __name__ == "__main__":
 
 import triton
 from lab import interpreted_rows
-from lab.audit import Audit
+from lab.audit import Audit, Measures
 from lab.dense_kernels import Kernel
 from lab.disassembly import disassembled
 from lab.gpus import GPUS
 from lab.interpreted import kernels_of
-from lab.kernel_report import Measures
-from lab.row_cases import row_kernels
+from lab.row_kernels import row_kernels
 
 import triton_optim
 from triton_optim.launch import tuning

@@ -91,7 +91,7 @@ def run(device: Device, args: argparse.Namespace, results: Path) -> Table:
     left = groups(args)
     while left and time.monotonic() < timed_until:
         group = left.pop(0)
-        rows = bench(device, group, base, args.repeats, timed_until, args.check)
+        rows = bench(device, group, base, args.repeats, timed_until, only_check=args.check)
         table.add(rows)
         print_group(rows)
         done.append((group, rows))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from lab.audit import Measures, dense_report
 from lab.compiled import built_in, compile_for, rule_and_flags, short
 from lab.control_flow import Instruction
 from lab.disassembly import Usage
 from lab.gpus import GPUS
-from lab.kernel_report import Measures, dense_report
 from lab.machine_code import Code, MainPath
 from triton_optim.kernels.multi_tensor import multi_tensor_kernel
 from triton_optim.launch import backend, tuning

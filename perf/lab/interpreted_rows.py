@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
+from lab.audit import Measures
 from lab.compiled import rule_and_flags, short
-from lab.kernel_report import Measures
-from lab.row_cases import OPTIMIZERS
-from lab.row_kernels import config
+from lab.row_kernels import OPTIMIZERS, config
 from lab.traffic import OTHER, Traffic, watched
 from triton_optim.launch import row_launcher, tuning
 from triton_optim.launch.launcher import Launch

@@ -7,12 +7,10 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 
-def table(head: Sequence[str], lines: Iterable[Iterable[str]]) -> str:
-    rows = ([cell.replace("|", "/") for cell in cells] for cells in lines)
-    return "\n".join(
-        f"| {' | '.join(cells)} |".replace("|  |", "| |")
-        for cells in (head, ["---"] * len(head), *rows)
-    )
+def table(head: Sequence[str], body: Iterable[Iterable[str]]) -> str:
+    rows = ([cell.replace("|", "/") for cell in line] for line in body)
+    lines = (f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+    return "\n".join(re.sub(r"\|  (?=\|)", "| ", line) for line in lines)
 
 
 def paragraph(text: str) -> str:

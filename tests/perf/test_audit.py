@@ -13,17 +13,17 @@ import torch
 import triton
 from cases import CASES, DEVICE
 from lab import interpreted_rows
-from lab.audit import Audit
-from lab.gpus import GPUS
-from lab.interpreted import flag_sets, measure
-from lab.kernel_report import (
+from lab.audit import (
     DENSE_LIMITS,
     STEP_LIMITS,
+    Audit,
     Measures,
     dense_report,
     findings,
     step_report,
 )
+from lab.gpus import GPUS
+from lab.interpreted import flag_sets, measure
 from torch.nn import Parameter
 
 import triton_optim
