@@ -16,8 +16,8 @@ from contextlib import nullcontext
 from itertools import groupby, product
 from pathlib import Path
 
+import plot
 import torch
-from lab import host_plot
 from lab.dry_gpu import dry_gpu
 from lab.host_rows import FLOOR, GRADIENTS, PARAMS, SERIES, TORCH, Row, write
 from lab.host_steps import RULES, Case, cold_rows, launch_rows, machine, measure
@@ -55,7 +55,7 @@ def main() -> None:
     if args.out:
         rows += [*launches, *cold]
         write(args.out.with_suffix(".csv"), rows)
-        host_plot.draw(rows, args.out.with_suffix(".png"))
+        plot.draw_hosts(rows, args.out.with_suffix(".png"))
 
 
 def _arguments() -> argparse.Namespace:

@@ -36,8 +36,7 @@ from lab.device import Device, Host
 from lab.dry_embeddings import dry_rows
 from lab.embedding_tables import EMBEDDING_SUITES, Tables
 from lab.group import Group, groups_of
-from lab.implementations import package_version
-from lab.machine import processor_and_threads
+from lab.machine import package_version, processor_and_threads
 from lab.report import print_goals, print_group, print_launches, print_missing
 from lab.rows import FAILED, OURS, WRONG, Row, Table
 from lab.rules import EMBEDDING_RULES, RULES, STORAGES

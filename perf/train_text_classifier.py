@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from lab.columns import Column
 from lab.curves import apart, plot, report
 from lab.options import positive
+from lab.tables import Column
 from lab.training import Run, new_optimizer, timed_step
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence

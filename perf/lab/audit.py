@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from lab.audit_columns import DENSE_COLUMNS, ROW_COLUMNS, STEP_COLUMNS
-from lab.columns import Column, print_legend, print_table
 from lab.gpus import GPUS
+from lab.tables import Column, print_legend, print_table
 
 ALIGNMENT = 16  # bytes: that of a vector
 VECTOR_BITS = 128  # 4 elements of float32, 8 of 16 bits

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from lab.columns import Column, print_table
+from lab.tables import Column, print_table
 from lab.training import Run
 
 ONE_PROCESS = "one process"  # by whom a run is that others are held against

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lab.gpus import peak_bandwidth
 from lab.implementations import Step
+from lab.machine import printed
 
 COPY_BYTES = 1 << 30  # of the buffer whose copy measures bandwidth: far larger than any L2
 EMPTIED_BELOW = 4  # times the L2 that a step moves: below that, the L2 is emptied before each step
@@ -54,12 +54,8 @@ class Device:
 
     def driver(self) -> str:
         """The driver's version, as nvidia-smi tells it."""
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-        return printed.splitlines()[0].strip()
+        query = "--query-gpu=driver_version"
+        return printed("nvidia-smi", query, "--format=csv,noheader").split(";")[0]
 
     def mark(self) -> Any:
         """A moment in the device's queue."""

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
 
 import triton_optim
+from lab.machine import package_version
 from lab.rows import OURS
 from lab.rules import Rule, Storage
 
@@ -46,6 +46,8 @@ class Implementation(NamedTuple):
     @property
     def version(self) -> str | None:
         """The version that is installed, or None."""
+        if self.package == OURS:  # a checkout need not be installed
+            return triton_optim.__version__
         return next(filter(None, map(package_version, self.package.split())), None)
 
     def why_not(self, rule: Rule, storage: Storage, n_tensors: int) -> str | None:
@@ -55,16 +57,6 @@ class Implementation(NamedTuple):
         if self.max_tensors is not None and n_tensors > self.max_tensors:
             return f"more than {self.max_tensors} tensors"
         return self.refusal(rule, storage)
-
-
-def package_version(package: str) -> str | None:
-    """The version that is installed, or None."""
-    if package == OURS:  # a checkout need not be installed
-        return triton_optim.__version__
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _from(module: str, prefix: str = "", **extra: Any) -> Build:

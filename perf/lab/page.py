@@ -17,10 +17,10 @@ from lab.against_torch import (
     time,
     without_time,
 )
-from lab.goals import judged
-from lab.markdown import table
 from lab.parts import FAILED, OUT_OF_TIME, Record
+from lab.report import judged
 from lab.rows import OK, OURS
+from lab.tables import markdown
 
 QUOTED = 25  # lines of what failed
 
@@ -39,7 +39,7 @@ def write(folder: Path, names: Sequence[str], records: Mapping[str, Record]) -> 
     machine = (line.partition(": ")[::2] for line in _lines(raw / "machine.log"))
     parts = [
         *_head(compared, missing, records),
-        *("## Machine", table(("", ""), machine)),
+        *("## Machine", markdown(("", ""), machine)),
         *("## Beside torch, what is slowest first", _speedups(compared)),
         "\n".join(f"- no time of ours, {line}" for line in missing),
         *(text for source, by_key in found for text in _source(source, by_key)),
@@ -82,7 +82,7 @@ def _speedups(compared: Sequence[Comparison]) -> str:
         for one in compared
     )
     head = ("what", "clock", OURS, "torch", "its best", "speedup")
-    return table(head, rows) if compared else "Nothing has been compared yet."
+    return markdown(head, rows) if compared else "Nothing has been compared yet."
 
 
 def _source(source: Source, found: Mapping[Key, Group]) -> Iterator[str]:
@@ -91,7 +91,7 @@ def _source(source: Source, found: Mapping[Key, Group]) -> Iterator[str]:
     shares = (name.replace("_", " ") for name in source.shares)
     head = [*source.key, OURS, *shares, *source.rivals]
     rows = (_cells(source, key, group, column) for key, group in found.items())
-    yield table(head, rows) if found else "No row yet."
+    yield markdown(head, rows) if found else "No row yet."
 
 
 def _cells(source: Source, key: Key, group: Group, column: str) -> Iterator[str]:
@@ -112,7 +112,7 @@ def _goals(measured: Iterable[Any]) -> Iterator[str]:
     if goals := sorted(judged(measured), key=lambda goal: goal.met):
         yield "## Goals of this package"
         rows = (["met" if goal.met else "MISSED", goal.text, goal.reached] for goal in goals)
-        yield table(("", "goal", "worst row"), rows)
+        yield markdown(("", "goal", "worst row"), rows)
 
 
 def _plots(folder: Path) -> Iterator[str]:
@@ -130,7 +130,7 @@ def _outcomes(names: Sequence[str], records: Mapping[str, Record]) -> str:
         seconds = f"{record.seconds:.0f} of {record.limit:.0f}" if record.seconds else ""
         rows.append([name, record.outcome, seconds, record.date, log, record.detail])
     head = ("part", "outcome", "seconds, of at most", "begun, UTC", "", "its last line, or why")
-    return table(head, rows)
+    return markdown(head, rows)
 
 
 def _failures(names: Sequence[str], records: Mapping[str, Record], raw: Path) -> Iterator[str]:

@@ -19,8 +19,8 @@ from lab import rows, suites
 from lab.embedding_steps import FBGEMM, Candidate, Stepped
 from lab.embedding_tables import DISTRIBUTIONS, Tables
 from lab.embeddings import CHECKED, Embeddings
-from lab.goals import judged
 from lab.implementations import Implementation
+from lab.report import judged
 from lab.rows import COPY, OURS, TORCH_SPARSE, Row
 from lab.rules import ADAGRAD, EMBEDDING_RULES, SGD, STORAGES, Rule
 from torch import nn

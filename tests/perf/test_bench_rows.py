@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import plot
 import pytest
-from lab import goals, rows
+from lab import report, rows
 from lab.implementations import IMPLEMENTATIONS
 from lab.rows import COPY, MIXED_COPY, OURS
 from lab.rules import RULES
@@ -37,7 +37,7 @@ def test_goals_are_judged_by_the_worst_row() -> None:
         _row(OURS, 100.0, percent_of_copy=94.9, **{**large, "layout": "llama3-8b", "suite": "l"}),
         _row("torch compiled", 1.0, **{**large, "status": rows.WRONG}),
     ]
-    found = {goal.text: goal for goal in goals.judged(measured)}
+    found = {goal.text: goal for goal in report.judged(measured)}
     assert [(goal.met, goal.reached.split(" (")[0]) for goal in found.values()] == [
         (False, "94.9 %"),
         (False, "0.90x"),
@@ -47,7 +47,7 @@ def test_goals_are_judged_by_the_worst_row() -> None:
         (True, "3.10x"),
         (True, "0.092 %"),
     ]
-    assert not [*goals.judged([_row("torch fused", 1.0)])]
+    assert not [*report.judged([_row("torch fused", 1.0)])]
 
 
 def _of_embeddings(rule: str, name: str, us: float, **columns: Any) -> rows.Row:
@@ -70,7 +70,7 @@ def test_goals_of_embeddings_are_judged_by_the_worst_row() -> None:
         _of_embeddings("adagrad", COPY, 1, percent_of_copy=1.0),
         _of_embeddings("adagrad", OURS, 9, layout="wrong", status=rows.WRONG, percent_of_copy=1.0),
     ]
-    found_goals = [*goals.judged(found)]
+    found_goals = [*report.judged(found)]
     assert [(goal.met, goal.reached.split(" (")[0]) for goal in found_goals] == [
         (True, "10.00x"),
         (False, "7.00x"),
@@ -81,7 +81,7 @@ def test_goals_of_embeddings_are_judged_by_the_worst_row() -> None:
     on_cpu = [
         _of_embeddings("adagrad", name, 1.0, gpu_us=None) for name in (OURS, rows.TORCH_SPARSE)
     ]
-    assert not [*goals.judged(on_cpu)]
+    assert not [*report.judged(on_cpu)]
 
 
 def test_rows_survive_their_file(tmp_path: Path) -> None:
