@@ -37,7 +37,11 @@ class Device:
         properties = torch.cuda.get_device_properties(0)
         self.name: str = properties.name
         self.l2_bytes: int = properties.L2_cache_size
-        self.peak_bandwidth = _peak_bandwidth(properties)
+        # Not in older torch; a clock of AMD's says nothing of the transfers a cycle.
+        known = () if torch.version.hip else ("memory_clock_rate", "memory_bus_width")
+        self.peak_bandwidth = peak_bandwidth(
+            properties.name, *(getattr(properties, name, 0) for name in known)
+        )
         self.copied = torch.empty(2 * COPY_BYTES // 4, device=self.type).normal_()
         self._source, self._target = self.copied.chunk(2)
         self._reader = self._source[: EMPTIED_BELOW * self.l2_bytes // 4]
@@ -128,13 +132,6 @@ class Device:
         names = [name for _, name in kernels]
         markers = [i for i, name in enumerate(names) if "spin_kernel" in name]
         return markers[-1] - markers[-2] - 1 if len(markers) > 1 else None
-
-
-def _peak_bandwidth(properties: Any) -> float | None:
-    if torch.version.hip:  # whose clock says nothing of the transfers a cycle
-        return peak_bandwidth(properties.name)
-    clock = getattr(properties, "memory_clock_rate", 0)  # not in older torch
-    return peak_bandwidth(properties.name, clock, getattr(properties, "memory_bus_width", 0))
 
 
 class Host(Device):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 
 from lab.dry_gpu import dry_gpu
@@ -47,7 +48,7 @@ def _rows(base: Row, group: Group, work: Embeddings) -> list[Row]:
             row = replace(base, implementation=item.name, version=item.version or "", status=OK)
             rows[item.name] = row
             try:
-                prepare[item.name] = _loading(_launching(work, item))
+                prepare[item.name] = partial(_loaded, _launching(work, item), cycle(range(BATCHES)))
             except Exception as error:
                 row.fail(error)
     for name, series in in_turn(prepare, REPEATS).items():
@@ -56,14 +57,9 @@ def _rows(base: Row, group: Group, work: Embeddings) -> list[Row]:
     return [*rows.values()]
 
 
-def _loading(candidate: Candidate) -> Callable[[], Candidate]:
-    batches = cycle(range(BATCHES))
-
-    def loaded() -> Candidate:
-        candidate.load(next(batches))
-        return candidate
-
-    return loaded
+def _loaded(candidate: Candidate, batches: Iterator[int]) -> Candidate:
+    candidate.load(next(batches))
+    return candidate
 
 
 def _launching(work: Embeddings, item: Implementation) -> Candidate:

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lab.device import Device
 from lab.embedding_steps import EMBEDDING_IMPLEMENTATIONS, Candidate
 from lab.embedding_tables import BATCHES, UNIFORM, Tables
 from lab.implementations import Implementation, Step
-from lab.reference import CHECKED_STEPS, check
+from lab.reference import CHECKED_STEPS, Work
 from lab.rules import STORAGES, Rule, Storage
 
 CHECKED = (0, 1, 0)  # batches of the checked steps: rows of the first rest while the second steps
@@ -26,7 +25,7 @@ GOLDEN = 0.618  # spreads multiples evenly
 PASSING_VALUES = 8  # times the gradients' values that sorting and summing them may take
 
 
-class Embeddings:
+class Embeddings(Work):
     """Tables, and gradients of some batches, uncoalesced as `nn.Embedding(sparse=True)` makes them.
 
     Values are odd eighths: sums of them are exact in float32, whatever their order, so that
@@ -51,14 +50,13 @@ class Embeddings:
         self.tables = [torch.randn(size, device=device, generator=generator) for _ in n_tables]
         self.values = [torch.empty(batch, device=device) for _ in n_tables]
         self.new_values()
-        self.grads = [[*map(self._gradient, ids, self.values)] for ids in self.ids]
-
-    def _gradient(self, ids: Tensor, values: Tensor) -> Tensor:
-        size = (self.shape.rows, self.shape.dim)
-        return torch.sparse_coo_tensor(ids[None], values, size, check_invariants=False)
+        self.grads = [
+            [torch.sparse_coo_tensor(of[None], values, size, check_invariants=False)
+             for of, values in zip(ids, self.values, strict=True)]
+            for ids in self.ids
+        ]  # fmt: skip
 
     def drawn(self) -> dict[str, Any]:
-        """What else a row says, that only the drawn ids tell."""
         unique_rows, _ = self.counted()
         return {
             "unique_rows": unique_rows,
@@ -71,15 +69,10 @@ class Embeddings:
         return tolerance(self.counted()[1] if one_by_one else 1)
 
     def needed(self, implementation: Implementation) -> tuple[int, int]:
-        """Bytes that it keeps beside what all share, and that its steps take."""
         shape, state = self.shape, self.shape.state_bytes(self.rule, STORAGES[0])
         kept = implementation.tables * shape.table_bytes + state
         passing = implementation.passing * shape.table_bytes
         return kept, max(PASSING_VALUES * shape.value_bytes, passing)
-
-    def copies(self, device: Device) -> dict[str, tuple[Step, int]]:
-        """None beside the plain one."""
-        return {}
 
     def build(self, implementation: Implementation) -> Candidate:
         candidate: Candidate = implementation.build(self.rule, self)
@@ -132,20 +125,14 @@ class Embeddings:
         chosen: Tensor = torch.unique(torch.cat([spread, (spread + 1) % rows, frequent, ends]))
         return chosen
 
-    def check(self, candidate: Candidate, synchronize: Step) -> tuple[float, float]:
-        """See `check`. Rules work row by row: the reference needs only the checked ones."""
-        probes = self.probes()
+    def probed(self, candidate: Candidate) -> list[Tensor]:
+        named = zip(candidate.tables, self.probes(), strict=True)
+        return [table.detach()[rows].double() for table, rows in named]
 
-        def probe() -> list[Tensor]:
-            named = zip(candidate.tables, probes, strict=True)
-            return [table.detach()[rows].double() for table, rows in named]
-
-        def new_gradients(number: int) -> list[Tensor]:
-            self.new_values()
-            candidate.load(CHECKED[number])
-            return [self.summed(CHECKED[number], i, rows) for i, rows in enumerate(probes)]
-
-        return check(candidate, synchronize, self.rule, probe, new_gradients)
+    def new_probed_gradients(self, candidate: Candidate, number: int) -> list[Tensor]:
+        self.new_values()
+        candidate.load(CHECKED[number])
+        return [self.summed(CHECKED[number], i, rows) for i, rows in enumerate(self.probes())]
 
 
 def tolerance(additions: int = 1) -> float:

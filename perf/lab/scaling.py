@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -60,22 +60,16 @@ class Share(NamedTuple):
         return cls(params, len(layout.tensors), len(aligned), int(ranks > 1))
 
 
-def host_us_per_tensor(rows: Iterable[Row]) -> tuple[float, Row]:
-    """Host microseconds of a step over the most DTensors that were measured, and their row."""
-    measured = found(
-        rows, rule=RULE.name, params=DTENSOR, gradients=FRESH, groups=1, implementation=OURS
-    )
-    row = max(measured, key=lambda row: row.tensors)
-    return row.median / row.tensors, row
-
-
 def floor_us(params: int, storage: Storage) -> float:
     return 1e6 * params * bytes_per_param(RULE, storage) / BANDWIDTH
 
 
 def table(rows: Sequence[Row]) -> str:
     """The table of perf/README.md, and from how many ranks on the host takes longer."""
-    cost, row = host_us_per_tensor(rows)
+    stepped = {"rule": RULE.name, "params": DTENSOR, "gradients": FRESH, "groups": 1}
+    measured = found(rows, **stepped, implementation=OURS)
+    row = max(measured, key=lambda row: row.tensors)
+    cost = row.median / row.tensors  # us
     layouts = [model() for model in MODELS]
     lines = [_line(layout, ranks, cost) for layout in layouts for ranks in RANKS]
     longer = [f"{layout.name} from {_host_bound(layout, cost)}" for layout in layouts]
@@ -83,11 +77,11 @@ def table(rows: Sequence[Row]) -> str:
     for storage in BOTH:
         head += [f"MB, {storage.name}", "ms at the peak"]
     head += ["host ms", "launches", "all-reduces"]
-    measured = (
+    text = (
         f"Host time: {cost:.2f} us a tensor, measured over {row.tensors:,} DTensors on "
         f"{row.machine}. It exceeds the time at the peak, float32, of {'; '.join(longer)} ranks on."
     )
-    return f"{tables.markdown(head, lines)}\n\n{tables.paragraph(measured)}"
+    return f"{tables.markdown(head, lines)}\n\n{tables.paragraph(text)}"
 
 
 def _line(layout: Layout, ranks: int, cost: float) -> list[str]:

@@ -207,14 +207,9 @@ def sweep() -> list[Layout]:
 
 def uniform(n: int, size: int) -> Layout:
     """So many tensors of one size."""
-    return Layout(f"{n}x{_short(size)}", [(f"{i}", (size,)) for i in range(n)])
-
-
-def _short(size: int) -> str:
-    for unit, name in ((10**9, "B"), (10**6, "M")):
-        if size % unit == 0:
-            return f"{size // unit}{name}"
-    return str(size)
+    units = {f"{size // unit}{name}": size % unit for unit, name in ((10**9, "B"), (10**6, "M"))}
+    short = next((short for short, rest in units.items() if not rest), f"{size}")
+    return Layout(f"{n}x{short}", [(f"{i}", (size,)) for i in range(n)])
 
 
 SMALL_TENSORS = "1000x1024"  # the point of the sweep with many small tensors
