@@ -11,7 +11,7 @@ does nothing (lab/dry_gpu.py); torch's steps run on the CPU, and their times hol
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import groupby, product
 from pathlib import Path
@@ -51,7 +51,10 @@ def main() -> None:
     for row in launches:
         print(f"{row.implementation}: {row.median:.1f} ({row.p20:.1f}-{row.p80:.1f}) us")
     cold = cold_rows(rules)
-    _print_cold(cold)
+    print("first steps of a process, Triton's cache empty, one rule after another, of DTensors:")
+    for name, of_one in groupby(cold, key=lambda row: row.implementation):
+        seconds = ", ".join(f"{row.rule} {row.median / 1e6:.2f} s" for row in of_one)
+        print(f"  {name}: {seconds}")
     if args.out:
         rows += [*launches, *cold]
         write(args.out.with_suffix(".csv"), rows)
@@ -86,13 +89,6 @@ def _print(rows: Sequence[Row]) -> None:
     cells.insert(2, f"= {by_name[OURS].median / by_name[FLOOR].median:.1f} x floor")
     what = f"{first.tensors:>6} {first.params:<8}in {first.groups:>2}, {first.gradients:<10}"
     print(f"{first.rule:<13}{what}  " + "".join(f"{cell:>22}" for cell in cells))
-
-
-def _print_cold(rows: Iterable[Row]) -> None:
-    print("first steps of a process, Triton's cache empty, one rule after another, of DTensors:")
-    for name, of_one in groupby(rows, key=lambda row: row.implementation):
-        seconds = ", ".join(f"{row.rule} {row.median / 1e6:.2f} s" for row in of_one)
-        print(f"  {name}: {seconds}")
 
 
 if __name__ == "__main__":
