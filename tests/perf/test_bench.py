@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import bench_step
@@ -18,10 +16,9 @@ from fake_device import FakeDevice
 from lab import bench, rows, suites, workload
 from lab.group import Group
 from lab.implementations import IMPLEMENTATIONS, Implementation
-from lab.rows import COPIES, COPY, MIXED_COPY, OURS
+from lab.rows import COPIES, MIXED_COPY, OURS
 from lab.rules import RULES, STORAGES, Rule
 from lab.suites import Layout
-from lab.timing import Summary, measure
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -30,48 +27,6 @@ FOR_LOOP = IMPLEMENTATIONS[1].build
 FLOAT32, BFLOAT16, MIXED = STORAGES
 SGD, MOMENTUM, ADAGRAD, RMSPROP, RMSPROP_CM = RULES
 TINY = Layout("tiny", [("weight", (12, 15)), ("bias", (7,)), ("scale", (1,))])
-
-
-def test_summary() -> None:
-    assert Summary.of([5.0, 1.0, 2.0, 4.0, 3.0, 0.0]) == (2.5, 1.0, 4.0)
-    assert Summary.of([7.0, 7.0]) == (7.0, 7.0, 7.0)
-
-
-def test_every_sample_finds_renewed_tensors() -> None:
-    calls: list[str] = []
-    steps = {name: partial(calls.append, name) for name in ("a", "b", COPY)}
-    times = measure(FakeDevice(), steps, True, 3, math.inf, lambda: calls.append("renew"))
-    assert [len(series.gpu) for series in times.values()] == [3, 3, 3]
-    samples = "".join(name[0] for name in calls).split("r")
-    assert [len({*sample}) for sample in samples] == [0] + [1] * (3 + 3 * 3)
-    order = [sample[0] for sample in samples[4:]]
-    assert order == [*"abc", *"bca", *"cab"]
-
-
-def test_copies_find_the_l2_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    device = FakeDevice()
-    monkeypatch.setattr(device, "empty_l2", lambda: calls.append("emptied"))
-    steps = {name: partial(calls.append, name) for name in ("a", *COPIES)}
-    measure(device, steps, True, 3, math.inf)
-    followed = {after for call, after in pairwise(calls) if call == "emptied"}
-    assert followed == {"a"}
-
-
-@pytest.mark.parametrize("steps", [0, 1, 5])
-def test_what_runs_out_of_memory_while_it_is_timed(steps: int) -> None:
-    """The others go on; where nothing is left, nothing is measured."""
-    left = [steps]
-
-    def growing() -> None:
-        if not left[0]:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        left[0] -= 1
-
-    times = measure(FakeDevice(), {"growing": growing, "a": lambda: None}, False, 3, math.inf)
-    assert {name: len(series.gpu) for name, series in times.items()} == {"a": 3}
-    assert not measure(FakeDevice(), {"growing": growing}, False, 3, math.inf)
-    assert not measure(FakeDevice(), {}, False, 3, math.inf)
 
 
 def _raises(error: Exception, good_steps: int = 0) -> Callable[..., Optimizer]:
