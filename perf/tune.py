@@ -11,11 +11,10 @@ trial of an in-place kernel would be a step.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
@@ -26,11 +25,11 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from lab import rows
 from lab.bench import bench
 from lab.device import Device
 from lab.group import Group
 from lab.implementations import IMPLEMENTATIONS
-from lab.rows import Row
 from lab.rules import RULES, STORAGES, Rule, Storage
 from lab.suites import Layout
 
@@ -127,8 +126,8 @@ class Tuner:
         for layout, rule in product(LAYOUTS, RULES):
             group = Group("tune", layout, rule, self._storage)
             limits = (self._repeats, self._stop)
-            rows = bench(self._device, group, Row(), *limits, implementations=items)
-            measured = {row.implementation: row for row in rows if row.implementation in named}
+            timed = bench(self._device, group, rows.Row(), *limits, implementations=items)
+            measured = {row.implementation: row for row in timed if row.implementation in named}
             default = measured[str(self._default)].gpu_us or math.nan
             for name, row in measured.items():
                 if row.detail:
@@ -151,17 +150,16 @@ def forced(config: Config) -> Iterator[None]:
         yield
 
 
-def write(path: Path, trials: Iterable[Trial], machine: Sequence[str]) -> None:
+def write(path: Path, trials: Iterable[Trial], machine: Mapping[str, str]) -> None:
     """The trials as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        header = ["gpu", "driver", "torch", "triton", "storage", "layout", "rule", *Config._fields]
-        writer.writerow([*header, "gpu_us", "relative"])
-        for trial in trials:
-            storage, layout, rule, config, us, relative = trial
-            row = [*machine, storage, layout, rule, *config, f"{us:.3f}", f"{relative:.4f}"]
-            writer.writerow(row)
+    workload = ("storage", "layout", "rule")
+    columns = [*machine, *workload, *Config._fields, "gpu_us", "relative"]
+    lines = (
+        {**machine, **dict(zip(workload, trial, strict=False)), **trial.config._asdict(),
+         "gpu_us": f"{trial.gpu_us:.3f}", "relative": f"{trial.relative:.4f}"}
+        for trial in trials
+    )  # fmt: skip
+    rows.write(path, columns, lines)
 
 
 def main() -> int:
@@ -196,7 +194,8 @@ def main() -> int:
         for config, mean in ranked:
             print(f"{mean:8.3f}  {config}")
     path = args.out / f"tune-{architecture}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.csv"
-    write(path, trials, [device.name, device.driver(), torch.__version__, triton.__version__])
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    write(path, trials, {"gpu": device.name, "driver": device.driver(), **versions})
     print(f"\nwrote {path}; for TUNED in triton_optim/launch/tuning.py:")
     print(f'    "{architecture}": Pair(wide={chosen["wide"]}, half={chosen["half"]}),')
     return 0

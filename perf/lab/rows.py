@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -95,19 +95,24 @@ class Table:
     """A CSV file that grows row by row."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.rows: list[Row] = []
 
     def add(self, rows: Iterable[Row] = ()) -> None:
         """Append rows, and write all that were changed; they are on the disk when this returns."""
         self.rows += rows
-        new = self.path.with_suffix(".new")
-        with new.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-            writer.writeheader()
-            writer.writerows(map(asdict, self.rows))
-        new.replace(self.path)
+        write(self.path, [field.name for field in fields(Row)], map(asdict, self.rows))
+
+
+def write(path: Path, columns: Sequence[str], lines: Iterable[Mapping[str, object]]) -> None:
+    """A CSV file, whole or as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    with new.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(lines)
+    new.replace(path)
 
 
 def read(path: Path) -> list[Row]:
