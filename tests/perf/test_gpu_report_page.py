@@ -44,7 +44,8 @@ def test_the_page_says_what_is_ahead_and_what_is_behind(tmp_path: Path) -> None:
         _step("torch fused", 10, "momentum"),
     ])  # fmt: skip
     earlier = Table(tmp_path / "raw" / "step-c.csv")  # of the same
-    earlier.add(_step(name, 1, date="1999-01-01") for name in (OURS, "torch compiled"))
+    names = ((OURS, "adagrad"), ("torch compiled", "adagrad"), ("torch fused", "rmsprop"))
+    earlier.add(_step(name, 1, rule, date="1999-01-01") for name, rule in names)
     written = _sections(tmp_path)
     for line in (
         "- GPU time: ahead of torch in 1 of 2 comparisons, level in 0, **behind in 1**",
