@@ -4,7 +4,7 @@
 
 compiles every kernel that the optimizers can launch, dense ones and those that update by rows, and
 steps them in Triton's interpreter. It prints a row for each, and exits 1 if one of them breaks a
-limit: see `findings` in lab/kernel_report.py. The committed rows are written by
+limit: see `findings` in lab/audit.py. The committed rows are written by
 
     python perf/audit_kernels.py --json perf/results/audit.json
 """
@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,12 @@ if __name__ == "__main__":
 
 import triton
 from lab import interpreted_rows
-from lab.audit import Audit
+from lab.audit import Audit, Measures
 from lab.dense_kernels import Kernel
 from lab.disassembly import disassembled
 from lab.gpus import GPUS
 from lab.interpreted import kernels_of
-from lab.row_cases import row_kernels
+from lab.row_kernels import row_kernels
 
 import triton_optim
 from triton_optim.launch import tuning
@@ -48,18 +49,13 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", choices=GPUS, default=[*GPUS])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
-    parser.add_argument(
-        "--every",
-        type=int,
-        default=1,
-        metavar="N",
-        help="each N-th kernel and step, but every dense one of sm_90",
-    )
+    every = "each N-th kernel and step, but every dense one of sm_90"
+    parser.add_argument("--every", type=int, default=1, metavar="N", help=every)
     args = parser.parse_args()
     audited = audit(args.arch, args.kinds, args.every)
     audited.print()
     found = audited.findings()
-    kernels = len(audited.kernels) + len(audited.row_kernels)
+    kernels = sum(len(of) for kind in audited[1:3] for of in kind.values())
     print(f"\n{kernels} kernels, {len(audited.row_steps)} steps by rows, {len(found)} findings")
     print("".join(f"- {finding}\n" for finding in found), end="")
     if args.json:
@@ -68,31 +64,32 @@ def main() -> int:
 
 
 def audit(architectures: Sequence[str], kinds: Sequence[str] = KINDS, every: int = 1) -> Audit:
-    """The kernels by architecture and name, and the steps by name."""
     dense: dict[str, list[Kernel]] = {}
     steps = []
     with _workers(interpret=True) as pool:
         if ROWS in kinds:
-            chosen = interpreted_rows.cases()[::every]
-            steps = [pool.submit(interpreted_rows.measure, *case) for case in chosen]
+            cases = interpreted_rows.cases()[::every]
+            steps = [pool.submit(interpreted_rows.measure, *case) for case in cases]
         if DENSE in kinds:
             dense = _dense(pool, architectures)
-    by_rows = row_kernels()[::every] if ROWS in kinds else []
+    chosen = {a: of if a == "sm_90" else of[::every] for a, of in dense.items()}
+    by_rows = dict.fromkeys(architectures, row_kernels()[::every]) if ROWS in kinds else {}
     with _workers(interpret=False) as pool:
-        tasks = []
-        for listed in (
-            {a: found if a == "sm_90" else found[::every] for a, found in dense.items()},
-            dict.fromkeys(architectures, by_rows),
-        ):
-            tasks.append(
-                [
-                    pool.submit(examine, architecture, found[i : i + BATCH])
-                    for architecture, found in listed.items()
-                    for i in range(0, len(found), BATCH)
-                ]
-            )
-        kernels, rows = (sorted(row for task in kind for row in task.result()) for kind in tasks)
-    return Audit(triton.__version__, kernels, rows, sorted(step.result() for step in steps))
+        tasks = [_examined(pool, chosen), _examined(pool, by_rows)]
+        kernels, rows = (
+            {a: dict(sorted(chain(*(task.result() for task in of)))) for a, of in kind.items()}
+            for kind in tasks
+        )
+    return Audit(triton.__version__, kernels, rows, dict(sorted(step.result() for step in steps)))
+
+
+def _examined(
+    pool: ProcessPoolExecutor, kernels: Mapping[str, Sequence[Any]]
+) -> dict[str, list[Future[list[tuple[str, Measures]]]]]:
+    return {
+        a: [pool.submit(examine, a, of[i : i + BATCH]) for i in range(0, len(of), BATCH)]
+        for a, of in sorted(kernels.items())
+    }
 
 
 @contextmanager
@@ -119,18 +116,18 @@ def _dense(pool: ProcessPoolExecutor, architectures: Sequence[str]) -> dict[str,
     return {a: found[first[cuts[a]]] for a in architectures}
 
 
-def examine(architecture: str, kernels: Sequence[Any]) -> list[Any]:
+def examine(architecture: str, kernels: Sequence[Any]) -> list[tuple[str, Measures]]:
     """Compile kernels and read their machine code. Not in a process where Triton interprets."""
     binaries = [kernel.compiled(architecture) for kernel in kernels]
-    read = zip(kernels, binaries, disassembled(architecture, binaries), strict=True)
-    return [_report(architecture, kernel, binary, *code) for kernel, binary, code in read]
-
-
-def _report(architecture: str, kernel: Any, *found: Any) -> Any:
-    try:
-        return kernel.report(architecture, *found)
-    except ValueError as error:
-        raise ValueError(f"{architecture} {kernel.name}: {error}") from error
+    measured = []
+    for kernel, binary, code in zip(
+        kernels, binaries, disassembled(architecture, binaries), strict=True
+    ):
+        try:
+            measured.append((kernel.name, kernel.measures(architecture, binary, *code)))
+        except ValueError as error:
+            raise ValueError(f"{architecture} {kernel.name}: {error}") from error
+    return measured
 
 
 if __name__ == "__main__":

@@ -11,19 +11,18 @@ does nothing (lab/dry_gpu.py); torch's steps run on the CPU, and their times hol
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import groupby, product
 from pathlib import Path
 
+import plot
 import torch
-from lab import host_plot
 from lab.dry_gpu import dry_gpu
 from lab.host_rows import FLOOR, GRADIENTS, PARAMS, SERIES, TORCH, Row, write
-from lab.host_starts import cold_rows, launch_rows
-from lab.host_steps import RULES, Case, machine, measure
+from lab.host_steps import RULES, Case, cold_rows, launch_rows, machine, measure
 from lab.host_tensors import one_process
-from lab.implementations import OURS
+from lab.rows import OURS
 from lab.timing import FEWEST_REPEATS
 
 COUNTS = (10, 100, 300, 1000, 20_000)
@@ -37,8 +36,8 @@ def main() -> None:
     rules = args.rules or [*RULES]
     torch.set_num_threads(1)
     print(f"{machine()}; microseconds a step: median (20th to 80th percentile)\n")
-    print(f"{'':<46}{FLOOR:>22}{OURS:>22}{'':>9}", end="")
-    print("".join(f"{f'torch {name}':>22}" for name in TORCH))
+    heads = (FLOOR, OURS, "", *(f"torch {name}" for name in TORCH))
+    print(f"{'':<46}" + "".join(f"{head:>22}" for head in heads))
     rows: list[Row] = []
     with nullcontext() if torch.cuda.is_available() else dry_gpu(), one_process():
         for case in _cases(args):
@@ -52,11 +51,14 @@ def main() -> None:
     for row in launches:
         print(f"{row.implementation}: {row.median:.1f} ({row.p20:.1f}-{row.p80:.1f}) us")
     cold = cold_rows(rules)
-    _print_cold(cold)
+    print("first steps of a process, Triton's cache empty, one rule after another, of DTensors:")
+    for name, of_one in groupby(cold, key=lambda row: row.implementation):
+        seconds = ", ".join(f"{row.rule} {row.median / 1e6:.2f} s" for row in of_one)
+        print(f"  {name}: {seconds}")
     if args.out:
         rows += [*launches, *cold]
         write(args.out.with_suffix(".csv"), rows)
-        host_plot.draw(rows, args.out.with_suffix(".png"))
+        plot.draw_hosts(rows, args.out.with_suffix(".png"))
 
 
 def _arguments() -> argparse.Namespace:
@@ -81,22 +83,12 @@ def _cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def _print(rows: Sequence[Row]) -> None:
-    by_name = {row.implementation: row for row in rows}
-    first, cells = rows[0], []
-    for name in SERIES:
-        row = by_name.get(name)
-        cells.append(f"{row.median:.0f} ({row.p20:.0f}-{row.p80:.0f})" if row else "none")
-    ratio = f"= {by_name[OURS].median / by_name[FLOOR].median:.1f} x"
+    by_name, first = {row.implementation: row for row in rows}, rows[0]
+    cells = [f"{row.median:.0f} ({row.p20:.0f}-{row.p80:.0f})" if row else "none"
+             for row in map(by_name.get, SERIES)]  # fmt: skip
+    cells.insert(2, f"= {by_name[OURS].median / by_name[FLOOR].median:.1f} x floor")
     what = f"{first.tensors:>6} {first.params:<8}in {first.groups:>2}, {first.gradients:<10}"
-    print(f"{first.rule:<13}{what}", end="  ")
-    print(f"{cells[0]:>22}{cells[1]:>22}{ratio:>9}" + "".join(f"{cell:>22}" for cell in cells[2:]))
-
-
-def _print_cold(rows: Iterable[Row]) -> None:
-    print("first steps of a process, Triton's cache empty, one rule after another, of DTensors:")
-    for name, of_one in groupby(rows, key=lambda row: row.implementation):
-        seconds = ", ".join(f"{row.rule} {row.median / 1e6:.2f} s" for row in of_one)
-        print(f"  {name}: {seconds}")
+    print(f"{first.rule:<13}{what}  " + "".join(f"{cell:>22}" for cell in cells))
 
 
 if __name__ == "__main__":

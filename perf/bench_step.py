@@ -36,10 +36,10 @@ from lab.device import Device, Host
 from lab.dry_embeddings import dry_rows
 from lab.embedding_tables import EMBEDDING_SUITES, Tables
 from lab.group import Group, groups_of
-from lab.implementations import EMBEDDING_RULES, OURS, RULES, STORAGES, package_version
-from lab.machine import processor_and_threads
+from lab.machine import package_version, processor_and_threads
 from lab.report import print_goals, print_group, print_launches, print_missing
-from lab.rows import FAILED, WRONG, Row, Table
+from lab.rows import FAILED, OURS, WRONG, Row, Table
+from lab.rules import EMBEDDING_RULES, RULES, STORAGES
 from lab.suites import SMALL_TENSORS, SUITES, Layout
 
 RESULTS = Path(__file__).parent / "results"
@@ -86,10 +86,11 @@ def run(device: Device, args: argparse.Namespace, results: Path) -> Table:
     table = Table(results / name)
     print(f"{base.machine}; GPU: {base.gpu}; torch {base.torch}, Triton {base.triton}")
     done: list[tuple[Group, list[Row]]] = []
+    table.add()
     left = groups(args)
     while left and time.monotonic() < timed_until:
         group = left.pop(0)
-        rows = bench(device, group, base, args.repeats, timed_until, args.check)
+        rows = bench(device, group, base, args.repeats, timed_until, only_check=args.check)
         table.add(rows)
         print_group(rows)
         done.append((group, rows))
@@ -101,7 +102,7 @@ def run(device: Device, args: argparse.Namespace, results: Path) -> Table:
         count_launches(device, done, end)
     except Exception as error:
         print(f"\nlaunches could not be counted: {error}")
-    table.rewrite()
+    table.add()
     print_launches(table.rows)
     print_missing(table.rows)
     if left:

@@ -46,15 +46,17 @@ def main() -> None:
         return
     if args.against == "single":
         runs += [
-            train(args, text, name, "triton_optim")._replace(implementation=ONE_PROCESS)
+            train(args, text, name, "triton_optim")._replace(by=ONE_PROCESS)
             for name in args.optimizer
         ]
         runs.sort(key=lambda run: args.optimizer.index(run.optimizer))
     report(runs)
-    plot(runs, text.entropy, args.plot)
+    loss = {"title": "Loss", "ylabel": "nats per byte"}
+    rate = "Effective step size: median of lr / (√state + eps)"
+    plot(runs, args.plot, loss, {"title": rate, "yscale": "log"}, entropy=text.entropy)
     print(f"wrote {args.plot}")
     if failed := [run for run in runs if not run.end < text.entropy]:
-        names = ", ".join(f"{run.optimizer} ({run.implementation})" for run in failed)
+        names = ", ".join(f"{run.optimizer} ({run.by})" for run in failed)
         sys.exit(f"no better at the end than the unigram entropy: {names}")
 
 

@@ -21,16 +21,16 @@ import re
 import sys
 import sysconfig
 from collections import Counter
-from importlib import import_module
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from lab.curves import apart, plot, report
 from lab.options import positive
-from lab.training import timed_step
-from matplotlib.figure import Figure
+from lab.tables import Column
+from lab.training import Run, new_optimizer, timed_step
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import TensorDataset
@@ -105,25 +105,6 @@ def read_docstrings() -> dict[str, str]:
     return modules
 
 
-class Run(NamedTuple):
-    """What training with one optimizer showed."""
-
-    optimizer: str
-    by: str
-    lr: float
-    losses: list[float]
-    step_ms: list[float]
-    accuracies: dict[int, float]  # on the held-out part, by step
-
-    @property
-    def end(self) -> float:
-        return fmean(self.losses[-max(10, len(self.losses) // 20) :])
-
-    @property
-    def accuracy(self) -> float:
-        return self.accuracies[len(self.losses)]
-
-
 def train(
     args: argparse.Namespace, corpus: Corpus, name: str, by: str, lr: float, seed: int
 ) -> Run:
@@ -132,10 +113,13 @@ def train(
     words, size = len(corpus.counts), args.size
     bag = nn.EmbeddingBag(words, size, mode="mean", sparse=sparse, padding_idx=0)
     model = nn.Sequential(bag, nn.Linear(size, args.modules)).to(args.device)
-    optimizer = make_optimizer(model, name, by, lr)
+    spec = OPTIMIZERS[name]
+    # True: the kernels or an error, never torch's way.
+    ours = {**spec.sparse, "fused": by == "triton_optim"}
+    optimizer = new_optimizer(by, spec.cls, model, {"lr": lr}, ours)
     held_words, held_labels = (part.to(args.device) for part in corpus.held_out.tensors)
     picks = torch.Generator().manual_seed(seed)
-    run = Run(name, by, lr, [], [], {})
+    run = Run(name, by, [], [], {})
     every = max(1, args.steps // N_ACCURACIES)
     steps = range(1, args.steps + 1)
     for step in tqdm(steps, f"{name} ({by}), lr {lr:g}", unit="step", leave=not args.sweep):
@@ -149,20 +133,8 @@ def train(
         if step % every == 0 or step == args.steps:
             with torch.no_grad():
                 correct = model(held_words).argmax(1) == held_labels
-            run.accuracies[step] = correct.double().mean().item()
+            run.measured[step] = correct.double().mean().item()
     return run
-
-
-def make_optimizer(model: nn.Module, name: str, by: str, lr: float) -> torch.optim.Optimizer:
-    spec = OPTIMIZERS[name]
-    kwargs: dict[str, Any] = {"lr": lr}
-    module = torch.optim
-    if by != "torch":
-        module = import_module("triton_optim")
-        kwargs |= spec.sparse
-        kwargs["fused"] = by == "triton_optim"  # True: the kernels or an error, never torch's way
-    optimizer: torch.optim.Optimizer = getattr(module, spec.cls)(model.parameters(), **kwargs)
-    return optimizer
 
 
 def reference(name: str) -> str:
@@ -178,59 +150,29 @@ def sweep(args: argparse.Namespace, corpus: Corpus) -> None:
         for lr in RATES:
             runs = [train(args, corpus, name, reference(name), lr, seed) for seed in SWEEP_SEEDS]
             ends[lr] = fmean(run.end for run in runs)
-            accuracy = fmean(run.accuracy for run in runs)
-            print(f"{name:<16} {lr:6g} {ends[lr]:9.3f} {accuracy:9.1%}")
+            mean = fmean(accuracy(run) for run in runs)
+            print(f"{name:<16} {lr:6g} {ends[lr]:9.3f} {mean:9.1%}")
         best = min(RATES, key=lambda lr: (math.isnan(ends[lr]), ends[lr]))
         print(f"{name} ends lowest at {best:g}")
 
 
-def report(runs: list[Run]) -> list[str]:
-    """Prints a row a run, and returns what the runs should have shown and did not."""
-    print(
-        f"{'optimizer':<16} {'by':<12} {'lr':>6} {'start':>7} {'end':>7} {'accuracy':>9} "
-        f"{'ms/step':>9} {'max |diff|':>11}"
-    )
-    failures = []
-    ours: dict[str, Run] = {}
-    for run in runs:
-        other = ours.setdefault(run.optimizer, run)
-        difference = (torch.tensor(run.losses) - torch.tensor(other.losses)).abs().max().item()
-        print(
-            f"{run.optimizer:<16} {run.by:<12} {run.lr:6g} "
-            f"{run.losses[0]:7.3f} {run.end:7.3f} {run.accuracy:9.1%} {median(run.step_ms):9.3f} "
-            f"{'' if other is run else f'{difference:11.1e}'}"
-        )
-        if not difference <= TOLERANCE:  # nor is NaN
-            failures.append(f"{run.optimizer}: losses {difference:.1e} apart, or not finite")
+def accuracy(run: Run) -> float:
+    """At the end."""
+    return run.measured[len(run.losses)]
+
+
+def failures(runs: list[Run]) -> list[str]:
+    """What the runs should have shown and did not."""
+    ours = {run.optimizer: run for run in reversed(runs)}  # the first of each
+    differences = [(run.optimizer, apart(run, ours[run.optimizer])) for run in runs]
+    found = [
+        f"{name}: losses {difference:.1e} apart, or not finite"
+        for name, difference in differences
+        if not difference <= TOLERANCE  # nor is NaN
+    ]
     if {"sgd", "adagrad"} <= ours.keys() and not ours["adagrad"].end < ours["sgd"].end:
-        failures.append("Adagrad did not end ahead of SGD")
-    return failures
-
-
-def plot(runs: list[Run], path: Path) -> None:
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for run in runs:
-        color = f"C{list(OPTIMIZERS).index(run.optimizer)}"
-        label = f"{run.optimizer}, lr {run.lr:g}"
-        style: dict[str, Any] = {"label": label, "color": color, "linewidth": 1.3}
-        if run.by != "triton_optim":
-            style = {"label": run.by, "color": "black", "linewidth": 0.9, "linestyle": ":"}
-        window = min(SMOOTHING, len(run.losses))
-        smooth = torch.tensor(run.losses).unfold(0, window, 1).mean(1).tolist()
-        left.plot(range(window, len(run.losses) + 1), smooth, **style)
-        right.plot(list(run.accuracies), list(run.accuracies.values()), **style)
-    left.set(title=f"Loss, mean of {SMOOTHING} steps", ylabel="nats per docstring", yscale="log")
-    left.yaxis.set_major_formatter("{x:g}")
-    right.set(title="Held-out accuracy", ylim=(0, 1))
-    for panel in (left, right):
-        panel.set_xlabel("step")
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-        handles, labels = panel.get_legend_handles_labels()
-        unique = dict(zip(labels, handles, strict=True))  # torch's runs look alike: one entry
-        panel.legend(unique.values(), unique.keys(), frameon=False)
-    figure.savefig(path, format="png", dpi=150)
+        found.append("Adagrad did not end ahead of SGD")
+    return found
 
 
 def arguments() -> tuple[argparse.Namespace, Corpus]:
@@ -278,16 +220,29 @@ def main() -> None:
     )
     if args.sweep:
         return sweep(args, corpus)
+    rates = dict(zip(args.optimizer, args.lr, strict=True))
     runs = [
         train(args, corpus, name, by, lr, args.seed)
-        for name, lr in zip(args.optimizer, args.lr, strict=True)
+        for name, lr in rates.items()
         for by in ["triton_optim", *([reference(name)] if args.against else [])]
     ]
-    failures = report(runs)
-    plot(runs, args.plot)
+    report(
+        runs,
+        Column("lr", ">7g", lambda run: rates[run.optimizer]),
+        Column("accuracy", ">10.1%", accuracy),
+    )
+    title = f"Loss, mean of {SMOOTHING} steps"
+    plot(
+        runs,
+        args.plot,
+        {"title": title, "ylabel": "nats per docstring", "yscale": "log"},
+        {"title": "Held-out accuracy", "ylim": (0, 1)},
+        labels={name: f"{name}, lr {lr:g}" for name, lr in rates.items()},
+        smoothing=SMOOTHING,
+    )
     print(f"wrote {args.plot}")
-    if failures:
-        sys.exit("; ".join(failures))
+    if found := failures(runs):
+        sys.exit("; ".join(found))
 
 
 if __name__ == "__main__":

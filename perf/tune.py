@@ -11,31 +11,27 @@ trial of an in-place kernel would be a step.
 from __future__ import annotations
 
 import argparse
-import csv
+import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import geometric_mean
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from lab import rows
+from lab.bench import bench
 from lab.device import Device
-from lab.implementations import (
-    IMPLEMENTATIONS,
-    RULES,
-    STORAGES,
-    Rule,
-    Step,
-    Storage,
-    bytes_per_param,
-)
+from lab.group import Group
+from lab.implementations import IMPLEMENTATIONS
+from lab.rules import RULES, STORAGES, Rule, Storage
 from lab.suites import Layout
-from lab.timing import Summary, measure
-from lab.workload import Workload, tolerance
 
 from triton_optim.launch import backend, tuning
 from triton_optim.launch.tuning import Config
@@ -121,46 +117,30 @@ class Tuner:
         return sorted(right, key=lambda item: item[1])
 
     def _try(self, configs: Sequence[Config]) -> None:
+        """All configs on all workloads, each first checked."""
+        named = {str(config): config for config in configs}
+        items = [
+            OURS._replace(name=name, build=partial(_build, config))
+            for name, config in named.items()
+        ]
         for layout, rule in product(LAYOUTS, RULES):
-            times = self._times(layout, rule, configs)
-            self.trials += (
-                Trial(
-                    self._storage.name,
-                    layout.name,
-                    rule.name,
-                    config,
-                    us,
-                    us / times[self._default],
-                )
-                for config, us in times.items()
-            )
+            group = Group("tune", layout, rule, self._storage)
+            limits = (self._repeats, self._stop)
+            timed = bench(self._device, group, rows.Row(), *limits, implementations=items)
+            measured = {row.implementation: row for row in timed if row.implementation in named}
+            default = measured[str(self._default)].gpu_us or math.nan
+            for name, row in measured.items():
+                if row.detail:
+                    print(f"{name}: {row.detail}")
+                us = row.gpu_us or math.nan
+                which = (self._storage.name, layout.name, rule.name)
+                self.trials.append(Trial(*which, named[name], us, us / default))
 
-    def _times(self, layout: Layout, rule: Rule, configs: Iterable[Config]) -> dict[Config, float]:
-        """Microseconds of the device; NaN for a config that is wrong or does not compile."""
-        workload = Workload(layout, rule, self._storage, self._device.type)
-        steps: dict[str, Step] = {}
-        times = {config: float("nan") for config in configs}
-        for config in times:
-            step = self._right_step(workload, config)
-            if step is not None:
-                steps[str(config)] = step
-        emptied = self._device.may_cache(layout.params * bytes_per_param(rule, self._storage))
-        limits = (self._repeats, self._stop)
-        measured = measure(self._device, steps, emptied, *limits, workload.renew)
-        for config in times:
-            if str(config) in measured:
-                times[config] = Summary.of(measured[str(config)].gpu).median
-        return times
 
-    def _right_step(self, workload: Workload, config: Config) -> Step | None:
-        try:
-            with forced(config):
-                step = workload.build(OURS)
-                error, _ = workload.check(step, self._device.synchronize)
-        except Exception as reason:
-            print(f"{config}: {type(reason).__name__}: {reason}".splitlines()[0])
-            return None
-        return step if error <= tolerance(self._storage) else None
+def _build(config: Config, rule: Rule, params: Any) -> Any:
+    """Our optimizer, as far as a workload asks for it."""
+    optimizer = OURS.build(rule, params)
+    return SimpleNamespace(state=optimizer.state, step=forced(config)(optimizer.step))
 
 
 @contextmanager
@@ -170,17 +150,16 @@ def forced(config: Config) -> Iterator[None]:
         yield
 
 
-def write(path: Path, trials: Iterable[Trial], machine: Sequence[str]) -> None:
+def write(path: Path, trials: Iterable[Trial], machine: Mapping[str, str]) -> None:
     """The trials as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        header = ["gpu", "driver", "torch", "triton", "storage", "layout", "rule", *Config._fields]
-        writer.writerow([*header, "gpu_us", "relative"])
-        for trial in trials:
-            storage, layout, rule, config, us, relative = trial
-            row = [*machine, storage, layout, rule, *config, f"{us:.3f}", f"{relative:.4f}"]
-            writer.writerow(row)
+    workload = ("storage", "layout", "rule")
+    columns = [*machine, *workload, *Config._fields, "gpu_us", "relative"]
+    lines = (
+        {**machine, **dict(zip(workload, trial, strict=False)), **trial.config._asdict(),
+         "gpu_us": f"{trial.gpu_us:.3f}", "relative": f"{trial.relative:.4f}"}
+        for trial in trials
+    )  # fmt: skip
+    rows.write(path, columns, lines)
 
 
 def main() -> int:
@@ -215,7 +194,8 @@ def main() -> int:
         for config, mean in ranked:
             print(f"{mean:8.3f}  {config}")
     path = args.out / f"tune-{architecture}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.csv"
-    write(path, trials, [device.name, device.driver(), torch.__version__, triton.__version__])
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    write(path, trials, {"gpu": device.name, "driver": device.driver(), **versions})
     print(f"\nwrote {path}; for TUNED in triton_optim/launch/tuning.py:")
     print(f'    "{architecture}": Pair(wide={chosen["wide"]}, half={chosen["half"]}),')
     return 0

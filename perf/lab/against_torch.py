@@ -1,23 +1,16 @@
-"""What the CSV files of the benchmarks say: ours beside the best of torch's own.
-
-Columns are read by name, and need not all be there.
-"""
+"""What the CSV files of the benchmarks say: ours beside the best of torch's own."""
 
 from __future__ import annotations
 
-import csv
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-OURS = "triton_optim"
-OK = "ok"
-COPIES = ("copy", "mixed copy")
+from lab import host_rows, rows
+from lab.rows import COPIES, OK, OURS, TORCH_BEST, TORCH_EMBEDDINGS
 
-Row = Mapping[str, str]
-Key = tuple[str, ...]
-Group = dict[str, Row]  # by implementation
+Key = tuple[object, ...]
+Group = dict[str, Any]  # rows that were measured together, by implementation
 
 
 class Source(NamedTuple):
@@ -26,48 +19,45 @@ class Source(NamedTuple):
     Attributes:
         title: what was measured.
         files: their pattern.
+        read: reads one.
         key: the columns that rows have in common when they were measured together.
         clocks: the columns of times in microseconds, by name.
         rivals: torch's own implementations that a user could choose instead.
+        shares: columns of percentages.
         sparse: whether its rows are those of sparse gradients, which have a batch.
     """
 
     title: str
     files: str
-    key: Key
+    read: Callable[[Path], Sequence[Any]]
+    key: tuple[str, ...]
     clocks: dict[str, str]
-    rivals: Key
+    rivals: tuple[str, ...]
+    shares: tuple[str, ...] = ()
     sparse: bool = False
 
 
 CLOCKS = {"GPU": "gpu_us", "wall": "wall_us", "host": "host_us"}
 SOURCES = (
     Source(
-        "A step of dense gradients",
-        "step-*.csv",
-        ("suite", "layout", "tensors", "params", "rule", "storage"),
-        CLOCKS,
-        ("torch fused", "torch foreach", "torch compiled"),
+        "A step of dense gradients", "step-*.csv", rows.read,
+        ("suite", "layout", "tensors", "params", "rule", "storage"), CLOCKS, TORCH_BEST,
+        ("percent_of_copy", "percent_of_mixed_copy", "percent_of_peak"),
     ),
     Source(
-        "A step of sparse gradients",
-        "step-*.csv",
-        ("rule", "tensors", "rows", "dim", "batch", "distribution"),
-        CLOCKS,
-        ("torch sparse", "torch dense"),
-        sparse=True,
+        "A step of sparse gradients", "step-*.csv", rows.read,
+        ("rule", "tensors", "rows", "dim", "batch", "distribution"), CLOCKS, TORCH_EMBEDDINGS,
+        ("percent_of_copy", "percent_of_peak"), sparse=True,
     ),
     Source(
-        "Host time of step(), gradients fresh or not",
-        "host.csv",
-        ("rule", "tensors", "groups", "gradients"),
-        {"host": "median"},
+        "Host time of step(), gradients fresh or not", "host.csv", host_rows.read,
+        ("rule", "params", "tensors", "groups", "gradients"), {"host": "median"},
         ("fused", "foreach"),
     ),
-)
+)  # fmt: skip
 
 
-class Duel(NamedTuple):
+class Comparison(NamedTuple):
     """Our time on one group beside that of the best of torch's own; microseconds."""
 
     what: str
@@ -82,56 +72,53 @@ class Duel(NamedTuple):
         return round(self.torch / self.ours, 2)
 
 
-def groups(source: Source, folder: Path) -> dict[Key, Group]:
-    """Rows that were measured together; of several measurements the latest."""
-    found: dict[Key, dict[str, Group]] = defaultdict(lambda: defaultdict(dict))
-    for path in sorted(folder.glob(source.files)):
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                key = tuple(row.get(column) or "" for column in source.key)
-                name = row.get("implementation") or ""
-                if name not in COPIES and bool(row.get("batch")) == source.sparse:
-                    found[key][row.get("date") or ""][name] = row
-    return {key: by_date[max(by_date)] for key, by_date in found.items()}
+def groups(source: Source, raw: Path) -> dict[Key, Group]:
+    """By the columns of the source's key; of several measurements the latest."""
+    every = [row for path in sorted(raw.glob(source.files)) for row in source.read(path)]
+    dates: dict[Key, str] = {}
+    found: dict[Key, Group] = {}
+    for row in sorted(every, key=_date):
+        if row.implementation not in COPIES and bool(getattr(row, "batch", 0)) == source.sparse:
+            key = tuple(getattr(row, column) for column in source.key)
+            if dates.setdefault(key, _date(row)) != _date(row):
+                dates[key], found[key] = _date(row), {}
+            found.setdefault(key, {})[row.implementation] = row
+    return found
 
 
-def microseconds(row: Row | None, clock: str) -> float | None:
-    """A time of a row, if it has one."""
-    if row is None or row.get("status", OK) != OK:
-        return None
-    try:
-        return float(row.get(clock) or "")
-    except ValueError:
-        return None
+def _date(row: Any) -> str:
+    return getattr(row, "date", "")
 
 
-def duels(source: Source, found: Mapping[Key, Group]) -> Iterator[Duel]:
+def time(row: Any, column: str) -> float | None:
+    """Of a row, if there is one and it has it."""
+    return getattr(row, column, None) if getattr(row, "status", OK) == OK else None
+
+
+def rivals_of(source: Source, group: Group, column: str) -> dict[float, str]:
+    """The times of torch's own, and whose they are."""
+    times = {time(group.get(name), column): name for name in source.rivals}
+    return {time: name for time, name in times.items() if time is not None}
+
+
+def comparisons(source: Source, key: Key, group: Group) -> Iterator[Comparison]:
     """Every time of ours for which torch has one, too."""
-    for key, group in found.items():
-        for clock, column in source.clocks.items():
-            ours = microseconds(group.get(OURS), column)
-            times = _times(source, group, column)
-            if ours and times:
-                best = min(times, key=lambda name: times[name])
-                yield Duel(what(source, key), clock, ours, times[best], best)
+    for clock, column in source.clocks.items():
+        ours, rivals = time(group.get(OURS), column), rivals_of(source, group, column)
+        if ours and rivals:
+            yield Comparison(_name(source, key), clock, ours, min(rivals), rivals[min(rivals)])
 
 
-def without_time(source: Source, found: Mapping[Key, Group]) -> Iterator[str]:
+def without_time(source: Source, key: Key, group: Group) -> Iterator[str]:
     """Where torch has a time and ours has none, and why."""
     column = next(iter(source.clocks.values()))
-    for key, group in found.items():
-        if _times(source, group, column) and microseconds(group.get(OURS), column) is None:
-            row = group.get(OURS, {})
-            why = ": ".join(filter(None, (row.get("status"), row.get("detail"))))
-            yield f"{what(source, key)}: {why or 'no row'}"
+    if rivals_of(source, group, column) and time(group.get(OURS), column) is None:
+        row = group.get(OURS)
+        why = f"{row.status}: {row.detail}".removesuffix(": ") if row else "no row"
+        yield f"{_name(source, key)}: {why}"
 
 
-def _times(source: Source, group: Group, column: str) -> dict[str, float]:
-    times = {name: microseconds(group.get(name), column) for name in source.rivals}
-    return {name: time for name, time in times.items() if time is not None}
-
-
-def what(source: Source, key: Iterable[str]) -> str:
+def _name(source: Source, key: Key) -> str:
     """A group's name: columns that hold numbers say which."""
     named = zip(source.key, key, strict=True)
-    return ", ".join(f"{value} {name}" if value.isdigit() else value for name, value in named)
+    return ", ".join(f"{v} {name}" if isinstance(v, int) else f"{v}" for name, v in named)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lab.columns import Column
+from lab.tables import Column
 
 _USAGE = (
     Column("regs", ">5", "registers", "32-bit registers a thread"),

@@ -12,16 +12,17 @@ import torch
 
 from lab.device import COPY_BYTES, Device
 from lab.group import Group
-from lab.implementations import COPIES, COPY, OURS, Implementation, Step
-from lab.rows import FAILED, NO_ROOM, NOT_AVAILABLE, OK, RIGHT, WRONG, Row
+from lab.implementations import Implementation, Step
+from lab.rows import COPIES, COPY, NO_ROOM, NOT_AVAILABLE, OK, OURS, RIGHT, WRONG, Row
 from lab.timing import Summary, Times, measure
 
 NO_KERNELS = "not timed on a CPU; --check runs the kernels in Triton's interpreter"
 
 
 def bench(
-    device: Device, group: Group, base: Row, repeats: int, stop: float, only_check: bool = False
-) -> list[Row]:
+    device: Device, group: Group, base: Row, repeats: int, stop: float, *,
+    only_check: bool = False, implementations: Sequence[Implementation] | None = None,
+) -> list[Row]:  # fmt: skip
     """Check and time every implementation on one group; on a `Host`, time all but ours.
 
     Args:
@@ -31,114 +32,99 @@ def bench(
         repeats: how often each is timed, at the most.
         stop: the `time.monotonic()` after which no further repeat begins.
         only_check: time nothing.
+        implementations: those of the group's workload by default.
     """
+    items = {item.name: item for item in implementations or group.workload.implementations}
     base = replace(base, **group.columns())
-    implementations = {item.name: item for item in group.workload.implementations}
-    rows = {name: _blank(base, group, item) for name, item in implementations.items()}
-    if not device.is_gpu and not only_check and not rows[OURS].status:
-        rows[OURS].status, rows[OURS].detail = NOT_AVAILABLE, NO_KERNELS
-    work = group.made(device)
-    if work is None:
-        return [row if row.status else replace(row, status=NO_ROOM) for row in rows.values()]
-    steps: dict[str, Step] = {}
-    reserved = 0  # for what the steps take while they run
-    drawn = work.drawn()
-    base = replace(base, **drawn)
+    rows = {
+        name: replace(base, implementation=name, version=item.version or "")
+        for name, item in items.items()
+    }
     for name, row in rows.items():
-        vars(row).update(drawn)
-        if row.status:
-            continue
-        kept, passing = work.needed(implementations[name])
-        passing = max(passing, reserved)
-        if kept + passing and kept + passing > device.free_bytes():
-            row.status = NO_ROOM
-            continue
-        step = _prepare(device, work, implementations[name], row)
-        if row.status == OK and only_check:
+        reason = items[name].why_not(group.rule, group.storage, len(group.layout.tensors))
+        if name == OURS and not (device.is_gpu or only_check):
+            reason = reason or NO_KERNELS
+        row.status, row.detail = NOT_AVAILABLE if reason else "", reason or ""
+    work = group.made(device)
+    drawn = work.drawn() if work else {}
+    for row in rows.values():
+        vars(row).update(drawn, status=row.status if work else row.status or NO_ROOM)
+    steps = _prepared(device, work, items, rows)
+    for row in rows.values():
+        if only_check and row.status == OK:
             row.status = RIGHT
-        elif step is not None:
-            steps[name], reserved = step, passing
-    if steps and device.is_gpu:
-        _measure_memory(device, group, implementations, rows, steps)
-    if steps:
-        _time(device, work, rows, steps, base, repeats, stop)
+    if steps and not only_check:
+        if device.is_gpu:
+            _measure_memory(device, group, items, rows, steps)
+        _time(device, work, rows, steps, replace(base, **drawn), repeats, stop)
     return [*rows.values()]
 
 
-def _blank(base: Row, group: Group, implementation: Implementation) -> Row:
-    reason = implementation.why_not(group.rule, group.storage, len(group.layout.tensors))
-    return replace(
-        base,
-        implementation=implementation.name,
-        version=implementation.version or "",
-        status=NOT_AVAILABLE if reason else "",
-        detail=reason or "",
-    )
+def _prepared(
+    device: Device, work: Any, items: Mapping[str, Implementation], rows: Mapping[str, Row]
+) -> dict[str, Step]:
+    """The steps that are right and have room; what was found out goes into the rows."""
+    steps: dict[str, Step] = {}
+    reserved = 0  # for what the steps take while they run
+    for name, row in rows.items():
+        if not row.status:
+            kept, passing = work.needed(items[name])
+            passing = max(passing, reserved)
+            if kept + passing and kept + passing > device.free_bytes():
+                row.status = NO_ROOM
+            elif step := _right_step(device, work, items[name], row):
+                steps[name], reserved = step, passing
+    return steps
 
 
-def _prepare(device: Device, work: Any, implementation: Implementation, row: Row) -> Step | None:
-    """The implementation's step, if it is right; what was found out goes into the row."""
+def _right_step(device: Device, work: Any, implementation: Implementation, row: Row) -> Step | None:
     before = device.allocated()
     row.tolerance = work.tolerance(implementation)
     try:
         step: Step = work.build(implementation)
         row.error, row.first_ms = work.check(step, device.synchronize)
         row.kept_bytes = device.allocated() - before if device.is_gpu else None
+        row.status = OK if row.error <= row.tolerance else WRONG  # as NaN is
     except torch.OutOfMemoryError:
         row.status = NO_ROOM
-        return None
     except Exception as error:
-        row.status = FAILED
-        row.detail = f"{type(error).__name__}: {error}".splitlines()[0]
-        return None
-    row.status = OK if row.error <= row.tolerance else WRONG  # as NaN is
+        row.fail(error)
     return step if row.status == OK else None
 
 
 def _measure_memory(
-    device: Device,
-    group: Group,
-    implementations: Mapping[str, Implementation],
-    rows: Mapping[str, Row],
+    device: Device, group: Group, items: Mapping[str, Implementation], rows: Mapping[str, Row],
     steps: dict[str, Step],
-) -> None:
+) -> None:  # fmt: skip
     """What a step allocates now that everybody's state is there; what no longer fits is out."""
-    for name, step in [*steps.items()]:
+    for name in [*steps]:
         try:
-            rows[name].step_extra_bytes = device.peak_of(step)
+            rows[name].step_extra_bytes = device.peak_of(steps[name])
+            rows[name].peak_bytes = _peak_bytes(group, items[name], rows[name])
         except torch.OutOfMemoryError:
             rows[name].status = NO_ROOM
             del steps[name]
-            continue
-        rows[name].peak_bytes = _peak_bytes(group, implementations[name], rows[name])
 
 
 def _peak_bytes(group: Group, implementation: Implementation, row: Row) -> int:
     """Of one implementation alone, which needs no state beside its own."""
     peak = (row.model_bytes or 0) + (row.kept_bytes or 0) + (row.step_extra_bytes or 0)
     if not implementation.torch_state:  # its state is among what it kept
-        peak -= group.workload.state_bytes(*group[1:])
+        peak -= group.layout.state_bytes(group.rule, group.storage)
     return peak
 
 
 def _time(
-    device: Device,
-    work: Any,
-    rows: dict[str, Row],
-    steps: dict[str, Step],
-    base: Row,
-    repeats: int,
-    stop: float,
-) -> None:
+    device: Device, work: Any, rows: dict[str, Row], steps: dict[str, Step], base: Row,
+    repeats: int, stop: float,
+) -> None:  # fmt: skip
     """Time all in turn, beside copies on a GPU, and put what was measured into the rows."""
     emptied = device.may_cache(max(rows[name].step_bytes or 0 for name in steps))
     renew = partial(work.renew, [*steps.values()])
     copies = {COPY: (device.copy, 2 * COPY_BYTES), **work.copies(device)} if device.is_gpu else {}
+    base = replace(base, status=OK, params=0, tensors=0, model_bytes=None)
     for name, (step, n_bytes) in copies.items():
-        steps[name] = step
-        rows[name] = replace(base, implementation=name, status=OK, step_bytes=n_bytes)
-        rows[name].params = rows[name].tensors = 0
-        rows[name].model_bytes = None
+        steps[name], rows[name] = step, replace(base, implementation=name, step_bytes=n_bytes)
     times = measure(device, steps, emptied, repeats, stop, renew)
     for name in steps:
         if not {*copies, name} <= times.keys():
@@ -152,26 +138,27 @@ def _time(
 
 def _fill(row: Row, series: Times, on_gpu: bool, emptied: bool) -> None:
     row.repeats = len(series.wall)
-    row.wall_us, row.wall_us_p20, row.wall_us_p80 = Summary.of(series.wall)
+    for clock in ("wall", "host", "gpu") if on_gpu else ("wall",):
+        for end, value in zip(
+            ("", "_p20", "_p80"), Summary.of(getattr(series, clock)), strict=True
+        ):
+            setattr(row, f"{clock}_us{end}", value)
     if on_gpu:
-        row.host_us, row.host_us_p20, row.host_us_p80 = Summary.of(series.host)
-        row.gpu_us, row.gpu_us_p20, row.gpu_us_p80 = Summary.of(series.gpu)
         row.gaps = sum(series.gaps) / len(series.gaps)
-        row.gb_per_s = (row.step_bytes or 0) / row.gpu_us / 1e3
+        row.gb_per_s = (row.step_bytes or 0) / (row.gpu_us or 0) / 1e3
         row.l2 = "emptied" if emptied and row.implementation not in COPIES else "exceeded"
 
 
 def _fill_shares(timed: Sequence[Row], peak_bandwidth: float | None) -> None:
     """Bandwidths beside a row's own, and its shares of them."""
     gb_per_s = {row.implementation: row.gb_per_s for row in timed}
+    beside = dict(zip(("copy", "mixed_copy"), map(gb_per_s.get, COPIES), strict=True))
+    beside["peak"] = peak_bandwidth and peak_bandwidth / 1e9
     for row in timed:
-        row.copy_gb_per_s, row.mixed_copy_gb_per_s = (gb_per_s.get(name) for name in COPIES)
-        row.peak_gb_per_s = peak_bandwidth and peak_bandwidth / 1e9
-        if row.l2 == "exceeded" and row.gb_per_s:
-            row.percent_of_copy, row.percent_of_mixed_copy, row.percent_of_peak = (
-                other and 100 * row.gb_per_s / other
-                for other in (row.copy_gb_per_s, row.mixed_copy_gb_per_s, row.peak_gb_per_s)
-            )
+        for name, other in beside.items():
+            setattr(row, f"{name}_gb_per_s", other)
+            if other and row.gb_per_s and row.l2 == "exceeded":
+                setattr(row, f"percent_of_{name}", 100 * row.gb_per_s / other)
 
 
 def count_launches(device: Device, done: Sequence[tuple[Group, list[Row]]], stop: float) -> None:

@@ -17,28 +17,16 @@ from triton_optim.rule import ROW_ARGUMENTS, RowWise, Rule
 
 # The kernels' run-time arguments as a GPU is given them; keys of fewer than 2**31 rows.
 ARGUMENTS = {
-    "block_to_tensor_ptr": "*i32",
-    "tensor_table_ptr": "*i64",
-    "tensors_ptr": "*i64",
-    "grads_ptr": "*i64",
-    "hyperparameters_ptr": "*fp64",
-    "steps_ptr": "*fp64",
-    "keys_ptr": "*i32",
-    "permutation_ptr": "*i64",
-    "arrival_count_ptr": "*i32",
-    "arrival_counts_ptr": "*i32",
-    "sum_ptr": "*fp64",
-    "norm_ptr": "*fp64",
-    "found_inf_ptr": "*fp32",
-    "grad_scale_ptr": "*fp32",
-    "grad_norm_ptr": "*fp64",
-    "max_norm_ptr": "*fp64",
-    "step_status_ptr": "*fp32",
-    "n_bytes": "fp32",
-    "blocks": "i32",
-    "first_tensor": "i32",
-    "n_tensors": "i32",
-    "chunk": "i32",
+    name: kind
+    for kind, names in {
+        "*i32": "block_to_tensor_ptr keys_ptr arrival_count_ptr arrival_counts_ptr",
+        "*i64": "tensor_table_ptr tensors_ptr grads_ptr permutation_ptr",
+        "*fp32": "found_inf_ptr grad_scale_ptr step_status_ptr",
+        "*fp64": "hyperparameters_ptr steps_ptr sum_ptr norm_ptr grad_norm_ptr max_norm_ptr",
+        "i32": "blocks first_tensor n_tensors chunk",
+        "fp32": "n_bytes",
+    }.items()
+    for name in names.split()
 }
 
 

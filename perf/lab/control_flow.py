@@ -71,3 +71,42 @@ def reach(places: Iterable[int], step: Graph, without: Iterable[int] = ()) -> se
         reached |= new
         todo += new
     return reached
+
+
+def varying_reads(code: Sequence[Instruction], after: Graph) -> set[int]:
+    """Instructions that read what may differ from thread to thread: followed from its number."""
+    held: list[frozenset[str] | None] = [None] * len(code)  # such registers, before each
+    held[0], todo = THREAD_ID, [0]
+    while todo:
+        i = todo.pop()
+        registers = code[i].varying_after(held[i] or frozenset())
+        for j in after[i]:
+            known = held[j]
+            if known is None or not registers <= known:
+                held[j] = registers if known is None else known | registers
+                todo.append(j)
+    return {i for i, registers in enumerate(held) if registers and code[i].reads & registers}
+
+
+def most_under_way(
+    code: Sequence[Instruction], after: Graph, among: Iterable[int], varying: set[int]
+) -> int:
+    """The most bytes on their way to a thread at a time, of tensors: what it loads at `varying`.
+
+    A load is under way from where it stands, on whatever way, until something touches its
+    registers; where ways meet, the loads of all of them are.
+    """
+    under_way: dict[int, set[int]] = {i: set() for i in among}  # loads, before each
+    todo = sorted(under_way, reverse=True)
+    most = 0
+    while todo:
+        i = todo.pop()
+        loads = {j for j in under_way[i] if not code[i].waits_for(code[j])}
+        if code[i].access == "load" and i in varying:
+            loads.add(i)
+        most = max(most, sum(code[j].n_bytes for j in loads))
+        for j in {*after[i]} & under_way.keys():
+            if not loads <= under_way[j]:
+                under_way[j] |= loads
+                todo.append(j)
+    return most

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from lab.audit import Measures, dense_report
 from lab.compiled import built_in, compile_for, rule_and_flags, short
 from lab.control_flow import Instruction
 from lab.disassembly import Usage
 from lab.gpus import GPUS
-from lab.kernel_report import DenseReport
 from lab.machine_code import Code, MainPath
 from triton_optim.kernels.multi_tensor import multi_tensor_kernel
 from triton_optim.launch import backend, tuning
@@ -52,9 +52,9 @@ class Kernel(NamedTuple):
         options = backend.options(self.variant, config, architecture)
         return compile_for(architecture, multi_tensor_kernel, constants, options)
 
-    def report(
+    def measures(
         self, architecture: str, binary: Any, code: Sequence[Instruction], usage: Usage
-    ) -> DenseReport:
+    ) -> Measures:
         """What its machine code says.
 
         Raises:
@@ -70,21 +70,22 @@ class Kernel(NamedTuple):
             raise ValueError("not every load was found")
         shared = binary.metadata.shared
         warps = gpu.resident_warps(config.num_warps, usage.registers, shared)
-        return DenseReport(
-            architecture,
-            self.name,
-            backend.ALIGNMENT if variant.aligned else min(sizes[dtype] for dtype in self.storage),
-            registers=usage.registers,
-            spills=usage.spills,
-            shared=shared,
-            load_bits=8 * max(path.loads, default=0),
-            store_bits=8 * max(path.stores, default=0),
-            narrowest_bits=8 * min(path.loads + path.stores, default=0),
-            instructions=round(path.instructions / elements, 2),
-            with_detours=round((path.instructions + path.detours) / elements, 2),
-            resident_warps=warps,
-            in_flight=warps * gpu.warp_size * path.outstanding,
-            bytes_per_param=round(self.bytes_per_param, 4),
-            floor=variant.bytes_per_element,
-            launches=self.launches,
-        )
+        measures = {
+            "alignment": backend.ALIGNMENT
+            if variant.aligned
+            else min(sizes[d] for d in self.storage),
+            "registers": usage.registers,
+            "spills": usage.spills,
+            "shared": shared,
+            "load_bits": 8 * max(path.loads, default=0),
+            "store_bits": 8 * max(path.stores, default=0),
+            "narrowest_bits": 8 * min(path.loads + path.stores, default=0),
+            "instructions": round(path.instructions / elements, 2),
+            "with_detours": round((path.instructions + path.detours) / elements, 2),
+            "resident_warps": warps,
+            "in_flight": warps * gpu.warp_size * path.outstanding,
+            "bytes_per_param": round(self.bytes_per_param, 4),
+            "floor": variant.bytes_per_element,
+            "launches": self.launches,
+        }
+        return {**measures, "limit": dense_report(architecture, self.name, measures).limit}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lab.gpus import peak_bandwidth
 from lab.implementations import Step
+from lab.machine import printed
 
 COPY_BYTES = 1 << 30  # of the buffer whose copy measures bandwidth: far larger than any L2
 EMPTIED_BELOW = 4  # times the L2 that a step moves: below that, the L2 is emptied before each step
@@ -37,7 +37,11 @@ class Device:
         properties = torch.cuda.get_device_properties(0)
         self.name: str = properties.name
         self.l2_bytes: int = properties.L2_cache_size
-        self.peak_bandwidth = _peak_bandwidth(properties)
+        # Not in older torch; a clock of AMD's says nothing of the transfers a cycle.
+        known = () if torch.version.hip else ("memory_clock_rate", "memory_bus_width")
+        self.peak_bandwidth = peak_bandwidth(
+            properties.name, *(getattr(properties, name, 0) for name in known)
+        )
         self.copied = torch.empty(2 * COPY_BYTES // 4, device=self.type).normal_()
         self._source, self._target = self.copied.chunk(2)
         self._reader = self._source[: EMPTIED_BELOW * self.l2_bytes // 4]
@@ -54,12 +58,8 @@ class Device:
 
     def driver(self) -> str:
         """The driver's version, as nvidia-smi tells it."""
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-        return printed.splitlines()[0].strip()
+        query = "--query-gpu=driver_version"
+        return printed("nvidia-smi", query, "--format=csv,noheader").split(";")[0]
 
     def mark(self) -> Any:
         """A moment in the device's queue."""
@@ -132,13 +132,6 @@ class Device:
         names = [name for _, name in kernels]
         markers = [i for i, name in enumerate(names) if "spin_kernel" in name]
         return markers[-1] - markers[-2] - 1 if len(markers) > 1 else None
-
-
-def _peak_bandwidth(properties: Any) -> float | None:
-    if torch.version.hip:  # whose clock says nothing of the transfers a cycle
-        return peak_bandwidth(properties.name)
-    clock = getattr(properties, "memory_clock_rate", 0)  # not in older torch
-    return peak_bandwidth(properties.name, clock, getattr(properties, "memory_bus_width", 0))
 
 
 class Host(Device):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import cycle
 
 from lab.dry_gpu import dry_gpu
-from lab.embedding_steps import TORCH_SPARSE, Candidate
-from lab.embedding_tables import UNIFORM, Tables
-from lab.embeddings import BATCHES, Embeddings
+from lab.embedding_steps import Candidate
+from lab.embedding_tables import BATCHES, UNIFORM, Tables
+from lab.embeddings import Embeddings
 from lab.group import Group, groups_of
-from lab.implementations import OURS, Implementation
-from lab.rows import FAILED, OK, Row
-from lab.timing import Summary
+from lab.implementations import Implementation
+from lab.rows import OK, OURS, TORCH_SPARSE, Row
+from lab.timing import Summary, in_turn
 from triton_optim.launch.launcher import record_launches
 
 SUITE = "embeddings-dry"
@@ -41,28 +42,24 @@ def dry_rows(base: Row, rules: Collection[str]) -> Iterator[list[Row]]:
 
 def _rows(base: Row, group: Group, work: Embeddings) -> list[Row]:
     rows: dict[str, Row] = {}
-    candidates: dict[str, Candidate] = {}
+    prepare: dict[str, Callable[[], Candidate]] = {}
     for item in work.implementations:
         if item.name in (OURS, TORCH_SPARSE) and item.refusal(group.rule, group.storage) is None:
             row = replace(base, implementation=item.name, version=item.version or "", status=OK)
-            try:
-                candidates[item.name] = _launching(work, item)
-            except Exception as error:
-                detail = f"{type(error).__name__}: {error}".splitlines()[0]
-                row.status, row.detail = FAILED, detail
             rows[item.name] = row
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for repeat in range(REPEATS):
-        for name, candidate in candidates.items():
-            candidate.load(repeat % BATCHES)
-            start = time.perf_counter()
-            candidate()
-            times[name].append(1e6 * (time.perf_counter() - start))
-    for name, series in times.items():
-        row = rows[name]
-        row.repeats = REPEATS
-        row.host_us, row.host_us_p20, row.host_us_p80 = Summary.of(series)
+            try:
+                prepare[item.name] = partial(_loaded, _launching(work, item), cycle(range(BATCHES)))
+            except Exception as error:
+                row.fail(error)
+    for name, series in in_turn(prepare, REPEATS).items():
+        rows[name].repeats = REPEATS
+        rows[name].host_us, rows[name].host_us_p20, rows[name].host_us_p80 = Summary.of(series)
     return [*rows.values()]
+
+
+def _loaded(candidate: Candidate, batches: Iterator[int]) -> Candidate:
+    candidate.load(next(batches))
+    return candidate
 
 
 def _launching(work: Embeddings, item: Implementation) -> Candidate:

@@ -13,14 +13,15 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 import triton_optim
-from lab.implementations import LAZY_RMSPROP, OURS, ROWWISE, SGD, Implementation, Rule, Step
-from lab.packages import Refusal
+from lab.implementations import Implementation, Step
+from lab.rows import OURS, TORCH_DENSE, TORCH_SPARSE
+from lab.rules import LAZY_RMSPROP, ROWWISE, SGD, Rule, Storage
 from triton_optim.launch import backend
 
 if TYPE_CHECKING:
     from lab.embeddings import Embeddings
 
-TORCH_SPARSE, TORCH_DENSE, FBGEMM = "torch sparse", "torch dense", "FBGEMM"
+FBGEMM = "FBGEMM"
 
 
 class Candidate:
@@ -46,8 +47,7 @@ class Stepped(Candidate):
     """An optimizer over the shared tables, which gets their sparse gradients."""
 
     def __init__(self, work: Embeddings, make: Callable[[list[Parameter]], Optimizer]) -> None:
-        self.tables = work.tables
-        self._work = work
+        self.tables, self._work = work.tables, work
         self._params = [Parameter(table) for table in work.tables]  # shares its memory
         self.step = make(self._params).step
 
@@ -134,15 +134,15 @@ def _torch(kind: type[Stepped]) -> Callable[[Rule, Embeddings], Candidate]:
     return build
 
 
-def _except(reasons: dict[str, str]) -> Refusal:
-    """Why some rules are refused."""
-    return lambda rule, _: reasons.get(rule.name)
-
-
 def _embedding(
     name: str, package: str, build: Callable[..., Candidate], refused: dict[str, str], **extra: Any
 ) -> Implementation:
-    return Implementation(name, package, build, _except(refused), torch_state=False, **extra)
+    """With the reasons why rules are refused, by name."""
+
+    def refusal(rule: Rule, _: Storage) -> str | None:
+        return refused.get(rule.name)
+
+    return Implementation(name, package, build, refusal, torch_state=False, **extra)
 
 
 _NO_ROWWISE = {ROWWISE.name: "torch has no row-wise Adagrad"}
@@ -151,25 +151,16 @@ _NO_ROWWISE = {ROWWISE.name: "torch has no row-wise Adagrad"}
 EMBEDDING_IMPLEMENTATIONS = (
     _embedding(OURS, OURS, _ours, {}),
     _embedding(
-        TORCH_SPARSE,
-        "torch",
-        _torch(Stepped),
+        TORCH_SPARSE, "torch", _torch(Stepped),
         {**_NO_ROWWISE, LAZY_RMSPROP.name: "torch's RMSprop refuses sparse gradients"},
         one_by_one=(SGD.name,),
     ),
     _embedding(
-        FBGEMM,
-        "fbgemm-gpu fbgemm-gpu-cpu",
-        Fbgemm,
-        {LAZY_RMSPROP.name: "FBGEMM has no lazy RMSprop"},
-        tables=1,
+        FBGEMM, "fbgemm-gpu fbgemm-gpu-cpu", Fbgemm,
+        {LAZY_RMSPROP.name: "FBGEMM has no lazy RMSprop"}, tables=1,
     ),
     _embedding(
-        TORCH_DENSE,
-        "torch",
-        _torch(Densified),
-        {**_NO_ROWWISE, SGD.name: "torch's sparse SGD stands for it"},
-        tables=1,
-        passing=2,
+        TORCH_DENSE, "torch", _torch(Densified),
+        {**_NO_ROWWISE, SGD.name: "torch's sparse SGD stands for it"}, tables=1, passing=2,
     ),
-)
+)  # fmt: skip

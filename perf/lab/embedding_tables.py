@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import product
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from lab.implementations import Rule
+from lab.rules import Rule, Storage
 
 UNIFORM, ZIPF = DISTRIBUTIONS = ("uniform", "zipf")
+BATCHES = 3  # gradients that take turns while steps are timed
 
 
 class Tables(NamedTuple):
@@ -43,27 +43,35 @@ class Tables(NamedTuple):
         """Of the values of one batch's gradients."""
         return 4 * self.tables * self.batch * self.dim
 
+    def state_bytes(self, rule: Rule, _: Storage) -> int:
+        """Of all tables."""
+        return len(rule.states) * self.table_bytes + 4 * rule.row_states * self.tables * self.rows
 
-def state_bytes(rule: Rule, shape: Tables) -> int:
-    """Of all tables."""
-    return len(rule.states) * shape.table_bytes + 4 * rule.row_states * shape.tables * shape.rows
+    def size(self, rule: Rule, storage: Storage) -> int:
+        """Bytes of tables, gradients and what it takes to draw them."""
+        ids = 8 * BATCHES * self.tables * self.batch
+        zipf = 16 * self.rows if self.distribution == ZIPF else 0
+        return self.value_bytes + ids + max(self.table_bytes, zipf)
+
+    def step_bytes(self, rule: Rule, unique_rows: int) -> int:
+        """What a step must move.
+
+        Values read once; parameter and state of each touched row read once and written once. Not
+        the ids, nor what it takes to sort them.
+        """
+        row = 4 * self.dim * (1 + len(rule.states)) + 4 * rule.row_states
+        return self.value_bytes + 2 * unique_rows * row
+
+    def columns(self, rule: Rule, storage: Storage) -> dict[str, Any]:
+        """What a row says of these tables."""
+        columns = {name: getattr(self, name) for name in ("rows", "dim", "batch", "distribution")}
+        model_bytes = self.table_bytes + self.value_bytes + self.state_bytes(rule, storage)
+        return {**columns, "model_bytes": model_bytes}
 
 
-def step_bytes(rule: Rule, shape: Tables, unique_rows: int) -> int:
-    """What a step must move.
-
-    Values read once; parameter and state of each touched row read once and written once. Not the
-    ids, nor what it takes to sort them.
-    """
-    row = 4 * shape.dim * (1 + len(rule.states)) + 4 * rule.row_states
-    return shape.value_bytes + 2 * unique_rows * row
-
-
-def _grid(
-    rows: tuple[int, ...], dims: tuple[int, ...], batches: tuple[int, ...], tables: int = 1
-) -> list[Tables]:
-    sizes = product(rows, dims, batches, DISTRIBUTIONS)
-    return [Tables(*size, tables) for size in sizes]
+def _grid(*sizes: Iterable[Any], tables: int = 1) -> list[Tables]:
+    """Of so many rows, columns and ids."""
+    return [Tables(*size)._replace(tables=tables) for size in product(*sizes, DISTRIBUTIONS)]
 
 
 EMBEDDING_SUITES: dict[str, Callable[[], list[Tables]]] = {

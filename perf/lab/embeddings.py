@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from itertools import cycle
+from collections.abc import Callable, Iterable
+from itertools import count, cycle
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lab.device import Device
-from lab.embedding_ids import ids_of
 from lab.embedding_steps import EMBEDDING_IMPLEMENTATIONS, Candidate
-from lab.embedding_tables import ZIPF, Tables, state_bytes, step_bytes
-from lab.implementations import Implementation, Rule, Step, Storage
-from lab.reference import CHECKED_STEPS, check
+from lab.embedding_tables import BATCHES, UNIFORM, Tables
+from lab.implementations import Implementation, Step
+from lab.reference import CHECKED_STEPS, Work
+from lab.rules import STORAGES, Rule, Storage
 
-BATCHES = 3  # gradients that take turns while steps are timed
 CHECKED = (0, 1, 0)  # batches of the checked steps: rows of the first rest while the second steps
 UNITS = 8  # in the last place, that an addition may be off
 PROBED = 4096  # rows of a table that are checked, about; all where it has no more
 FREQUENT = 8  # the most frequent rows, which are checked in any case
+ZIPF_EXPONENT = 1.05  # the row of rank k has a share of k**-1.05
+GOLDEN = 0.618  # spreads multiples evenly
 PASSING_VALUES = 8  # times the gradients' values that sorting and summing them may take
 
 
-class Embeddings:
+class Embeddings(Work):
     """Tables, and gradients of some batches, uncoalesced as `nn.Embedding(sparse=True)` makes them.
 
     Values are odd eighths: sums of them are exact in float32, whatever their order, so that
@@ -50,40 +50,17 @@ class Embeddings:
         self.tables = [torch.randn(size, device=device, generator=generator) for _ in n_tables]
         self.values = [torch.empty(batch, device=device) for _ in n_tables]
         self.new_values()
-        self.grads = [[*map(self._gradient, ids, self.values)] for ids in self.ids]
-
-    def _gradient(self, ids: Tensor, values: Tensor) -> Tensor:
-        size = (self.shape.rows, self.shape.dim)
-        return torch.sparse_coo_tensor(ids[None], values, size, check_invariants=False)
-
-    @staticmethod
-    def size(shape: Tables, rule: Rule, storage: Storage) -> int:
-        """Bytes of tables, gradients and what it takes to draw them."""
-        ids = 8 * BATCHES * shape.tables * shape.batch
-        zipf = 16 * shape.rows if shape.distribution == ZIPF else 0
-        return shape.value_bytes + ids + max(shape.table_bytes, zipf)
-
-    @staticmethod
-    def state_bytes(shape: Tables, rule: Rule, storage: Storage) -> int:
-        return state_bytes(rule, shape)
-
-    @staticmethod
-    def columns(shape: Tables, rule: Rule, storage: Storage) -> dict[str, Any]:
-        """What a row says of these tables."""
-        return {
-            "rows": shape.rows,
-            "dim": shape.dim,
-            "batch": shape.batch,
-            "distribution": shape.distribution,
-            "model_bytes": shape.table_bytes + shape.value_bytes + state_bytes(rule, shape),
-        }
+        self.grads = [
+            [torch.sparse_coo_tensor(of[None], values, size, check_invariants=False)
+             for of, values in zip(ids, self.values, strict=True)]
+            for ids in self.ids
+        ]  # fmt: skip
 
     def drawn(self) -> dict[str, Any]:
-        """What else a row says, that only the drawn ids tell."""
         unique_rows, _ = self.counted()
         return {
             "unique_rows": unique_rows,
-            "step_bytes": step_bytes(self.rule, self.shape, unique_rows),
+            "step_bytes": self.shape.step_bytes(self.rule, unique_rows),
         }
 
     def tolerance(self, implementation: Implementation) -> float:
@@ -92,15 +69,10 @@ class Embeddings:
         return tolerance(self.counted()[1] if one_by_one else 1)
 
     def needed(self, implementation: Implementation) -> tuple[int, int]:
-        """Bytes that it keeps beside what all share, and that its steps take."""
-        shape = self.shape
-        kept = implementation.tables * shape.table_bytes + state_bytes(self.rule, shape)
+        shape, state = self.shape, self.shape.state_bytes(self.rule, STORAGES[0])
+        kept = implementation.tables * shape.table_bytes + state
         passing = implementation.passing * shape.table_bytes
         return kept, max(PASSING_VALUES * shape.value_bytes, passing)
-
-    def copies(self, device: Device) -> dict[str, tuple[Step, int]]:
-        """None beside the plain one."""
-        return {}
 
     def build(self, implementation: Implementation) -> Candidate:
         candidate: Candidate = implementation.build(self.rule, self)
@@ -153,20 +125,14 @@ class Embeddings:
         chosen: Tensor = torch.unique(torch.cat([spread, (spread + 1) % rows, frequent, ends]))
         return chosen
 
-    def check(self, candidate: Candidate, synchronize: Step) -> tuple[float, float]:
-        """See `check`. Rules work row by row: the reference needs only the checked ones."""
-        probes = self.probes()
+    def probed(self, candidate: Candidate) -> list[Tensor]:
+        named = zip(candidate.tables, self.probes(), strict=True)
+        return [table.detach()[rows].double() for table, rows in named]
 
-        def probe() -> list[Tensor]:
-            named = zip(candidate.tables, probes, strict=True)
-            return [table.detach()[rows].double() for table, rows in named]
-
-        def new_gradients(number: int) -> list[Tensor]:
-            self.new_values()
-            candidate.load(CHECKED[number])
-            return [self.summed(CHECKED[number], i, rows) for i, rows in enumerate(probes)]
-
-        return check(candidate, synchronize, self.rule, probe, new_gradients)
+    def new_probed_gradients(self, candidate: Candidate, number: int) -> list[Tensor]:
+        self.new_values()
+        candidate.load(CHECKED[number])
+        return [self.summed(CHECKED[number], i, rows) for i, rows in enumerate(self.probes())]
 
 
 def tolerance(additions: int = 1) -> float:
@@ -176,3 +142,21 @@ def tolerance(additions: int = 1) -> float:
         additions: to an element in a step. Each rounds it, up or down by chance.
     """
     return CHECKED_STEPS * UNITS * math.sqrt(additions) * torch.finfo(torch.float32).eps
+
+
+def ids_of(tables: Tables, device: str, generator: torch.Generator) -> Callable[[], Tensor]:
+    """What draws the ids of one table's batch, with duplicates."""
+    rows, size = tables.rows, (tables.batch,)
+    if tables.distribution == UNIFORM:
+        return lambda: torch.randint(rows, size, device=device, generator=generator)
+    ranks = torch.arange(1, rows + 1, dtype=torch.float64, device=device)
+    cumulative = ranks.pow_(-ZIPF_EXPONENT).cumsum_(0)
+    # Frequent rows are to lie all over the table, as hashed ids do: each rank has a row of its own.
+    factor = next(n for n in count(max(1, int(GOLDEN * rows))) if math.gcd(n, rows) == 1)
+
+    def draw() -> Tensor:
+        drawn = torch.rand(size, dtype=torch.float64, device=device, generator=generator)
+        found = torch.searchsorted(cumulative, drawn * cumulative[-1], right=True)
+        return found.clamp_(max=rows - 1) * factor % rows
+
+    return draw

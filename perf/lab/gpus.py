@@ -30,20 +30,6 @@ class Gpu(NamedTuple):
         """Instructions of a thread a second, over all threads."""
         return self.sms * SCHEDULERS * self.lanes * self.clock
 
-    @property
-    def wanted_in_flight(self) -> tuple[float, float]:
-        """Bytes an SM: bandwidth times latency, for the least and the largest latency."""
-        low, high = (self.bandwidth * latency / self.sms for latency in LATENCIES)
-        return low, high
-
-    def memory_rate(self, floor: float) -> float:
-        """Elements a second of `floor` bytes each that memory allows."""
-        return self.bandwidth / floor
-
-    def issue_rate(self, instructions: float) -> float:
-        """Elements a second of so many instructions each that the schedulers allow."""
-        return self.issue / instructions if instructions else 0.0
-
     def resident_warps(self, warps: int, registers: int, shared: int) -> int:
         """Warps an SM, in whole programs of `warps` warps that take so much of it.
 
@@ -59,7 +45,7 @@ class Gpu(NamedTuple):
 
     def arithmetic(self) -> str:
         """Where the limits come from, in a line."""
-        low, high = (n / 1000 for n in self.wanted_in_flight)
+        low, high = (self.bandwidth * latency / self.sms / 1000 for latency in LATENCIES)
         return (
             f"{self.name}: issue {self.sms} x {SCHEDULERS} x {self.lanes} lanes x "
             f"{self.clock / 1e9:g} GHz = {self.issue / 1e12:.1f}e12/s; memory "

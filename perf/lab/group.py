@@ -10,7 +10,7 @@ import torch
 from lab.device import Device
 from lab.embedding_tables import Tables
 from lab.embeddings import Embeddings
-from lab.implementations import EMBEDDING_RULES, RULES, STORAGES, Rule, Storage
+from lab.rules import EMBEDDING_RULES, RULES, STORAGES, Rule, Storage
 from lab.suites import Layout
 from lab.workload import Workload
 
@@ -41,12 +41,12 @@ class Group(NamedTuple):
             "params": self.layout.params,
             "rule": self.rule.name,
             "storage": self.storage.name,
-            **self.workload.columns(*self[1:]),
+            **self.layout.columns(self.rule, self.storage),
         }
 
     def made(self, device: Device) -> Any:
         """Its tensors, if they fit the memory."""
-        if self.workload.size(*self[1:]) > device.free_bytes():
+        if self.layout.size(self.rule, self.storage) > device.free_bytes():
             return None
         try:
             return self.workload(*self[1:], device.type)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from lab.implementations import OURS
-from lab.rows import read_as
+from lab import rows
+from lab.rows import OURS
 
 FLOOR = "floor"
 TORCH = ("fused", "foreach", "for-loop")
@@ -35,18 +34,16 @@ class Row(NamedTuple):
     p80: float
 
 
-def write(path: Path, rows: Iterable[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(Row._fields)
-        writer.writerows([f"{x:.2f}" if isinstance(x, float) else x for x in row] for row in rows)
+def write(path: Path, lines: Iterable[Row]) -> None:
+    named = (row._asdict().items() for row in lines)
+    short = ({n: f"{x:.2f}" if isinstance(x, float) else x for n, x in line} for line in named)
+    rows.write(path, Row._fields, short)
 
 
 def read(path: Path) -> list[Row]:
-    return read_as(Row, path)
+    return rows.read_as(Row, path)
 
 
-def found(rows: Iterable[Row], **columns: object) -> list[Row]:
+def found(lines: Iterable[Row], **columns: object) -> list[Row]:
     """Those with these values in these columns."""
-    return [row for row in rows if all(getattr(row, key) == columns[key] for key in columns)]
+    return [row for row in lines if all(getattr(row, key) == columns[key] for key in columns)]

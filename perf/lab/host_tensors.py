@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter
@@ -53,16 +52,11 @@ def new_gradients(params: Sequence[Parameter], chosen: Sequence[Parameter]) -> N
     shards = [local(param).detach().requires_grad_() for param in chosen]
     loss = torch.stack([(shard * 2).sum() for shard in shards]).sum()
     for param, grad in zip(chosen, torch.autograd.grad(loss, shards), strict=True):
-        param.grad = _beside(param, grad)
+        # The arguments that torch itself gives in FSDP2; the stub has those of Tensor.
+        sharded = is_dtensor(param)
+        param.grad = DTensor(grad, spec_of(param), requires_grad=False) if sharded else grad
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-
-
-def _beside(param: Parameter, grad: Tensor) -> Tensor:
-    if not is_dtensor(param):
-        return grad
-    # The arguments that torch itself gives in FSDP2; the stub has those of Tensor.
-    return DTensor(grad, spec_of(param), requires_grad=False)
 
 
 def half(params: Sequence[Parameter], random_: random.Random) -> list[Parameter]:

@@ -1,82 +1,25 @@
-"""What is measured against what: rules, storage, and everybody's optimizers."""
+"""What is measured against what: everybody's optimizers.
+
+Of other packages as they are in July 2026: apex 6424da3, TransformerEngine 2.20.2, HeavyBall 3.2.1.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
+from torch.optim import Optimizer
 
 import triton_optim
-from lab import packages
-
-OURS = "triton_optim"
-# No optimizers: what bandwidth is measured by.
-COPY = "copy"
-MIXED_COPY = "mixed copy"  # with the reads and writes of the step beside it
-COPIES = (COPY, MIXED_COPY)
+from lab.machine import package_version
+from lab.rows import OURS
+from lab.rules import Rule, Storage
 
 Step = Callable[[], object]
-
-
-class Rule(NamedTuple):
-    """An update rule: torch's class, its arguments, and the names of its state tensors.
-
-    `row_states` more have a number a row of an embedding table.
-    """
-
-    name: str
-    optimizer: str
-    kwargs: dict[str, Any]
-    states: tuple[str, ...]
-    row_states: int = 0
-
-
-# Every step moves an element by 0.05 to 0.3, which shows in bfloat16 too.
-SGD = Rule("sgd", "SGD", {"lr": 0.1}, ())
-ADAGRAD = Rule("adagrad", "Adagrad", {"lr": 0.1}, ("sum",))
-RULES = (
-    SGD,
-    Rule("momentum", "SGD", {"lr": 0.1, "momentum": 0.9}, ("momentum_buffer",)),
-    ADAGRAD,
-    Rule("rmsprop", "RMSprop", {"lr": 0.01}, ("square_avg",)),
-    Rule(
-        "rmsprop-cm",
-        "RMSprop",
-        {"lr": 0.01, "centered": True, "momentum": 0.9},
-        ("square_avg", "grad_avg", "momentum_buffer"),
-    ),
-)
-# Of embedding tables with sparse gradients.
-ROWWISE = Rule("rowwise-adagrad", "RowwiseAdagrad", {"lr": 0.1}, (), 1)
-LAZY_RMSPROP = Rule("rmsprop-lazy", "RMSprop", {"lr": 0.01}, ("square_avg",), 1)
-EMBEDDING_RULES = (ADAGRAD, ROWWISE, LAZY_RMSPROP, SGD)
-
-
-class Storage(NamedTuple):
-    """Dtypes of parameters with their gradients, and of state."""
-
-    name: str
-    param: torch.dtype
-    state: torch.dtype
-
-
-STORAGES = (
-    Storage("float32", torch.float32, torch.float32),
-    Storage("bfloat16", torch.bfloat16, torch.bfloat16),
-    Storage("bfloat16+float32", torch.bfloat16, torch.float32),
-)
-
-
-def bytes_per_param(rule: Rule, storage: Storage) -> int:
-    """What a step must move: gradient read, parameter and state read and written, each once."""
-    return 3 * storage.param.itemsize + 2 * len(rule.states) * storage.state.itemsize
-
-
-def bytes_kept(rule: Rule, storage: Storage) -> int:
-    """What a parameter takes: itself, its gradient, its state."""
-    return 2 * storage.param.itemsize + len(rule.states) * storage.state.itemsize
+Build = Callable[..., Any]
+Refusal = Callable[[Rule, Storage], str | None]
 
 
 class Implementation(NamedTuple):
@@ -88,8 +31,8 @@ class Implementation(NamedTuple):
 
     name: str
     package: str  # or several, any of which has it
-    build: Callable[..., Any]
-    refusal: packages.Refusal
+    build: Build
+    refusal: Refusal
     max_tensors: int | None = None
     compiled: bool = False
     torch_state: bool = True  # torch's state names, so that all of these share their state
@@ -103,6 +46,8 @@ class Implementation(NamedTuple):
     @property
     def version(self) -> str | None:
         """The version that is installed, or None."""
+        if self.package == OURS:  # a checkout need not be installed
+            return triton_optim.__version__
         return next(filter(None, map(package_version, self.package.split())), None)
 
     def why_not(self, rule: Rule, storage: Storage, n_tensors: int) -> str | None:
@@ -114,99 +59,136 @@ class Implementation(NamedTuple):
         return self.refusal(rule, storage)
 
 
-def package_version(package: str) -> str | None:
-    """The version that is installed, or None."""
-    if package == OURS:  # a checkout need not be installed
-        return triton_optim.__version__
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _from(module: str, prefix: str = "", **extra: Any) -> Build:
+    """Builds the class of torch's arguments, and of its name behind `prefix`, in `module`."""
+
+    def build(rule: Rule, params: Any) -> Optimizer:
+        make = getattr(import_module(module), prefix + rule.optimizer)
+        optimizer: Optimizer = make(params, **rule.kwargs, **extra)
+        return optimizer
+
+    return build
 
 
-def _anything(rule: Rule, storage: Storage) -> str | None:
-    return None
+def _heavyball(rule: Rule, params: Any) -> Optimizer:
+    """SGD, which it compiles for lists of tensors.
+
+    It has state without momentum too, rounds bfloat16 parameters at random, and leaves the momentum
+    in the gradients. These are kept for the next step, where it would drop them.
+    """
+    kwargs = {"lr": rule.kwargs["lr"], "beta": rule.kwargs.get("momentum", 0.0)}
+    optimizer: Optimizer = import_module("heavyball").SGD(params, **kwargs, consume_grad=False)
+    return optimizer
 
 
-def _torch(rule: Rule, storage: Storage) -> str | None:
-    same = storage.param == storage.state
-    return None if same else "torch's state has its parameter's dtype"
+Reason = tuple[Callable[[Rule, Storage], bool], str]
 
 
-def _torch_fused(rule: Rule, storage: Storage) -> str | None:
-    if rule.optimizer == "RMSprop":
-        return "torch has no fused RMSprop"
-    if rule.optimizer == "Adagrad" and _torch_release() < (2, 12):
-        return "torch has a fused Adagrad on GPUs since 2.12"
-    return _torch(rule, storage)
+def _unless(*reasons: Reason) -> Refusal:
+    """Refuses where one of these conditions holds."""
+    return lambda rule, storage: next(
+        (why.format(rule.optimizer) for holds, why in reasons if holds(rule, storage)), None
+    )
 
 
-def _torch_release() -> tuple[int, ...]:
-    return tuple(int(part) for part in torch.__version__.split(".")[:2])
+def _rule(*names: str) -> Callable[[Rule, Storage], bool]:
+    """Whether the rule, or torch's class for it, is one of these."""
+    return lambda rule, _: rule.name in names or rule.optimizer in names
 
 
+def _has(package: str, *optimizers: str) -> tuple[Reason, Reason]:
+    """Of a package that has these of torch's classes, with state in the parameter's dtype."""
+    return (
+        (lambda rule, _: rule.optimizer not in optimizers, f"{package} has no {{}}"),
+        (_other_state, f"{package}'s state has its parameter's dtype"),
+    )
+
+
+def _other_state(_: Rule, storage: Storage) -> bool:
+    return storage.param != storage.state
+
+
+def _half_param(_: Rule, storage: Storage) -> bool:
+    return storage.param != torch.float32
+
+
+def _half_state(_: Rule, storage: Storage) -> bool:
+    return storage.state != torch.float32
+
+
+def _old_adagrad(rule: Rule, _: Storage) -> bool:
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return rule.optimizer == "Adagrad" and release < (2, 12)
+
+
+_torch = _unless(*_has("torch", "SGD", "Adagrad", "RMSprop"))
 # Compile time grows with the number of tensors; beyond this it would take the whole run.
 MAX_COMPILED_TENSORS = 300
+NO_BFLOAT16 = "{} has no kernel for bfloat16 and {}"
+SKIPS = "skips it without a word"
 
 IMPLEMENTATIONS = (
-    Implementation(OURS, OURS, packages.from_module(OURS, fused=True), _anything),
+    Implementation(OURS, OURS, _from(OURS, fused=True), _unless()),
+    Implementation("torch for-loop", "torch", _from("torch.optim", foreach=False), _torch),
+    Implementation("torch foreach", "torch", _from("torch.optim", foreach=True), _torch),
     Implementation(
-        "torch for-loop", "torch", packages.from_module("torch.optim", foreach=False), _torch
-    ),
-    Implementation(
-        "torch foreach", "torch", packages.from_module("torch.optim", foreach=True), _torch
-    ),
-    Implementation(
-        "torch fused",
-        "torch",
-        packages.from_module("torch.optim", fused=True),
-        _torch_fused,
+        "torch fused", "torch", _from("torch.optim", fused=True),
+        _unless(
+            (_rule("RMSprop"), "torch has no fused RMSprop"),
+            (_old_adagrad, "torch has a fused Adagrad on GPUs since 2.12"),
+            *_has("torch", "SGD", "Adagrad"),
+        ),
         step_on_gpu=True,
     ),
     Implementation(
-        "torch compiled",
-        "torch",
-        packages.from_module("torch.optim"),
-        _torch,
-        max_tensors=MAX_COMPILED_TENSORS,
-        compiled=True,
+        "torch compiled", "torch", _from("torch.optim"), _torch,
+        max_tensors=MAX_COMPILED_TENSORS, compiled=True,
     ),
-    Implementation("apex", "apex", packages.from_module("apex.optimizers", "Fused"), packages.apex),
+    # Built from source: PyPI's `apex` is another package. State has torch's names; SGD has a buffer
+    # of momentum, which it reads, without momentum too.
     Implementation(
-        "TransformerEngine",
-        "transformer_engine",
-        packages.from_module("transformer_engine.pytorch.optimizers", "Fused"),
-        packages.transformer_engine,
+        "apex", "apex", _from("apex.optimizers", "Fused"),
+        _unless(
+            *_has("apex", "SGD", "Adagrad"),
+            (lambda *of: _half_param(*of) and _rule("SGD")(*of), NO_BFLOAT16.format("apex", SKIPS)),
+            (_half_param, NO_BFLOAT16.format("apex", "raises")),
+        ),
+    ),
+    # Its FusedSGD is apex's; its other fused optimizer is Adam.
+    Implementation(
+        "TransformerEngine", "transformer_engine",
+        _from("transformer_engine.pytorch.optimizers", "Fused"),
+        _unless(
+            *_has("TransformerEngine", "SGD"),
+            (_half_param, NO_BFLOAT16.format("TransformerEngine", SKIPS)),
+        ),
     ),
     Implementation(
-        "bitsandbytes",
-        "bitsandbytes",
-        packages.from_module("bitsandbytes.optim", optim_bits=32),
-        packages.bitsandbytes,
+        "bitsandbytes", "bitsandbytes", _from("bitsandbytes.optim", optim_bits=32),
+        _unless(
+            (_rule("sgd"), "bitsandbytes refuses SGD without momentum"),
+            (_rule("rmsprop-cm"), "bitsandbytes refuses centered and ignores RMSprop's momentum"),
+            (_half_state, "bitsandbytes keeps float32 state"),
+        ),
         torch_state=False,
     ),
     Implementation(
-        "optimi",
-        "torch-optimi",
-        packages.from_module("optimi", triton=True, kahan_sum=False),
-        packages.parameters_dtype("optimi", "SGD"),
-        torch_state=False,
+        "optimi", "torch-optimi", _from("optimi", triton=True, kahan_sum=False),
+        _unless(*_has("optimi", "SGD")), torch_state=False,
+    ),
+    # Without its 8-bit state and 24-bit weights, which are other storage.
+    Implementation(
+        "FlashOptim", "flashoptim",
+        _from("flashoptim", "Flash", quantize=False, master_weight_bits=None),
+        _unless(*_has("FlashOptim", "SGD")), torch_state=False,
     ),
     Implementation(
-        "FlashOptim",
-        "flashoptim",
-        packages.build_flash,
-        packages.parameters_dtype("FlashOptim", "SGD"),
-        torch_state=False,
+        "HeavyBall", "heavyball", _heavyball,
+        _unless(
+            (_rule("RMSprop"), "HeavyBall's RMSprop corrects its bias, which is another rule"),
+            (_rule("Adagrad"), "HeavyBall has no Adagrad"),
+            (_half_state, "HeavyBall keeps float32 state by default"),
+        ),
+        max_tensors=MAX_COMPILED_TENSORS, torch_state=False,
     ),
-    Implementation(
-        "HeavyBall",
-        "heavyball",
-        packages.build_heavyball,
-        packages.heavyball,
-        max_tensors=MAX_COMPILED_TENSORS,
-        torch_state=False,
-    ),
-)
-# torch's own that a user could choose instead: the best of these is what a goal compares with.
-TORCH_BEST = ("torch foreach", "torch fused", "torch compiled")
+)  # fmt: skip

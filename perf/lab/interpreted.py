@@ -5,7 +5,6 @@ Only with TRITON_INTERPRET.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from inspect import signature
 from itertools import combinations, product
 from typing import Any
@@ -103,9 +102,13 @@ def measure(
                 state[key] = state[key].to(state_dtype)
             assert param.grad is not None
             param.grad.data = param.grad.data.to(grad_dtype)
-        with patch.object(
-            LaunchGroup, "update", _counted(LaunchGroup.update, traffic := Traffic())
-        ):
+        traffic, update = Traffic(), LaunchGroup.update
+
+        def counted(group: LaunchGroup, *args: Any) -> None:
+            with watched(traffic.count):
+                update(group, *args)
+
+        with patch.object(LaunchGroup, "update", counted):
             launches.clear()
             optimizer.step()
     updates = [launch for launch in launches if isinstance(launch, UpdateLaunch)]
@@ -117,13 +120,3 @@ def measure(
         (traffic.loaded + traffic.stored) / (TENSORS * numel),
         len(updates),
     )
-
-
-def _counted(update: Callable[..., None], traffic: Traffic) -> Callable[..., None]:
-    """`LaunchGroup.update`, its traffic counted."""
-
-    def counted(table: LaunchGroup, *args: Any) -> None:
-        with watched(traffic.count):
-            update(table, *args)
-
-    return counted

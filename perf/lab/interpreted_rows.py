@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
+from lab.audit import Measures
 from lab.compiled import rule_and_flags, short
-from lab.kernel_report import StepReport
-from lab.row_cases import OPTIMIZERS
-from lab.row_kernels import config
+from lab.row_kernels import OPTIMIZERS, config
 from lab.traffic import OTHER, Traffic, watched
 from triton_optim.launch import row_launcher, tuning
 from triton_optim.launch.launcher import Launch
@@ -47,7 +46,7 @@ def cases() -> list[tuple[Any, ...]]:
 
 def measure(
     name: str, kwargs: dict[str, Any], dtype: torch.dtype, width: int, kind: str
-) -> StepReport:
+) -> tuple[str, Measures]:
     """An optimizer's second step, with programs of the size that a GPU is given.
 
     Args:
@@ -73,7 +72,7 @@ def measure(
             optimizer.step()
     rule, (group, *_) = optimizer._current_rule(), optimizer.param_groups
     update = rule_and_flags(rule.row_function.__name__, rule.active_flags(group))
-    return run.report(f"{update} {short(dtype_name(dtype))} {width} {kind}", ids)
+    return f"{update} {short(dtype_name(dtype))} {width} {kind}", run.measures(ids)
 
 
 def _give(param: Parameter, ids: Tensor) -> None:
@@ -110,7 +109,7 @@ class _Watched:
 
         return known
 
-    def report(self, name: str, ids: Tensor) -> StepReport:
+    def measures(self, ids: Tensor) -> Measures:
         traffic, rows = self.traffic, ids.unique()
         every = torch.arange(len(self._values))
         astray = traffic.astray("values", False, self._values, every)
@@ -119,8 +118,14 @@ class _Watched:
         for kind, tensor in self._written.items():
             floor += 2 * len(rows) * tensor.nbytes // len(tensor)
             astray += sum(traffic.astray(kind, stores, tensor, rows) for stores in (False, True))
-        moved = traffic.of("values", *self._written)
-        return StepReport(
-            name, len(ids), len(rows), self._values.shape[1], self.programs, floor, moved, astray,
-            *(traffic.of(kind) for kind in ("keys", "order", "partials", OTHER)),
-        )  # fmt: skip
+        return {
+            "ids": len(ids),
+            "rows": len(rows),
+            "width": self._values.shape[1],
+            "programs": self.programs,
+            "floor": floor,
+            "moved": traffic.of("values", *self._written),
+            "astray": astray,
+            **{kind: traffic.of(kind) for kind in SCRATCH.values()},
+            "tables": traffic.of(OTHER),
+        }

@@ -37,7 +37,8 @@ def processor_and_threads() -> str:
     return f"{processor()}, {threads} thread{'s' * (threads > 1)}"
 
 
-def _printed(*command: str) -> str:
+def printed(*command: str) -> str:
+    """What a program prints, or "unknown" where it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -45,11 +46,12 @@ def _printed(*command: str) -> str:
     return done.stdout.strip().replace("\n", "; ")
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str | None:
+    """The version that is installed, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def main() -> int:
@@ -66,12 +68,12 @@ def main() -> int:
         "multiprocessors": gpu.multi_processor_count,
         "memory": f"{gpu.total_memory / 2**30:.1f} GiB",
         "L2": f"{gpu.L2_cache_size / 2**20:.1f} MiB",
-        "nvidia-smi": _printed("nvidia-smi", f"--query-gpu={NVIDIA_SMI}", "--format=csv"),
+        "nvidia-smi": printed("nvidia-smi", f"--query-gpu={NVIDIA_SMI}", "--format=csv"),
         "CPU": f"{processor()}, {os.cpu_count()} cores",
         "Python": platform.python_version(),
         "torch": f"{torch.__version__}, built for CUDA {torch.version.cuda}",
-        **{package: _version(package) for package in PACKAGES},
-        "commit": _printed("git", "describe", "--always", "--dirty"),
+        **{package: package_version(package) or "not installed" for package in PACKAGES},
+        "commit": printed("git", "describe", "--always", "--dirty"),
     }
     for name, value in facts.items():
         print(f"{name}: {value}")

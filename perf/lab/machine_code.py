@@ -19,7 +19,14 @@ import heapq
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from lab.control_flow import THREAD_ID, Instruction, predecessors, reach, successors
+from lab.control_flow import (
+    Instruction,
+    most_under_way,
+    predecessors,
+    reach,
+    successors,
+    varying_reads,
+)  # fmt: skip
 
 
 class MainPath(NamedTuple):
@@ -58,13 +65,17 @@ class Code:
         for loop in self._loops(reach([0], self._after)):
             if loop & {*path} and not loop & stores:
                 raise ValueError("a loop on the main path stores nothing")
-        accesses, outstanding = self._accesses(path)
+        code = [self._code[i] for i in path]
+        line = [[i] for i in range(1, len(code))] + [[]]
+        # A tensor's address differs from thread to thread, a table's does not.
+        varying = varying_reads(code, line)
+        accesses = [code[i] for i in sorted(varying) if code[i].access]
         return MainPath(
             instructions=self._length(path),
             detours=self._detours(path),
             loads=tuple(a.n_bytes for a in accesses if a.access == "load"),
             stores=tuple(a.n_bytes for a in accesses if a.access == "store"),
-            outstanding=outstanding,
+            outstanding=most_under_way(code, line, range(len(code)), varying),
         )
 
     def _shortest(self, stored: int) -> list[int] | None:
@@ -124,22 +135,3 @@ class Code:
                 loop = reach([target], self._after) & reach([i], self._before)
                 loops += [loop] if loop else []
         return loops
-
-    def _accesses(self, path: Sequence[int]) -> tuple[list[Instruction], int]:
-        """Accesses of tensors on a path; how many of the bytes loaded are on their way at a time.
-
-        A tensor's address differs from thread to thread, a table's does not: registers are followed
-        from the thread's number. A load is under way until something touches its registers.
-        """
-        accesses: list[Instruction] = []
-        varying = THREAD_ID
-        under_way: list[Instruction] = []
-        outstanding = 0
-        for code in (self._code[i] for i in path):
-            under_way = [load for load in under_way if not code.waits_for(load)]
-            if code.access and code.reads & varying:
-                accesses.append(code)
-                under_way += [code] if code.access == "load" else []
-                outstanding = max(outstanding, sum(load.n_bytes for load in under_way))
-            varying = code.varying_after(varying)
-        return accesses, outstanding

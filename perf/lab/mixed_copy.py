@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lab.copy_kernel import mixed_copy_kernel
 from lab.device import Device
-from lab.implementations import Rule, Storage, bytes_per_param
+from lab.rules import Rule, Storage, bytes_per_param
 
 # Block sizes, and warps of a program: at least 8 elements a thread, a whole vector of 16 bits each.
 # The fastest is taken.

@@ -87,7 +87,9 @@ def arguments(description: str) -> tuple[argparse.Namespace, Text]:
     args = parser.parse_args()
     settings: dict[str, Any] = {}
     if args.resume:
-        settings = _settings(parser, args.resume)
+        if not (whole := last_of_each(args.resume)):
+            parser.error(f"--resume {args.resume}: no whole checkpoint of this script is there")
+        settings = read(whole[0])["settings"]
         parser.set_defaults(**{name: settings[name] for name in SETTINGS})
         args = parser.parse_args()
     elif args.shard:
@@ -115,14 +117,6 @@ def arguments(description: str) -> tuple[argparse.Namespace, Text]:
     args.settings["text_sha256"] = hashlib.sha256(content).hexdigest()
     _check_checkpoints(parser, args, settings)
     return args, Text.of(content)
-
-
-def _settings(parser: argparse.ArgumentParser, folder: Path) -> dict[str, Any]:
-    """Those of a checkpoint in the folder."""
-    if whole := last_of_each(folder):
-        settings: dict[str, Any] = read(whole[0])["settings"]
-        return settings
-    parser.error(f"--resume {folder}: no whole checkpoint of this script is there")
 
 
 def _check_processes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -86,12 +86,9 @@ class State:
         again, and must not take the time of the others.
         """
         order = ("", SKIPPED, OUT_OF_TIME, FAILED)
-
-        def outcome(part: Part) -> str:
-            return self.records[part.name].outcome if part.name in self.records else ""
-
-        left = [part for part in parts if outcome(part) != OK]
-        return sorted(left, key=lambda part: order.index(outcome(part)))
+        outcomes = {name: record.outcome for name, record in self.records.items()}
+        left = [part for part in parts if outcomes.get(part.name) != OK]
+        return sorted(left, key=lambda part: order.index(outcomes.get(part.name, "")))
 
 
 def limit(part: Part, later: Sequence[Part], left: float) -> float:
@@ -116,22 +113,27 @@ def run(part: Part, raw: Path, seconds: float) -> Record:
     log = raw / f"{part.name}.log"
     begin = time.monotonic()
     code = _code([sys.executable, *arguments], log, seconds)
-    outcome, detail = OK, last_line(log)
+    printed = log.read_text(errors="replace")
+    outcome, detail = OK, printed.rstrip().rpartition("\n")[2].strip()
     if code is None:
         outcome = OUT_OF_TIME
     elif code != 0:
         outcome, detail = FAILED, f"exit status {code}: {detail}"
-    elif INCOMPLETE in log.read_text(errors="replace"):
+    elif INCOMPLETE in printed:
         outcome = OUT_OF_TIME
     return Record(outcome, detail, round(time.monotonic() - begin, 1), round(seconds, 1), date)
 
 
 def _code(command: Sequence[str], log: Path, seconds: float) -> int | None:
     """The exit status, or None where the time was up; then no process of its group is left."""
+    # For a bare checkout, natively on the GPU, and with output as it comes.
+    paths = [str(ROOT), str(ROOT / "perf"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    more = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with log.open("wb") as output:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            cwd=ROOT, env=environment(), start_new_session=True,
+            cwd=ROOT, env={**kept, **more}, start_new_session=True,
         )  # fmt: skip
         try:
             return child.wait(seconds)
@@ -144,16 +146,3 @@ def _code(command: Sequence[str], log: Path, seconds: float) -> int | None:
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-
-
-def environment() -> dict[str, str]:
-    """For a bare checkout, natively on the GPU, and with output as it comes."""
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    paths = [str(ROOT), str(ROOT / "perf"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**kept, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-
-
-def last_line(log: Path) -> str:
-    """The last line of a log that is not empty."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line), "")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lab.implementations import ROWWISE, Rule, Step
+from lab.device import Device
+from lab.implementations import Implementation, Step
+from lab.rules import ROWWISE, Rule
 
 CHECKED_STEPS = 3
 
@@ -41,40 +42,60 @@ def reference(rule: Rule, params: list[Parameter]) -> Any:
     return getattr(torch.optim, rule.optimizer)(params, **rule.kwargs, foreach=False)
 
 
-def check(
-    step: Step,
-    synchronize: Step,
-    rule: Rule,
-    probe: Callable[[], list[Tensor]],
-    new_gradients: Callable[[int], list[Tensor]],
-) -> tuple[float, float]:
-    """Take steps with new gradients, beside a reference in float64 over what is checked.
+class Work:
+    """Tensors that all implementations step in turn, and the check that they step them rightly.
 
-    Args:
-        step: that is checked.
-        synchronize: until the device is done.
-        rule: of the reference.
-        probe: the checked values, in float64.
-        new_gradients: for the step of this number; returns those of the checked values.
-
-    Returns:
-        The largest error, relative to the value where that is above 1, and the milliseconds that
-        the first step took until the device was done.
+    Attributes:
+        rule: of the steps.
     """
-    exact = [Parameter(values) for values in probe()]
-    expected = reference(rule, exact)
-    times = []
-    for number in range(CHECKED_STEPS):
-        for param, grad in zip(exact, new_gradients(number), strict=True):
-            param.grad = grad
-        synchronize()
-        start = time.perf_counter()
-        step()
-        synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-        expected.step()
-    errors = [
-        ((found - param).abs() / param.abs().clamp(min=1)).max()
-        for found, param in zip(probe(), (param.detach() for param in exact), strict=True)
-    ]
-    return float(torch.stack(errors).max()), times[0]
+
+    rule: Rule
+
+    def drawn(self) -> dict[str, Any]:
+        """What else a row says, that only the drawn tensors tell."""
+        return {}
+
+    def needed(self, implementation: Implementation) -> tuple[int, int]:
+        """Bytes that it keeps beside what all share, and that its steps take; 0: few."""
+        return 0, 0
+
+    def copies(self, device: Device) -> dict[str, tuple[Step, int]]:
+        """Copies beside the plain one, and their bytes."""
+        return {}
+
+    def probed(self, step: Any) -> list[Tensor]:
+        """The checked values, in float64. Rules work element by element, or row by row."""
+        raise NotImplementedError
+
+    def new_probed_gradients(self, step: Any, number: int) -> list[Tensor]:
+        """Give the step of this number new gradients; returns those of the checked values."""
+        raise NotImplementedError
+
+    def check(self, step: Step, synchronize: Step) -> tuple[float, float]:
+        """Take steps with new gradients, beside a reference in float64 over what is checked.
+
+        Args:
+            step: that is checked.
+            synchronize: until the device is done.
+
+        Returns:
+            The largest error, relative to the value where that is above 1, and the milliseconds
+            that the first step took until the device was done.
+        """
+        exact = [Parameter(values) for values in self.probed(step)]
+        expected = reference(self.rule, exact)
+        times = []
+        for number in range(CHECKED_STEPS):
+            for param, grad in zip(exact, self.new_probed_gradients(step, number), strict=True):
+                param.grad = grad
+            synchronize()
+            start = time.perf_counter()
+            step()
+            synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
+            expected.step()
+        errors = [
+            ((found - param).abs() / param.abs().clamp(min=1)).max()
+            for found, param in zip(self.probed(step), [p.detach() for p in exact], strict=True)
+        ]
+        return float(torch.stack(errors).max()), times[0]

@@ -12,7 +12,14 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from lab.control_flow import THREAD_ID, Graph, Instruction, predecessors, reach, successors
+from lab.control_flow import (
+    Instruction,
+    most_under_way,
+    predecessors,
+    reach,
+    successors,
+    varying_reads,
+)  # fmt: skip
 
 _LOCATION = re.compile(r'^(#loc\d*) = loc\((?:"([^"]+)":(\d+):(\d+)|.*?(#loc\d*))', re.MULTILINE)
 _ACCESS = re.compile(
@@ -107,18 +114,16 @@ class Loop(NamedTuple):
 def main_loop(code: Sequence[Instruction]) -> Loop:
     """Of the loops that store what differs from thread to thread, the first one.
 
-    A load is under way from where it stands, on whatever way through the loop, until something
-    touches its registers; where ways meet, the loads of all of them are. Of masked loads, all bytes
-    count. Other than in lab/machine_code.py no path is followed: the loop has none that is the main
-    one. Of several versions of the loop, as of weight decay or none, it is the one with the least
-    under way.
+    Of masked loads, all bytes count. Other than in lab/machine_code.py no path is followed: the
+    loop has none that is the main one. Of several versions of the loop, as of weight decay or none,
+    it is the one with the least under way.
 
     Raises:
         ValueError: there is no such loop.
     """
     after = successors(code, into_calls=True)  # one may be for good: sm_80's loops are left so
     before = predecessors(after)
-    varying = _varying(code, after)
+    varying = varying_reads(code, after)
     loops: dict[int, set[int]] = {}  # by a place in them
     for i in (i for i in sorted(varying) if code[i].access == "store"):
         if not any(i in loop for loop in loops.values()):
@@ -131,39 +136,5 @@ def main_loop(code: Sequence[Instruction]) -> Loop:
     ]
     if not first:
         raise ValueError("no loop over blocks")
-    versions = [Loop(len(loop), _outstanding(code, after, loop, varying)) for loop in first]
+    versions = [Loop(len(loop), most_under_way(code, after, loop, varying)) for loop in first]
     return min(versions, key=lambda version: version.outstanding)
-
-
-def _varying(code: Sequence[Instruction], after: Graph) -> set[int]:
-    """Instructions that read what may differ from thread to thread: followed from its number."""
-    held: list[frozenset[str] | None] = [None] * len(code)  # such registers, before each
-    held[0], todo = THREAD_ID, [0]
-    while todo:
-        i = todo.pop()
-        registers = code[i].varying_after(held[i] or frozenset())
-        for j in after[i]:
-            known = held[j]
-            if known is None or not registers <= known:
-                held[j] = registers if known is None else known | registers
-                todo.append(j)
-    return {i for i, registers in enumerate(held) if registers and code[i].reads & registers}
-
-
-def _outstanding(
-    code: Sequence[Instruction], after: Graph, loop: set[int], varying: set[int]
-) -> int:
-    under_way: dict[int, set[int]] = {i: set() for i in loop}  # loads, before each
-    todo = [*loop]
-    most = 0
-    while todo:
-        i = todo.pop()
-        loads = {j for j in under_way[i] if not code[i].waits_for(code[j])}
-        if code[i].access == "load" and i in varying:
-            loads.add(i)
-        most = max(most, sum(code[j].n_bytes for j in loads))
-        for j in {*after[i]} & loop:
-            if not loads <= under_way[j]:
-                under_way[j] |= loads
-                todo.append(j)
-    return most

@@ -1,8 +1,12 @@
-"""The kernels that update by rows: compiled as `RowLaunch` would, and their code read."""
+"""The kernels that update by rows: compiled as `RowLaunch` would, and their code read.
+
+They are compiled for many widths, of which some are audited.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -10,11 +14,11 @@ import torch
 from torch.nn import Parameter
 
 import triton_optim
+from lab.audit import VECTOR_BITS, Measures
 from lab.compiled import built_in, compile_for, rule_and_flags, short
 from lab.control_flow import Instruction
 from lab.disassembly import Usage
 from lab.gpus import GPUS
-from lab.kernel_report import VECTOR_BITS, RowReport
 from lab.row_code import Loop, adjacent, main_loop, row_accesses
 from triton_optim.kernels.keys import keys_kernel
 from triton_optim.kernels.rows import rows_kernel
@@ -24,6 +28,35 @@ from triton_optim.launch.row_launcher import RowVariant
 from triton_optim.launch.tuning import RowConfig
 
 KEYS_WARPS = 4  # KeysLaunch's
+
+Optimizer = tuple[str, dict[str, Any]]
+Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype]  # of parameter, gradient and state
+OPTIMIZERS: tuple[Optimizer, ...] = (
+    ("SGD", {}),
+    ("Adagrad", {}),
+    ("RMSprop", {"sparse": "lazy"}),
+    ("RMSprop", {"sparse": "lazy", "centered": True}),
+    ("RowwiseAdagrad", {}),
+)
+BY_ROW = OPTIMIZERS[2:]  # for dense gradients too; those of others have another kernel
+MORE: tuple[Optimizer, ...] = (
+    ("Adagrad", {"lr_decay": 0.5}),
+    ("RowwiseAdagrad", {"decoupled_weight_decay": True}),
+)
+GATE = frozenset({"FOUND_INF", "UNSCALE"})  # under a GradScaler
+WIDE: Dtypes = (torch.float32,) * 3
+HALF: Dtypes = (torch.bfloat16,) * 3
+DOUBLE: Dtypes = (torch.float64,) * 3
+MIXED: tuple[Dtypes, ...] = (
+    (torch.bfloat16, torch.bfloat16, torch.float32),
+    (torch.float32, torch.bfloat16, torch.float32),
+)
+# Powers of two are the elements of whole vectors; one less, and each is loaded alone.
+POWERS = (1, 4, 16, 64, 128, 256, 1024, 4096)
+WIDTHS = {WIDE: POWERS, HALF: POWERS, DOUBLE: (1, 64, 2048)}
+ALONE = {WIDE: (3, 63, 1023, 4095), HALF: (63, 4095), DOUBLE: (63,)}
+CATCH_UP_WIDTHS = {WIDE: (1, 64, 1024, 4096), HALF: (64, 4096)}
+GATED_WIDTHS = {WIDE: (64, 1024, 63), HALF: (64,)}
 
 
 class Kernel(NamedTuple):
@@ -58,9 +91,9 @@ class Kernel(NamedTuple):
         partials = "*fp64" if self.variant.compute_dtype == torch.float64 else "*fp32"
         return compile_for(architecture, rows_kernel, constants, options, partials_ptr=partials)
 
-    def report(
+    def measures(
         self, architecture: str, binary: Any, code: Sequence[Instruction], usage: Usage
-    ) -> RowReport:
+    ) -> Measures:
         """What its machine code says.
 
         Raises:
@@ -81,25 +114,23 @@ class Kernel(NamedTuple):
             for bits in access.bits
         ]
         programs = gpu.resident_warps(warps, usage.registers, shared) // warps
-        return RowReport(
-            architecture,
-            self.name,
-            block_rows,
-            warps,
-            multiple,
-            registers=usage.registers,
-            spills=usage.spills,
-            shared=shared,
-            load_bits=max(bits for stores, bits, _ in widths if not stores),
-            store_bits=max(bits for stores, bits, _ in widths if stores),
-            accesses=len(widths),
-            split=sum(bits < whole for _, bits, whole in widths),
-            adjacent=1 if variant is None else adjacent(binary.asm["ttgir"], shape),
-            instructions=len(code),
-            loop=loop.instructions,
-            resident_programs=programs,
-            in_flight=programs * warps * gpu.warp_size * loop.outstanding,
-        )
+        return {
+            "block_rows": block_rows,
+            "warps": warps,
+            "multiple": multiple,
+            "registers": usage.registers,
+            "spills": usage.spills,
+            "shared": shared,
+            "load_bits": max(bits for stores, bits, _ in widths if not stores),
+            "store_bits": max(bits for stores, bits, _ in widths if stores),
+            "accesses": len(widths),
+            "split": sum(bits < whole for _, bits, whole in widths),
+            "adjacent": 1 if variant is None else adjacent(binary.asm["ttgir"], shape),
+            "instructions": len(code),
+            "loop": loop.instructions,
+            "resident_programs": programs,
+            "in_flight": programs * warps * gpu.warp_size * loop.outstanding,
+        }
 
 
 _config = row_launcher.config
@@ -115,7 +146,7 @@ def config(architecture: str, variant: RowVariant) -> RowConfig:
 def kernel_of(
     name: str,
     kwargs: dict[str, Any],
-    dtypes: Sequence[torch.dtype],
+    dtypes: Dtypes,
     width: int,
     *,
     sparse: bool = True,
@@ -143,3 +174,38 @@ def kernel_of(
     (variant,) = row_chunking.grouped(rule, optimizer.state, [planned])
     function: str = rule.row_function.__name__
     return Kernel(function, variant.loading([0], [width]), len(rule.values(group)))
+
+
+def row_kernels() -> list[Kernel]:
+    """All that are audited, from the optimizers that launch them."""
+    found = [
+        Kernel("keys"),
+        *_kernels(OPTIMIZERS, WIDTHS),
+        *_kernels(OPTIMIZERS, ALONE),
+        *_kernels(BY_ROW, WIDTHS, sparse=False),
+        *_kernels(BY_ROW, {WIDE: (63, 4095)}, sparse=False),
+        *_kernels(BY_ROW[:2], CATCH_UP_WIDTHS, sparse=False, flags=frozenset({"CATCH_UP"})),
+        *_kernels(OPTIMIZERS, GATED_WIDTHS, conditions=GATE),
+        *_kernels(BY_ROW, {WIDE: (64,)}, sparse=False, conditions=GATE),
+        *_kernels(OPTIMIZERS, dict.fromkeys(MIXED, (64,))),
+        *_kernels(OPTIMIZERS[1:2], {WIDE: (62, 60), HALF: (60,)}),
+        *_kernels(MORE, {WIDE: (64,)}),
+    ]
+    return [*{kernel.name: kernel for kernel in found}.values()]
+
+
+def _kernels(
+    optimizers: Sequence[Optimizer],
+    widths: Mapping[Dtypes, Sequence[int]],
+    *,
+    sparse: bool = True,
+    flags: frozenset[str] = frozenset(),
+    conditions: frozenset[str] = frozenset(),
+) -> Iterator[Kernel]:
+    """Of every width, with more flags and conditions."""
+    for (name, kwargs), dtypes in product(optimizers, widths):
+        for width in widths[dtypes]:
+            kernel = kernel_of(name, kwargs, dtypes, width, sparse=sparse)
+            assert kernel.variant is not None
+            flagged = kernel.variant._replace(flags=kernel.variant.flags | flags)
+            yield kernel._replace(variant=flagged._replace(conditions=conditions))

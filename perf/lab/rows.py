@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -16,6 +16,14 @@ WRONG = "wrong"
 NO_ROOM = "does not fit"
 NOT_AVAILABLE = "n/a"
 FAILED = "failed"
+
+# Implementations.
+OURS = "triton_optim"
+# torch's own that a user could choose instead: the best of these is what a goal compares with.
+TORCH_BEST = ("torch foreach", "torch fused", "torch compiled")
+TORCH_SPARSE, TORCH_DENSE = TORCH_EMBEDDINGS = ("torch sparse", "torch dense")
+# No optimizers: what bandwidth is measured by. The mixed one has a step's reads and writes.
+COPY, MIXED_COPY = COPIES = ("copy", "mixed copy")
 
 
 @dataclass
@@ -78,38 +86,33 @@ class Row:
         """What the rows that were measured together have in common."""
         return self.layout, self.rule, self.storage
 
-
-COLUMNS = [field.name for field in fields(Row)]
+    def fail(self, error: Exception) -> None:
+        self.status = FAILED
+        self.detail = f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 class Table:
     """A CSV file that grows row by row."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.rows: list[Row] = []
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """Append rows; they are on the disk when this returns."""
+    def add(self, rows: Iterable[Row] = ()) -> None:
+        """Append rows, and write all that were changed; they are on the disk when this returns."""
         self.rows += rows
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            write(file, COLUMNS, rows, header=new)
-
-    def rewrite(self) -> None:
-        """Write all rows once more, after they were changed."""
-        with self.path.with_suffix(".new").open("w", newline="") as file:
-            write(file, COLUMNS, self.rows, header=True)
-        self.path.with_suffix(".new").replace(self.path)
+        write(self.path, [field.name for field in fields(Row)], map(asdict, self.rows))
 
 
-def write(file: Any, columns: Sequence[str], rows: Iterable[Any], *, header: bool) -> None:
-    """Write dataclasses as lines of a CSV file."""
-    writer = csv.DictWriter(file, columns)
-    if header:
+def write(path: Path, columns: Sequence[str], lines: Iterable[Mapping[str, object]]) -> None:
+    """A CSV file, whole or as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    with new.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
+        writer.writerows(lines)
+    new.replace(path)
 
 
 def read(path: Path) -> list[Row]:

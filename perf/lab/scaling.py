@@ -7,24 +7,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from lab import markdown, suites
+from lab import suites, tables
 from lab.host_rows import DTENSOR, FRESH, Row, found
-from lab.implementations import OURS, RULES, STORAGES, Storage, bytes_kept, bytes_per_param
+from lab.rows import OURS
+from lab.rules import RULES, STORAGES, Storage, bytes_kept, bytes_per_param
 from lab.suites import Layout
 
 # NVIDIA H100 Tensor Core GPU datasheet, SXM: the peak, which no kernel reaches.
 BANDWIDTH = 3.35e12  # bytes/s
 MEMORY = 80e9  # bytes
 RANKS = (1, 8, 64, 512, 2048)
-MODELS: tuple[Callable[[], Layout], ...] = (
-    suites.llama3_8b,
-    suites.llama3_70b,
-    suites.qwen3_30b_a3b,
-)
+MODELS = (suites.llama3_8b, suites.llama3_70b, suites.qwen3_30b_a3b)
 RULE = next(rule for rule in RULES if rule.name == "rmsprop")
 BOTH = [s for s in STORAGES if s.name in ("float32", "bfloat16+float32")]
 FLOAT32 = BOTH[0]
@@ -63,50 +60,36 @@ class Share(NamedTuple):
         return cls(params, len(layout.tensors), len(aligned), int(ranks > 1))
 
 
-def host_us_per_tensor(rows: Iterable[Row]) -> tuple[float, Row]:
-    """Host microseconds of a step over the most DTensors that were measured, and their row."""
-    measured = found(
-        rows, rule=RULE.name, params=DTENSOR, gradients=FRESH, groups=1, implementation=OURS
-    )
-    row = max(measured, key=lambda row: row.tensors)
-    return row.median / row.tensors, row
-
-
 def floor_us(params: int, storage: Storage) -> float:
     return 1e6 * params * bytes_per_param(RULE, storage) / BANDWIDTH
 
 
 def table(rows: Sequence[Row]) -> str:
     """The table of perf/README.md, and from how many ranks on the host takes longer."""
-    cost, row = host_us_per_tensor(rows)
-    lines, longer = [], []
-    for model in MODELS:
-        layout = model()
-        for ranks in RANKS:
-            lines.append(_line(layout, ranks, cost))
-        longer.append(f"{layout.name} from {_host_bound(layout, cost)}")
+    stepped = {"rule": RULE.name, "params": DTENSOR, "gradients": FRESH, "groups": 1}
+    measured = found(rows, **stepped, implementation=OURS)
+    row = max(measured, key=lambda row: row.tensors)
+    cost = row.median / row.tensors  # us
+    layouts = [model() for model in MODELS]
+    lines = [_line(layout, ranks, cost) for layout in layouts for ranks in RANKS]
+    longer = [f"{layout.name} from {_host_bound(layout, cost)}" for layout in layouts]
     head = ["model", "ranks", "tensors", "elements", "above an even share"]
     for storage in BOTH:
         head += [f"MB, {storage.name}", "ms at the peak"]
     head += ["host ms", "launches", "all-reduces"]
-    measured = (
+    text = (
         f"Host time: {cost:.2f} us a tensor, measured over {row.tensors:,} DTensors on "
         f"{row.machine}. It exceeds the time at the peak, float32, of {'; '.join(longer)} ranks on."
     )
-    return f"{markdown.table(head, lines)}\n\n{markdown.paragraph(measured)}"
+    return f"{tables.markdown(head, lines)}\n\n{tables.paragraph(text)}"
 
 
 def _line(layout: Layout, ranks: int, cost: float) -> list[str]:
     shares = {storage: Share.of(layout, ranks, storage.param.itemsize) for storage in BOTH}
     share = shares[FLOAT32]
     excess = 100 * (share.params * ranks / layout.params - 1)
-    cells = [
-        layout.name,
-        f"{ranks:,}",
-        f"{share.tensors:,}",
-        f"{share.params:,}",
-        f"{excess:.1f} %",
-    ]
+    numbers = (f"{number:,}" for number in (ranks, share.tensors, share.params))
+    cells = [layout.name, *numbers, f"{excess:.1f} %"]
     for storage in BOTH:
         n_bytes = share.params * bytes_per_param(RULE, storage)
         mark = " *" if share.params * bytes_kept(RULE, storage) > MEMORY else ""
@@ -117,9 +100,7 @@ def _line(layout: Layout, ranks: int, cost: float) -> list[str]:
 
 def _host_bound(layout: Layout, cost: float) -> int:
     """The fewest ranks, a power of two, of which the host takes longer than memory at its peak."""
-    ranks = 1
-    while cost * len(layout.tensors) <= floor_us(
-        Share.of(layout, ranks, FLOAT32.param.itemsize).params, FLOAT32
-    ):
+    ranks, host_us, size = 1, cost * len(layout.tensors), FLOAT32.param.itemsize
+    while host_us <= floor_us(Share.of(layout, ranks, size).params, FLOAT32):
         ranks *= 2
     return ranks

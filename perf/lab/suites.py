@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from lab.embedding_tables import EMBEDDING_SUITES, Tables
+from lab.rules import Rule, Storage, bytes_kept, bytes_per_param
 
 Tensors = list[tuple[str, tuple[int, ...]]]
 
@@ -20,6 +22,18 @@ class Layout(NamedTuple):
     @property
     def params(self) -> int:
         return sum(math.prod(shape) for _, shape in self.tensors)
+
+    def size(self, rule: Rule, storage: Storage) -> int:
+        """Bytes of parameters, gradients and state."""
+        return self.params * bytes_kept(rule, storage)
+
+    def state_bytes(self, rule: Rule, storage: Storage) -> int:
+        return self.params * len(rule.states) * storage.state.itemsize
+
+    def columns(self, rule: Rule, storage: Storage) -> dict[str, Any]:
+        """What a row says of these tensors."""
+        step_bytes = self.params * bytes_per_param(rule, storage)
+        return {"step_bytes": step_bytes, "model_bytes": self.size(rule, storage)}
 
 
 def gpt2() -> Layout:
@@ -60,21 +74,59 @@ def llama3_70b() -> Layout:
 
 
 def _llama3(name: str, width: int, hidden: int, layers: int) -> Layout:
-    vocabulary, key_width = 128256, 1024
+    layer = [*_attention(width, width, 1024), *_mlp("", width, hidden), *_norms(width)]
+    return _decoder(name, 128256, width, layers, layer)
+
+
+def moe() -> Layout:
+    """OLMoE-1B-7B: 64 experts a layer, three matrices each, a tensor of its own for every one.
+
+    Muennighoff et al., "OLMoE: Open mixture-of-experts language models", 2024: 6,919,161,856
+    parameters in 3,219 tensors.
+    """
+    width = 2048
+    heads: Tensors = [("q_norm", (width,)), ("k_norm", (width,))]
+    layer = [*_attention(width, width, width), *heads, *_norms(width), *_experts(64, width, 1024)]
+    return _decoder("moe", 50304, width, 16, layer)
+
+
+def qwen3_30b_a3b() -> Layout:
+    """Qwen3-30B-A3B: 128 experts a layer, three matrices each, a tensor of its own for every one.
+
+    Yang et al., "Qwen3 technical report", 2025, and the configuration of the released checkpoint:
+    30,532,122,624 parameters in 18,867 tensors.
+    """
+    width = 2048
+    heads: Tensors = [("q_norm", (128,)), ("k_norm", (128,))]
+    layer = [*_attention(width, 4096, 512), *heads, *_experts(128, width, 768), *_norms(width)]
+    return _decoder("qwen3-30b-a3b", 151936, width, 48, layer)
+
+
+def _decoder(name: str, vocabulary: int, width: int, layers: int, layer: Tensors) -> Layout:
+    """Equal layers between an embedding and a head of its own."""
     tensors: Tensors = [("embed_tokens", (vocabulary, width))]
-    for i in range(layers):
-        tensors += [
-            (f"{i}.q_proj", (width, width)),
-            (f"{i}.k_proj", (key_width, width)),
-            (f"{i}.v_proj", (key_width, width)),
-            (f"{i}.o_proj", (width, width)),
-            (f"{i}.gate_proj", (hidden, width)),
-            (f"{i}.up_proj", (hidden, width)),
-            (f"{i}.down_proj", (width, hidden)),
-            (f"{i}.input_layernorm", (width,)),
-            (f"{i}.post_attention_layernorm", (width,)),
-        ]
+    tensors += [(f"{i}.{part}", shape) for i in range(layers) for part, shape in layer]
     return Layout(name, [*tensors, ("norm", (width,)), ("lm_head", (vocabulary, width))])
+
+
+def _attention(width: int, queries: int, keys: int) -> Tensors:
+    sizes = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+    return [*((name, (size, width)) for name, size in sizes.items()), ("o_proj", (width, queries))]
+
+
+def _norms(width: int) -> Tensors:
+    return [("input_layernorm", (width,)), ("post_attention_layernorm", (width,))]
+
+
+def _experts(n: int, width: int, hidden: int) -> Tensors:
+    """The router of a layer, and its experts' matrices."""
+    experts = [tensor for i in range(n) for tensor in _mlp(f"{i}.", width, hidden)]
+    return [("gate", (n, width)), *experts]
+
+
+def _mlp(prefix: str, width: int, hidden: int) -> Tensors:
+    inner = [(f"{prefix}{name}_proj", (hidden, width)) for name in ("gate", "up")]
+    return [*inner, (f"{prefix}down_proj", (width, hidden))]
 
 
 def resnet50() -> Layout:
@@ -123,65 +175,11 @@ def dlrm(cap: int = DLRM_CAP) -> Layout:
         (f"emb.{i}", (min(rows, cap), width)) for i, rows in enumerate(DLRM_ROWS)
     ]  # fmt: skip
     interactions = width + 27 * 26 // 2
-    for name, sizes in (
-        ("bot", (13, 512, 256, width)),
-        ("top", (interactions, 1024, 1024, 512, 256, 1)),
-    ):
-        for i in range(len(sizes) - 1):
-            tensors.append((f"{name}.{i}.weight", (sizes[i + 1], sizes[i])))
-            tensors.append((f"{name}.{i}.bias", (sizes[i + 1],)))
+    top = (interactions, 1024, 1024, 512, 256, 1)
+    for name, sizes in (("bot", (13, 512, 256, width)), ("top", top)):
+        for i, (size, out) in enumerate(pairwise(sizes)):
+            tensors += [(f"{name}.{i}.weight", (out, size)), (f"{name}.{i}.bias", (out,))]
     return Layout("dlrm", tensors)
-
-
-def moe() -> Layout:
-    """OLMoE-1B-7B: 64 experts a layer, three matrices each, a tensor of its own for every one.
-
-    Muennighoff et al., "OLMoE: Open mixture-of-experts language models", 2024: 6,919,161,856
-    parameters in 3,219 tensors.
-    """
-    vocabulary, width, hidden, layers, experts = 50304, 2048, 1024, 16, 64
-    tensors: Tensors = [("embed_tokens", (vocabulary, width))]
-    for i in range(layers):
-        tensors += [(f"{i}.{name}_proj", (width, width)) for name in "qkvo"]
-        norms = ("q_norm", "k_norm", "input_layernorm", "post_attention_layernorm")
-        tensors += [(f"{i}.{name}", (width,)) for name in norms]
-        tensors += _experts(i, experts, width, hidden)
-    return Layout("moe", [*tensors, ("norm", (width,)), ("lm_head", (vocabulary, width))])
-
-
-def qwen3_30b_a3b() -> Layout:
-    """Qwen3-30B-A3B: 128 experts a layer, three matrices each, a tensor of its own for every one.
-
-    Yang et al., "Qwen3 technical report", 2025, and the configuration of the released checkpoint:
-    30,532,122,624 parameters in 18,867 tensors.
-    """
-    vocabulary, width, hidden, layers, experts = 151936, 2048, 768, 48, 128
-    query_width, key_width, head_width = 4096, 512, 128
-    tensors: Tensors = [("embed_tokens", (vocabulary, width))]
-    for i in range(layers):
-        tensors += [
-            (f"{i}.q_proj", (query_width, width)),
-            (f"{i}.k_proj", (key_width, width)),
-            (f"{i}.v_proj", (key_width, width)),
-            (f"{i}.o_proj", (width, query_width)),
-            (f"{i}.q_norm", (head_width,)),
-            (f"{i}.k_norm", (head_width,)),
-        ]
-        tensors += _experts(i, experts, width, hidden)
-        tensors += [(f"{i}.{n}_layernorm", (width,)) for n in ("input", "post_attention")]
-    return Layout("qwen3-30b-a3b", [*tensors, ("norm", (width,)), ("lm_head", (vocabulary, width))])
-
-
-def _experts(layer: int, experts: int, width: int, hidden: int) -> Tensors:
-    """The router of a layer, and its experts' matrices."""
-    tensors: Tensors = [(f"{layer}.gate", (experts, width))]
-    for expert in range(experts):
-        tensors += [
-            (f"{layer}.{expert}.gate_proj", (hidden, width)),
-            (f"{layer}.{expert}.up_proj", (hidden, width)),
-            (f"{layer}.{expert}.down_proj", (width, hidden)),
-        ]
-    return tensors
 
 
 def shard(layout: Layout, ranks: int, rank: int = 0) -> Layout:
@@ -209,14 +207,9 @@ def sweep() -> list[Layout]:
 
 def uniform(n: int, size: int) -> Layout:
     """So many tensors of one size."""
-    return Layout(f"{n}x{_short(size)}", [(f"{i}", (size,)) for i in range(n)])
-
-
-def _short(size: int) -> str:
-    for unit, name in ((10**9, "B"), (10**6, "M")):
-        if size % unit == 0:
-            return f"{size // unit}{name}"
-    return str(size)
+    units = {f"{size // unit}{name}": size % unit for unit, name in ((10**9, "B"), (10**6, "M"))}
+    short = next((short for short, rest in units.items() if not rest), f"{size}")
+    return Layout(f"{n}x{short}", [(f"{i}", (size,)) for i in range(n)])
 
 
 SMALL_TENSORS = "1000x1024"  # the point of the sweep with many small tensors

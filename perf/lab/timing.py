@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from lab.device import Device
-from lab.implementations import COPIES, Step
+from lab.implementations import Step
+from lab.rows import COPIES
+
+Key = TypeVar("Key")
 
 SAMPLE_US = 2000.0  # one sample is about this long, and at most MAX_STEPS steps
 MAX_STEPS = 10
@@ -32,31 +36,107 @@ class Summary(NamedTuple):
         return cls(statistics.median(series), low, high)
 
 
+def in_turn(
+    prepare: Mapping[Key, Callable[[], Step]],
+    repeats: int,
+    *,
+    warmup: int = 0,
+    seconds: float = math.inf,
+) -> dict[Key, list[float]]:
+    """The host's microseconds of one step of each, in turn.
+
+    Args:
+        prepare: make a step; that is not timed.
+        repeats: how often, at the most.
+        warmup: repeats before them.
+        seconds: after which no further repeat begins, but for the fewest that there are.
+    """
+    series: dict[Key, list[float]] = {key: [] for key in prepare}
+    stop = time.monotonic() + seconds
+    for repeat in range(warmup + repeats):
+        if repeat >= warmup + FEWEST_REPEATS and time.monotonic() > stop:
+            break
+        for key, prepared in prepare.items():
+            step = prepared()
+            start = time.perf_counter()
+            step()
+            elapsed = time.perf_counter() - start
+            if repeat >= warmup:
+                series[key].append(1e6 * elapsed)
+    return series
+
+
 class Times(NamedTuple):
     """Microseconds a step, a value a repeat."""
 
     gpu: list[float]
+    gaps: list[bool]  # whether the device may have waited for the host
     wall: list[float]
     host: list[float]
-    gaps: list[bool]  # whether the device may have waited for the host
 
 
 class _Course(NamedTuple):
     """How one implementation is sampled."""
 
+    device: Device
     step: Step
-    n_steps: int
-    hold_us: float
+    empty_l2: bool
+    n_steps: int = 1
+    hold_us: float = 0.0
+
+    def sized(self) -> _Course:
+        """With as many steps as a sample has, and the hold that they need."""
+        self.wall_sample()
+        wall, host = self.wall_sample()
+        n_steps = max(1, min(MAX_STEPS, int(SAMPLE_US / wall)))
+        # Twice the time that queueing takes, and some for what lies between the steps.
+        hold = 2 * (n_steps + 1) * (host + 20) + 100
+        return self._replace(n_steps=n_steps, hold_us=min(MAX_HOLD_US, hold))
+
+    def gpu_sample(self) -> tuple[float, bool]:
+        """The device's mean time of a step, of several queued together behind a hold.
+
+        A first one is not timed: like all others, those that are timed find the L2 as a step left
+        it, or empty.
+        """
+        device = self.device
+        device.synchronize()
+        device.hold(self.hold_us)
+        held = device.mark()
+        self.step()
+        spans = []
+        for _ in range(self.n_steps):
+            if self.empty_l2:
+                device.empty_l2()
+            start = device.mark()
+            self.step()
+            spans.append((start, device.mark()))
+        gaps = device.passed(held)
+        device.synchronize()
+        return statistics.fmean(device.between(*span) for span in spans), gaps
+
+    def wall_sample(self) -> tuple[float, float]:
+        """Mean microseconds from the call of a step until the device is done, and until it returns.
+
+        The device is idle at the call.
+        """
+        walls, hosts = [], []
+        for _ in range(self.n_steps):
+            if self.empty_l2:
+                self.device.empty_l2()
+            self.device.synchronize()
+            start = time.perf_counter()
+            self.step()
+            hosts.append(1e6 * (time.perf_counter() - start))
+            self.device.synchronize()
+            walls.append(1e6 * (time.perf_counter() - start))
+        return statistics.fmean(walls), statistics.fmean(hosts)
 
 
 def measure(
-    device: Device,
-    steps: Mapping[str, Step],
-    empty_l2: bool,
-    repeats: int,
-    stop: float,
-    renew: Step | None = None,
-) -> dict[str, Times]:
+    device: Device, steps: Mapping[str, Step], empty_l2: bool, repeats: int, stop: float,
+    renew: Step = lambda: None,
+) -> dict[str, Times]:  # fmt: skip
     """Time all steps in turn, another one first in every repeat.
 
     Args:
@@ -70,27 +150,24 @@ def measure(
     Returns:
         By name; without those for which memory ran out.
     """
-    renew = renew or _nothing
     times = {name: Times([], [], [], []) for name in steps}
     courses: dict[str, _Course] = {}
     for name, step in steps.items():
         with _dropped_without_memory(times, name):
-            courses[name] = _course(device, step, renew)
+            renew()
+            courses[name] = _Course(device, step, False).sized()
     for repeat in range(repeats):
         if not times or (repeat >= FEWEST_REPEATS and time.monotonic() > stop):
             break
         names = list(times)
         first = repeat % len(names)
         for name in names[first:] + names[:first]:
-            empty = empty_l2 and name not in COPIES
+            course = courses[name]._replace(empty_l2=empty_l2 and name not in COPIES)
             with _dropped_without_memory(times, name):
                 renew()
-                gpu, gaps = _gpu_sample(device, courses[name], empty)
-                wall, host = _wall_sample(device, courses[name], empty)
-                times[name].gpu.append(gpu)
-                times[name].wall.append(wall)
-                times[name].host.append(host)
-                times[name].gaps.append(gaps)
+                sample = (*course.gpu_sample(), *course.wall_sample())
+                for series, value in zip(times[name], sample, strict=True):
+                    series.append(value)  # type: ignore[attr-defined]
     return times
 
 
@@ -101,59 +178,3 @@ def _dropped_without_memory(times: dict[str, Times], name: str) -> Iterator[None
         yield
     except torch.OutOfMemoryError:
         del times[name]
-
-
-def _nothing() -> None:
-    pass
-
-
-def _course(device: Device, step: Step, renew: Step) -> _Course:
-    once = _Course(step, 1, 0.0)
-    renew()
-    _wall_sample(device, once, False)
-    wall, host = _wall_sample(device, once, False)
-    n_steps = max(1, min(MAX_STEPS, int(SAMPLE_US / wall)))
-    # Twice the time that queueing takes, and some for what lies between the steps.
-    hold = 2 * (n_steps + 1) * (host + 20) + 100
-    return _Course(step, n_steps, min(MAX_HOLD_US, hold))
-
-
-def _gpu_sample(device: Device, course: _Course, empty_l2: bool) -> tuple[float, bool]:
-    """The device's mean time of a step, of several queued together behind a hold.
-
-    A first one is not timed: like all others, those that are timed find the L2 as a step left it,
-    or empty.
-    """
-    device.synchronize()
-    device.hold(course.hold_us)
-    held = device.mark()
-    course.step()
-    spans = []
-    for _ in range(course.n_steps):
-        if empty_l2:
-            device.empty_l2()
-        start = device.mark()
-        course.step()
-        spans.append((start, device.mark()))
-    gaps = device.passed(held)
-    device.synchronize()
-    return statistics.fmean(device.between(*span) for span in spans), gaps
-
-
-def _wall_sample(device: Device, course: _Course, empty_l2: bool) -> tuple[float, float]:
-    """Mean microseconds from the call of a step until the device is done, and until it returns.
-
-    The device is idle at the call.
-    """
-    walls, hosts = [], []
-    for _ in range(course.n_steps):
-        if empty_l2:
-            device.empty_l2()
-        device.synchronize()
-        start = time.perf_counter()
-        course.step()
-        returned = time.perf_counter()
-        device.synchronize()
-        walls.append(1e6 * (time.perf_counter() - start))
-        hosts.append(1e6 * (returned - start))
-    return statistics.fmean(walls), statistics.fmean(hosts)

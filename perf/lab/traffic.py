@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -31,27 +32,20 @@ class Access(NamedTuple):
 @contextmanager
 def watched(watch: Callable[[Access], None]) -> Iterator[None]:
     """Call `watch` before every load and store of the kernels that run meanwhile."""
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
-    def access(stores: bool, pointers: Any, mask: Any) -> None:
-        size = pointers.get_element_ty().primitive_bitwidth // 8
-        watch(Access(stores, pointers.data[mask.data], size))
+    def watching(name: str, mask: int) -> Any:
+        original = getattr(InterpreterBuilder, name)
 
-    def watched_load(self: Any, pointers: Any, mask: Any, *args: Any) -> Any:
-        access(False, pointers, mask)
-        return load(self, pointers, mask, *args)
+        def access(self: Any, pointers: Any, *args: Any) -> Any:
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            watch(Access(mask > 0, pointers.data[args[mask].data], size))
+            return original(self, pointers, *args)
 
-    def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *args: Any) -> Any:
-        access(True, pointers, mask)
-        return store(self, pointers, value, mask, *args)
+        return patch.object(InterpreterBuilder, name, access)
 
-    InterpreterBuilder.create_masked_load = watched_load
-    InterpreterBuilder.create_masked_store = watched_store
-    try:
+    # After the pointers, a store's mask comes behind its value.
+    with watching("create_masked_load", 0), watching("create_masked_store", 1):
         yield
-    finally:
-        InterpreterBuilder.create_masked_load = load
-        InterpreterBuilder.create_masked_store = store
 
 
 class Traffic:
@@ -78,18 +72,19 @@ class Traffic:
 
     @property
     def loaded(self) -> int:
-        return self._n_bytes(lambda _, stores: not stores)
+        return sum(
+            a.n_bytes for (_, stores), of in self._accesses.items() if not stores for a in of
+        )
 
     @property
     def stored(self) -> int:
-        return self._n_bytes(lambda _, stores: stores)
+        return sum(a.n_bytes for (_, stores), of in self._accesses.items() if stores for a in of)
 
     def of(self, *kinds: str) -> int:
         """Bytes loaded and stored of such tensors."""
-        return self._n_bytes(lambda kind, _: kind in kinds)
-
-    def _n_bytes(self, counts: Callable[[str, bool], bool]) -> int:
-        return sum(a.n_bytes for key in self._accesses if counts(*key) for a in self._accesses[key])
+        return sum(
+            a.n_bytes for (kind, _), of in self._accesses.items() if kind in kinds for a in of
+        )
 
     def astray(self, kind: str, stores: bool, tensor: Tensor, rows: Tensor) -> int:
         """Elements of these rows not accessed, or more than once, or accessed of other rows."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -44,10 +44,10 @@ class Run(NamedTuple):
     """What training with one optimizer showed."""
 
     optimizer: str
-    implementation: str
+    by: str
     losses: list[float]
     step_ms: list[float]  # of this process's own steps, not of those before a checkpoint
-    rates: dict[int, float]  # effective step size by step
+    measured: dict[int, float]  # by step: the effective step size, or the accuracy
 
     @property
     def end(self) -> float:
@@ -58,7 +58,7 @@ def train(
     args: argparse.Namespace,
     text: Text,
     name: str,
-    implementation: str,
+    by: str,
     processes: Processes = ALONE,
     folder: Path | None = None,
 ) -> Run:
@@ -68,34 +68,32 @@ def train(
         args: of train_lm.py.
         text: what to learn.
         name: of the optimizer.
-        implementation: "triton_optim" or "torch".
+        by: "triton_optim" or "torch".
         processes: those that train together; each calls this.
         folder: for the run's checkpoints. It goes on from the last one there.
     """
     torch.manual_seed(args.seed)
     model = make_model(args.model, text.vocabulary, args.size, args.context).to(args.device)
     processes.shard(model)
-    optimizer = make_optimizer(args, model, name, implementation)
+    optimizer = make_optimizer(args, model, name, by)
     windows = text.tokens.to(args.device).unfold(0, args.context + 1, 1)
     batches = torch.Generator().manual_seed(args.seed)
     parts = Parts(model, optimizer, batches)
-    run = Run(name, implementation, [], [], {})
+    run = Run(name, by, [], [], {})
     if folder and (checkpoint := last_whole(folder)):
         record = load(checkpoint, parts)
         run.losses.extend(record["losses"])
-        run.rates.update({int(step): rate for step, rate in record["rates"].items()})
+        run.measured.update({int(step): rate for step, rate in record["rates"].items()})
         if processes.rank == 0:
-            print(f"{name} ({implementation}) goes on from {checkpoint}")
+            print(f"{name} ({by}) goes on from {checkpoint}")
 
     start, every = len(run.losses), max(1, args.steps // N_RATES)
     steps = range(start, args.steps)
-    label = f"{name} ({implementation})"
-    progress = tqdm(
-        steps, label, args.steps, initial=start, unit="step", disable=processes.rank > 0
-    )
+    shown = {"total": args.steps, "initial": start, "disable": processes.rank > 0}
+    progress = tqdm(steps, f"{name} ({by})", unit="step", **shown)
     for step in progress:
-        batch = windows[torch.randint(len(windows), (args.batch,), generator=batches)]
-        batch = processes.part(batch)
+        picks = torch.randint(len(windows), (args.batch,), generator=batches)
+        batch = processes.part(windows[picks])
         logits = model(batch[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
@@ -103,33 +101,38 @@ def train(
         run.losses.append(processes.mean(loss))
         run.step_ms.append(timed_step(optimizer, args.device))
         if name in SQUARES and step >= args.steps // 20 and step % every == 0:
-            run.rates[step] = effective_step_size(optimizer, SQUARES[name])
+            run.measured[step] = effective_step_size(optimizer, SQUARES[name])
         if folder and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
-            record = {"settings": args.settings, "losses": run.losses, "rates": run.rates}
+            record = {"settings": args.settings, "losses": run.losses, "rates": run.measured}
             save(folder, step + 1, parts, record)
         progress.set_postfix(loss=f"{run.losses[-1]:.3f}", refresh=False)
     return run
 
 
 def make_optimizer(
-    args: argparse.Namespace, model: nn.Module, name: str, implementation: str
+    args: argparse.Namespace, model: nn.Module, name: str, by: str
 ) -> torch.optim.Optimizer:
     """That of `args.lr` or the default rate, clipping to `args.max_grad_norm` if it is not None."""
     spec = OPTIMIZERS[name]
     kwargs = {"lr": args.lr or spec.lr[args.model], **spec.kwargs}
-    if implementation == "torch":
-        module = torch.optim
-    else:
-        module = import_module("triton_optim")
-        kwargs["fused"] = True  # the kernels or an error, never torch's own way
-        kwargs["max_grad_norm"] = args.max_grad_norm
-    optimizer: torch.optim.Optimizer = getattr(module, spec.cls)(model.parameters(), **kwargs)
+    # The kernels or an error, never torch's own way.
+    ours = {"fused": True, "max_grad_norm": args.max_grad_norm}
+    optimizer = new_optimizer(by, spec.cls, model, kwargs, ours)
 
     def clip(*_: Any) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
 
-    if implementation == "torch" and args.max_grad_norm is not None:
+    if by == "torch" and args.max_grad_norm is not None:
         optimizer.register_step_pre_hook(clip)
+    return optimizer
+
+
+def new_optimizer(
+    by: str, cls: str, model: nn.Module, kwargs: dict[str, Any], ours: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """torch's class, or that of triton_optim with arguments that it has besides."""
+    module, more = (torch.optim, {}) if by == "torch" else (import_module("triton_optim"), ours)
+    optimizer: torch.optim.Optimizer = getattr(module, cls)(model.parameters(), **kwargs, **more)
     return optimizer
 
 
@@ -146,12 +149,9 @@ def timed_step(optimizer: torch.optim.Optimizer, device: str) -> float:
 
 def effective_step_size(optimizer: torch.optim.Optimizer, square: str) -> float:
     """Median over all elements of lr / (sqrt(state) + eps), of which the root is monotonic."""
-    squares = torch.cat([_whole(state[square]).flatten() for state in optimizer.state.values()])
+    states = [state[square] for state in optimizer.state.values()]
+    whole = [s.full_tensor() if isinstance(s, DTensor) else s for s in states]
+    squares = torch.cat([state.flatten() for state in whole])
     group = optimizer.param_groups[0]
     lr, eps = float(group["lr"]), float(group["eps"])
     return lr / (math.sqrt(squares.median().item()) + eps)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, of which each process may have a part."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,24 +10,17 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lab.device import Device
-from lab.implementations import (
-    IMPLEMENTATIONS,
-    MIXED_COPY,
-    Implementation,
-    Rule,
-    Step,
-    Storage,
-    bytes_kept,
-    bytes_per_param,
-)
+from lab.implementations import IMPLEMENTATIONS, Implementation, Step
 from lab.mixed_copy import MixedCopy
-from lab.reference import CHECKED_STEPS, check
+from lab.reference import CHECKED_STEPS, Work
+from lab.rows import MIXED_COPY
+from lab.rules import Rule, Storage
 from lab.suites import Layout
 
 PROBED = 1024  # elements of a tensor that are checked: evenly spaced, first and last among them
 
 
-class Workload:
+class Workload(Work):
     """Parameters, gradients and state of one layout, which the implementations share.
 
     Sharing lets them all be ready at once where only one of them would fit the memory.
@@ -50,35 +42,9 @@ class Workload:
         self._places = {p.numel(): _places(p.numel(), device) for p in self.params}
         self.new_gradients()
 
-    @staticmethod
-    def size(layout: Layout, rule: Rule, storage: Storage) -> int:
-        """Bytes of parameters, gradients and state."""
-        return layout.params * bytes_kept(rule, storage)
-
-    @staticmethod
-    def state_bytes(layout: Layout, rule: Rule, storage: Storage) -> int:
-        return layout.params * len(rule.states) * storage.state.itemsize
-
-    @staticmethod
-    def columns(layout: Layout, rule: Rule, storage: Storage) -> dict[str, Any]:
-        """What a row says of these tensors."""
-        return {
-            "step_bytes": layout.params * bytes_per_param(rule, storage),
-            "model_bytes": Workload.size(layout, rule, storage),
-        }
-
-    def drawn(self) -> dict[str, Any]:
-        """What else a row says, that only the drawn tensors tell: nothing."""
-        return {}
-
     def tolerance(self, implementation: Implementation) -> float:
         """The largest error of one that is right."""
         return tolerance(self.storage)
-
-    @staticmethod
-    def needed(implementation: Implementation) -> tuple[int, int]:
-        """Bytes that it keeps beside what all share, and that its steps take; too few to count."""
-        return 0, 0
 
     def copies(self, device: Device) -> dict[str, tuple[Step, int]]:
         """A copy with a step's reads and writes, and its bytes."""
@@ -128,14 +94,12 @@ class Workload:
         places = self._places
         return torch.cat([t.detach().view(-1)[places[t.numel()]].double() for t in tensors])
 
-    def check(self, step: Step, synchronize: Step) -> tuple[float, float]:
-        """See `check`. Rules work element by element: the reference needs only the checked ones."""
+    def probed(self, step: Step) -> list[Tensor]:
+        return [self.probe(self.params)]
 
-        def new_gradients(_: int) -> list[Tensor]:
-            self.new_gradients()
-            return [self.probe(self._grads())]
-
-        return check(step, synchronize, self.rule, lambda: [self.probe(self.params)], new_gradients)
+    def new_probed_gradients(self, step: Step, number: int) -> list[Tensor]:
+        self.new_gradients()
+        return [self.probe(self._grads())]
 
     def _grads(self) -> list[Tensor]:
         return [param.grad for param in self.params if param.grad is not None]

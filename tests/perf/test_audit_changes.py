@@ -14,24 +14,28 @@ ROOT = Path(__file__).parents[2]
 # Adagrad in float32.
 DENSE = """
 from audit_kernels import examine
+from lab.audit import Audit
 from lab.dense_kernels import Kernel
 from triton_optim.launch import backend
 variant = backend.Variant(frozenset(), 1, "float32", "float32", "float32", True, False)
-reports = examine("sm_90", [Kernel("adagrad_rule", variant, 4, 20.08, 1)])
+kernels = [Kernel("adagrad_rule", variant, 4, 20.08, 1)]
+audit = Audit("", {"sm_90": dict(examine("sm_90", kernels))}, {}, {})
 """
 ROWS = """
 import torch
 from audit_kernels import examine
+from lab.audit import Audit
 from lab.row_kernels import kernel_of
 kernels = [kernel_of("Adagrad", {}, (torch.float32,) * 3, width) for width in (64, 63)]
-reports = examine("sm_90", kernels)
+audit = Audit("", {}, {"sm_90": dict(examine("sm_90", kernels))}, {})
 """
 STEP = """
 import torch
+from lab.audit import Audit
 from lab.interpreted_rows import measure
-reports = [measure("Adagrad", {}, torch.float32, 64, "hot")]
+audit = Audit("", {}, {}, dict([measure("Adagrad", {}, torch.float32, 64, "hot")]))
 """
-PRINT = "print(*(finding for report in reports for finding in report.findings()))"
+PRINT = "print(*audit.findings())"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The benchmark of steps without its GPU: the check before any time, sampling, a whole run.
+"""The benchmark of steps without its GPU: sampling, and a whole run.
 
 No time is asserted.
 """
@@ -6,213 +6,48 @@ No time is asserted.
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import bench_step
 import pytest
 import torch
-from cases import DEVICE
 from fake_device import FakeDevice
-from lab import bench, reference, rows, suites, workload
+from lab import bench, rows, suites, workload
 from lab.group import Group
-from lab.implementations import (
-    COPIES,
-    COPY,
-    IMPLEMENTATIONS,
-    MIXED_COPY,
-    OURS,
-    RULES,
-    STORAGES,
-    Implementation,
-    Rule,
-    Storage,
-)
+from lab.implementations import IMPLEMENTATIONS, Implementation
+from lab.rows import COPIES, MIXED_COPY, OURS
+from lab.rules import RULES, STORAGES, Rule
 from lab.suites import Layout
-from lab.timing import Summary, measure
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-ROOT = Path(__file__).parents[2]
+FOR_LOOP = IMPLEMENTATIONS[1].build
+
 FLOAT32, BFLOAT16, MIXED = STORAGES
 SGD, MOMENTUM, ADAGRAD, RMSPROP, RMSPROP_CM = RULES
 TINY = Layout("tiny", [("weight", (12, 15)), ("bias", (7,)), ("scale", (1,))])
 
 
-@pytest.mark.parametrize("numel", [1, 2, 1000, 1024, 1025, 10_000_000_000])
-def test_checked_elements_are_spread_over_a_tensor(numel: int) -> None:
-    places = workload._places(numel, "cpu").tolist()
-    assert (places[0], places[-1]) == (0, numel - 1)
-    assert len(set(places)) == len(places) == min(numel, 1024)
+def _raises(error: Exception, good_steps: int = 0) -> Callable[..., Optimizer]:
+    def build(rule: Rule, params: list[Parameter]) -> Optimizer:
+        optimizer: Optimizer = FOR_LOOP(rule, params)
+        steps = iter(range(good_steps))
 
+        def before(*_: object) -> None:
+            if next(steps, None) is None:
+                raise error
 
-def test_summary() -> None:
-    assert Summary.of([5.0, 1.0, 2.0, 4.0, 3.0, 0.0]) == (2.5, 1.0, 4.0)
-    assert Summary.of([7.0, 7.0]) == (7.0, 7.0, 7.0)
+        optimizer.register_step_pre_hook(before)
+        return optimizer
 
-
-def _error(
-    build: Callable[[Rule, list[Parameter]], Optimizer], rule: Rule, storage: Storage
-) -> float:
-    tensors = workload.Workload(TINY, rule, storage, DEVICE)
-    step = tensors.build(Implementation("", "torch", build, lambda *_: None))
-    return tensors.check(step, lambda: None)[0]
-
-
-def _for_loop(rule: Rule, params: list[Parameter], **changes: Any) -> Optimizer:
-    kwargs = {**rule.kwargs, "foreach": False, **changes}
-    optimizer: Optimizer = getattr(torch.optim, rule.optimizer)(params, **kwargs)
-    return optimizer
-
-
-@pytest.mark.parametrize("storage", STORAGES, ids=lambda storage: storage.name)
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
-def test_the_check_passes_what_is_right(rule: Rule, storage: Storage) -> None:
-    builds = [item.build for item in IMPLEMENTATIONS if item.name == OURS]
-    if storage.param == storage.state:
-        builds.append(_for_loop)
-    for build in builds:
-        assert _error(build, rule, storage) <= workload.tolerance(storage)
+    return build
 
 
 def _too_fast(rule: Rule, params: list[Parameter]) -> Optimizer:
-    return _for_loop(rule, params, lr=1.0001 * rule.kwargs["lr"])
-
-
-def _forgets_the_last_tensor(rule: Rule, params: list[Parameter]) -> Optimizer:
-    return _for_loop(rule, params[:-1])
-
-
-def _forgets_the_last_element(rule: Rule, params: list[Parameter]) -> Optimizer:
-    optimizer = _for_loop(rule, params)
-
-    def put_back(*_: object) -> None:
-        with torch.no_grad():
-            params[0].view(-1)[-1] = kept[0]
-
-    kept = [float(params[0].detach().view(-1)[-1])]
-    optimizer.register_step_post_hook(put_back)
+    faster = {**rule.kwargs, "lr": 1.0001 * rule.kwargs["lr"]}
+    optimizer: Optimizer = FOR_LOOP(rule._replace(kwargs=faster), params)
     return optimizer
-
-
-def _makes_nan(rule: Rule, params: list[Parameter]) -> Optimizer:
-    return _for_loop(rule, params, lr=math.nan if rule.optimizer == "SGD" else math.inf)
-
-
-@pytest.mark.parametrize(
-    ("build", "storages"),
-    [
-        (_too_fast, (FLOAT32,)),
-        (_forgets_the_last_tensor, (FLOAT32, BFLOAT16)),
-        (_forgets_the_last_element, (FLOAT32,)),
-        (_makes_nan, (FLOAT32, BFLOAT16)),
-    ],
-)
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
-def test_the_check_fails_what_is_wrong(
-    build: Callable[..., Optimizer], storages: tuple[Storage, ...], rule: Rule
-) -> None:
-    for storage in storages:
-        assert not _error(build, rule, storage) <= workload.tolerance(storage)
-
-
-def test_the_check_gives_every_step_new_gradients() -> None:
-    tensors = workload.Workload(TINY, SGD, FLOAT32, DEVICE)
-    grads = [param.grad for param in tensors.params if param.grad is not None]
-    seen: list[tuple[float, ...]] = []
-
-    def step() -> None:
-        seen.append(tuple(float(grad.abs().sum()) for grad in grads))
-
-    tensors.check(step, lambda: None)
-    assert len(set(seen)) == len(seen) == reference.CHECKED_STEPS
-    assert all(all(sums) for sums in seen)
-    assert all(param.grad is grad for param, grad in zip(tensors.params, grads, strict=True))
-
-
-def test_renewed_tensors_stay_where_they_are() -> None:
-    tensors = workload.Workload(TINY, RMSPROP_CM, FLOAT32, DEVICE)
-    optimizers: list[Optimizer] = []
-
-    def build(rule: Rule, params: list[Parameter]) -> Optimizer:
-        optimizers.append(_for_loop(rule, params))
-        return optimizers[0]
-
-    step = tensors.build(Implementation("", "torch", build, lambda *_: None))
-    step()
-
-    def found() -> list[torch.Tensor]:
-        states = [v for s in optimizers[0].state.values() for k, v in s.items() if k != "step"]
-        grads = [param.grad for param in tensors.params if param.grad is not None]
-        return [*tensors.params, *grads, *states]
-
-    before = [(tensor.data_ptr(), tensor.detach().clone()) for tensor in found()]
-    tensors.renew()
-    for (address, old), tensor in zip(before, found(), strict=True):
-        assert tensor.data_ptr() == address
-        assert not torch.equal(tensor, old)
-    assert not any(tensor.any() for tensor in found()[2 * len(TINY.tensors) :])
-
-
-def test_every_sample_finds_renewed_tensors() -> None:
-    calls: list[str] = []
-    steps = {name: partial(calls.append, name) for name in ("a", "b", COPY)}
-    times = measure(FakeDevice(), steps, True, 3, math.inf, lambda: calls.append("renew"))
-    assert [len(series.gpu) for series in times.values()] == [3, 3, 3]
-    samples = "".join(name[0] for name in calls).split("r")
-    assert [len({*sample}) for sample in samples] == [0] + [1] * (3 + 3 * 3)
-    order = [sample[0] for sample in samples[4:]]
-    assert order == [*"abc", *"bca", *"cab"]
-
-
-def test_copies_find_the_l2_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    device = FakeDevice()
-    monkeypatch.setattr(device, "empty_l2", lambda: calls.append("emptied"))
-    steps = {name: partial(calls.append, name) for name in ("a", *COPIES)}
-    measure(device, steps, True, 3, math.inf)
-    followed = {after for call, after in pairwise(calls) if call == "emptied"}
-    assert followed == {"a"}
-
-
-@pytest.mark.parametrize("steps", [0, 1, 5])
-def test_what_runs_out_of_memory_while_it_is_timed(steps: int) -> None:
-    """The others go on; where nothing is left, nothing is measured."""
-    left = [steps]
-
-    def growing() -> None:
-        if not left[0]:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        left[0] -= 1
-
-    times = measure(FakeDevice(), {"growing": growing, "a": lambda: None}, False, 3, math.inf)
-    assert {name: len(series.gpu) for name, series in times.items()} == {"a": 3}
-    assert not measure(FakeDevice(), {"growing": growing}, False, 3, math.inf)
-    assert not measure(FakeDevice(), {}, False, 3, math.inf)
-
-
-class _NoRoom(torch.optim.SGD):
-    """Runs out of memory in its first step, or in one after the check."""
-
-    def __init__(self, params: list[Parameter], kwargs: dict[str, Any], good_steps: int) -> None:
-        super().__init__(params, foreach=False, **kwargs)
-        self._good_steps = good_steps
-
-    def step(self, closure: Any = None) -> Any:
-        if self._good_steps == 0:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        self._good_steps -= 1
-        super().step()
-
-
-class _Broken(torch.optim.SGD):
-    def step(self, closure: Any = None) -> Any:
-        raise RuntimeError("broken\nin detail")
 
 
 def _added(name: str, build: Callable[..., Optimizer], compiled: bool = False) -> Implementation:
@@ -227,21 +62,20 @@ def whole_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Run:
     """Small layouts and one that is too large, with some bad implementations: rows and print."""
+    no_room = torch.OutOfMemoryError("CUDA out of memory")
     added = (
-        _added("compiled", _for_loop, compiled=True),
+        _added("compiled", FOR_LOOP, compiled=True),
         _added("wrong", _too_fast),
-        _added("too large", lambda rule, params: _NoRoom(params, rule.kwargs, 0)),
-        _added("too large now", lambda rule, params: _NoRoom(params, rule.kwargs, 3)),
-        _added("too large later", lambda rule, params: _NoRoom(params, rule.kwargs, 6)),
-        _added("broken", lambda rule, params: _Broken(params)),
+        _added("too large", _raises(no_room)),
+        _added("too large now", _raises(no_room, 3)),
+        _added("too large later", _raises(no_room, 6)),
+        _added("broken", _raises(RuntimeError("broken\nin detail"))),
     )
     known = [item for item in IMPLEMENTATIONS if not item.compiled]
     monkeypatch.setattr(workload.Workload, "implementations", (*known, *added))
     monkeypatch.setattr(torch, "compile", lambda **_: lambda step: step)
-    small, huge = (
-        Layout(name, [("weight", (n,))]) for name, n in (("small", 300), ("huge", 1 << 30))
-    )
-    monkeypatch.setitem(suites.SUITES, "sweep", lambda: [TINY, small, huge])
+    others = [Layout(name, [("weight", (n,))]) for name, n in (("small", 300), ("huge", 1 << 30))]
+    monkeypatch.setitem(suites.SUITES, "sweep", lambda: [TINY, *others])
     options = ["--rules", "momentum", "--storages", "float32", "--repeats", "4"]
     path = bench_step.run(FakeDevice(), bench_step.arguments(options), tmp_path).path
     assert path.parent == tmp_path
@@ -276,17 +110,14 @@ def test_a_whole_run(whole_run: Run) -> None:
 
 
 def _assert_shares_of_the_copies_and_of_the_peak(small: dict[str, rows.Row]) -> None:
-    for name in (OURS, *COPIES):
-        row, rate = small[name], small[name].gb_per_s or 0.0
+    copy, mixed = (small[name].gb_per_s or 0.0 for name in COPIES)
+    for row in (small[name] for name in (OURS, *COPIES)):
         assert row.l2 == "exceeded"
-        assert row.copy_gb_per_s == small[COPY].gb_per_s
-        assert row.mixed_copy_gb_per_s == small[MIXED_COPY].gb_per_s
-        assert row.peak_gb_per_s == 4000.0
-        assert row.percent_of_copy == pytest.approx(100 * rate / (row.copy_gb_per_s or 0))
-        assert row.percent_of_mixed_copy == pytest.approx(
-            100 * rate / (row.mixed_copy_gb_per_s or 0)
-        )
-        assert row.percent_of_peak == pytest.approx(100 * rate / 4000)
+        beside = (row.copy_gb_per_s, row.mixed_copy_gb_per_s, row.peak_gb_per_s)
+        assert beside == (copy, mixed, 4000.0)
+        shares = (row.percent_of_copy, row.percent_of_mixed_copy, row.percent_of_peak)
+        rate = row.gb_per_s or 0.0
+        assert shares == pytest.approx([100 * rate / other for other in (copy, mixed, 4000.0)])
     # Of a parameter, its gradient and momentum in float32: whole blocks of 4,096.
     moved = FakeDevice().copied.nbytes
     assert small[MIXED_COPY].step_bytes == moved // 20 // 4096 * 4096 * 20
@@ -306,7 +137,7 @@ def test_peak_memory_counts_state_once() -> None:
     """What a package keeps of its own is among what was allocated since before it was built."""
     item = Group("", TINY, MOMENTUM, MIXED)
     row = rows.Row(model_bytes=80, kept_bytes=7, step_extra_bytes=1)
-    shares = _added("shares", _for_loop)
+    shares = _added("shares", FOR_LOOP)
     assert bench._peak_bytes(item, shares, row) == 80 + 7 + 1
     row.kept_bytes = 7 + 4 * TINY.params
     assert bench._peak_bytes(item, shares._replace(torch_state=False), row) == 80 + 7 + 1
@@ -341,20 +172,3 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
             bench_step.arguments(given)
     printed = capsys.readouterr().err
     assert "two at least" in printed and "'adam'" in printed
-
-
-def _run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, f"perf/{script}", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_without_a_gpu_the_benchmark_says_so_and_writes_nothing() -> None:
-    def written() -> list[Path]:
-        return sorted((ROOT / "perf").glob("results/*"))
-
-    before = written()
-    done = _run("bench_step.py", "--suite", "gpt2")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "bench_step.py times a GPU, and torch sees none here.\n"
-    assert written() == before

@@ -13,7 +13,7 @@ from pathlib import Path
 import plot
 import pytest
 import readme_tables
-from lab import host_report, host_rows, host_tensors, markdown
+from lab import host_rows, host_tensors, tables
 from lab.host_rows import DTENSOR, PARAMS, PLAIN, Row
 from lab.host_steps import Case, measure
 
@@ -61,7 +61,7 @@ def _rows() -> list[Row]:
     """Microseconds that tell the columns apart: tensors, rule, parameters, implementation."""
     rows = []
     for (i, rule), (k, params), n in product(
-        enumerate(host_report.TITLES), enumerate(PARAMS), (10, 300, 1000, 20_000)
+        enumerate(readme_tables.TITLES), enumerate(PARAMS), (10, 300, 1000, 20_000)
     ):
         for gradients, (j, name) in product(host_rows.GRADIENTS, enumerate(host_rows.SERIES)):
             us = n + 1000 * j + 100_000 * i + 10_000 * k + 0.25
@@ -79,7 +79,7 @@ def _rows() -> list[Row]:
 
 
 def test_the_report_shows_each_time_in_its_place() -> None:
-    text = host_report.report(_rows()).replace("\n", " ")
+    text = readme_tables.report(_rows()).replace("\n", " ")
     assert "| SGD | 300 | 300 | 1,300 | 2,300 | 3,300 | 4,300 |" in text
     assert "| Adagrad | 300 DTensors | 210,300 | 211,300 | 212,300 | 213,300 | 214,300 |" in text
     assert "| changing | 20,000 DTensors | 330,000 | 331,000 |" in text
@@ -88,7 +88,7 @@ def test_the_report_shows_each_time_in_its_place() -> None:
     assert "took 0.7 s over 100 DTensors, and 0.9 to 1.1 s with each further rule" in text
     assert "shardings then, 4.0 s, and 5.0 to 6.0 s." in text
     without = [row for row in _rows() if row.implementation != "fused"]
-    assert "| SGD | 300 | 300 | 1,300 | none | 3,300 | 4,300 |" in host_report.report(without)
+    assert "| SGD | 300 | 300 | 1,300 | none | 3,300 | 4,300 |" in readme_tables.report(without)
 
 
 def test_rows_survive_their_file_and_are_drawn_from_it(tmp_path: Path) -> None:
@@ -104,10 +104,10 @@ def test_rows_survive_their_file_and_are_drawn_from_it(tmp_path: Path) -> None:
 
 def test_a_part_of_a_file_is_replaced() -> None:
     text = "a\n<!-- x, by perf/readme_tables.py -->\nold\n<!-- end of x -->\nb\n"
-    assert markdown.with_part(text, "x", r"new \1") == text.replace("old", r"new \1")
+    assert tables.with_part(text, "x", r"new \1") == text.replace("old", r"new \1")
     for bad in ("", text + text, text.replace("end of", "")):
         with pytest.raises(ValueError, match="not one part"):
-            markdown.with_part(bad, "x", "new")
+            tables.with_part(bad, "x", "new")
 
 
 def test_the_readmes_are_those_of_the_committed_rows() -> None:

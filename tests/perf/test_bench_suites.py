@@ -12,15 +12,9 @@ import torch
 import torch.distributed as dist
 from lab import suites
 from lab.gpus import peak_bandwidth
-from lab.implementations import (
-    IMPLEMENTATIONS,
-    OURS,
-    RULES,
-    STORAGES,
-    Implementation,
-    Rule,
-    bytes_per_param,
-)
+from lab.implementations import IMPLEMENTATIONS, Implementation
+from lab.rows import OURS
+from lab.rules import RULES, STORAGES, Rule, bytes_per_param
 from lab.suites import Layout
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -171,7 +165,7 @@ def _fake(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> list[dict[
 
 
 def test_how_packages_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As their signatures are in the versions that lab/packages.py names."""
+    """As their signatures are in the versions that lab/implementations.py names."""
     builds = {item.name: item.build for item in IMPLEMENTATIONS}
     sgd = _fake(monkeypatch, "apex.optimizers", "FusedSGD")
     builds["apex"](MOMENTUM, [])

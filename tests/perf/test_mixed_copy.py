@@ -17,8 +17,8 @@ import torch
 from cases import DEVICE
 from fake_device import FakeDevice
 from lab.copy_kernel import mixed_copy_kernel
-from lab.implementations import RULES, STORAGES, Rule, Storage, bytes_per_param
 from lab.mixed_copy import CONFIGS, MixedCopy
+from lab.rules import RULES, STORAGES, Rule, Storage, bytes_per_param
 from lab.traffic import Traffic, watched
 
 ROOT = Path(__file__).parents[2]
