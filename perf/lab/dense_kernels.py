@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lab.audit import Measures, dense_report
-from lab.compiled import built_in, compile_for, rule_and_flags, short
+from lab.compiled import built_in, rule_and_flags, short
 from lab.control_flow import Instruction
-from lab.disassembly import Usage
 from lab.gpus import GPUS
 from lab.machine_code import Code, MainPath
-from triton_optim.kernels.multi_tensor import multi_tensor_kernel
 from triton_optim.launch import backend, tuning
-from triton_optim.launch.tuning import Config
+from triton_optim.testing.compiled import Usage, compile_update
 
 
 class Kernel(NamedTuple):
@@ -41,16 +39,8 @@ class Kernel(NamedTuple):
         """The same over addresses that are no multiple of 16 bytes."""
         return self._replace(variant=self.variant._replace(aligned=False))
 
-    def _config(self, architecture: str) -> Config:
-        return tuning.config(architecture, half=self.variant.half)
-
     def compiled(self, architecture: str) -> Any:
-        config = self._config(architecture)
-        rule = built_in(self.rule)
-        constants = backend.constants(rule, self.variant, config, self.n_hypers)
-        constants |= dict.fromkeys(backend.unused_pointers(self.variant))
-        options = backend.options(self.variant, config, architecture)
-        return compile_for(architecture, multi_tensor_kernel, constants, options)
+        return compile_update(built_in(self.rule), self.variant, self.n_hypers, architecture)
 
     def measures(
         self, architecture: str, binary: Any, code: Sequence[Instruction], usage: Usage
@@ -60,7 +50,8 @@ class Kernel(NamedTuple):
         Raises:
             ValueError: the code is not understood.
         """
-        gpu, variant, config = GPUS[architecture], self.variant, self._config(architecture)
+        gpu, variant = GPUS[architecture], self.variant
+        config = tuning.config(architecture, half=variant.half)
         elements = config.chunk // (config.num_warps * gpu.warp_size)  # a thread
         sizes = backend.ITEM_SIZES
         written = sizes[variant.param_dtype] + variant.n_states * sizes[variant.state_dtype]

@@ -8,13 +8,10 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import triton
+from typing import Any
 
 from lab.control_flow import Instruction
-
-BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+from triton_optim.testing.compiled import BINARIES, Usage, usage
 
 SASS_INSTRUCTION_BYTES = 16
 _SASS = re.compile(r"/\*([0-9a-f]{4,})\*/ +(@!?U?P\w+ +)?([A-Z][A-Z0-9_.]*) *([^;]*?) *;")
@@ -34,31 +31,15 @@ _AMDGCN_BYTES = {
 _AMDGCN_OTHER_JUMPS = {"s_setpc_b64", "s_swappc_b64", "s_call_b64"}
 
 
-class Usage(NamedTuple):
-    """What a kernel takes for itself."""
-
-    registers: int  # 32-bit ones, a thread
-    spills: int  # bytes a thread
-
-
 def disassembled(
     architecture: str, kernels: Sequence[Any]
 ) -> list[tuple[list[Instruction], Usage]]:
     """The instructions of compiled kernels, and what each takes for itself."""
     if architecture.startswith("gfx"):
-        texts = [kernel.asm["amdgcn"] for kernel in kernels]
-        return [(amdgcn(text), amdgcn_usage(text)) for text in texts]
-    cubins = [kernel.asm["cubin"] for kernel in kernels]
-    return [*zip(sass(cubins, architecture), map(sass_usage, cubins), strict=True)]
-
-
-def sass_usage(cubin: bytes) -> Usage:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(cubin)
-        text = _run("cuobjdump", "-res-usage", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert found is not None, text
-    return Usage(int(found[1]), int(found[2]))
+        code = [amdgcn(kernel.asm["amdgcn"]) for kernel in kernels]
+    else:
+        code = sass([kernel.asm["cubin"] for kernel in kernels], architecture)
+    return [(c, usage(architecture, kernel)) for c, kernel in zip(code, kernels, strict=True)]
 
 
 def sass(cubins: Sequence[bytes], architecture: str) -> list[list[Instruction]]:
@@ -141,17 +122,6 @@ def _text_section(cubin: bytes) -> bytes:
     if len(executable) != 1:
         raise ValueError(f"{len(executable)} kernels in a cubin")
     return executable[0]
-
-
-def amdgcn_usage(text: str) -> Usage:
-    def number(name: str) -> int:
-        found = re.search(rf"\.{name}:?\s+(\d+)", text)
-        assert found is not None, name
-        return int(found[1])
-
-    spilled = number("sgpr_spill_count") + number("vgpr_spill_count")
-    scratch = number("private_segment_fixed_size")
-    return Usage(number("amdhsa_next_free_vgpr"), max(scratch, 4 * spilled))
 
 
 def amdgcn(text: str) -> list[Instruction]:

@@ -15,9 +15,8 @@ from torch.nn import Parameter
 
 import triton_optim
 from lab.audit import VECTOR_BITS, Measures
-from lab.compiled import built_in, compile_for, rule_and_flags, short
+from lab.compiled import built_in, rule_and_flags, short
 from lab.control_flow import Instruction
-from lab.disassembly import Usage
 from lab.gpus import GPUS
 from lab.row_code import Loop, adjacent, main_loop, row_accesses
 from triton_optim.kernels.keys import keys_kernel
@@ -26,6 +25,7 @@ from triton_optim.launch import backend, row_chunking, row_launcher
 from triton_optim.launch.chunking import GradSignature, PlannedParam
 from triton_optim.launch.row_launcher import RowVariant
 from triton_optim.launch.tuning import RowConfig
+from triton_optim.testing.compiled import Usage, compile_for
 
 KEYS_WARPS = 4  # KeysLaunch's
 

@@ -21,9 +21,8 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def _compile(architecture: str, kernel: Any, dtype: str, **constants: Any) -> Any:
-    from lab.compiled import compile_for
-
     from triton_optim.launch import backend, tuning
+    from triton_optim.testing.compiled import compile_for
 
     config = tuning.grad_config(architecture, half=dtype.endswith("16"))
     constants |= {"DTYPE": backend.triton_dtype(dtype), "BLOCK_SIZE": config.block_size}

@@ -74,10 +74,10 @@ def test_the_fastest_config_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def main() -> None:
-    from lab.disassembly import sass, sass_usage
+    from lab.disassembly import disassembled
     from lab.dry_gpu import dry_gpu
 
-    found, cubins = [], []
+    found, compiled = [], []
     with dry_gpu("sm_90") as gpu:
         for rule, storage in MIXES:
             mix = MixedCopy(torch.empty(MEMORY), rule, storage)
@@ -86,11 +86,11 @@ def main() -> None:
                 mix.run()
                 ((kernels, *_),) = mixed_copy_kernel.device_caches.values()
                 (kernel,) = kernels.values()
-                cubins.append(kernel.asm["cubin"])
+                compiled.append(kernel)
                 found.append({"programs": gpu.launches[-1][0], "elements": len(mix.param)})
-    for kernel, cubin, code in zip(found, cubins, sass(cubins, "sm_90"), strict=True):
-        kernel["spills"] = sass_usage(cubin).spills
-        kernel["accesses"] = [i.n_bytes for i in code if i.access]
+    for row, (code, usage) in zip(found, disassembled("sm_90", compiled), strict=True):
+        row["spills"] = usage.spills
+        row["accesses"] = [i.n_bytes for i in code if i.access]
     print(json.dumps(found))
 
 

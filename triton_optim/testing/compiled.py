@@ -24,32 +24,21 @@ from triton.compiler import ASTSource
 from ..launch import backend, tuning
 from ..rule import Rule
 
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
-# The update kernels' run-time arguments as a GPU is given them; keys of fewer than 2**31 rows.
+# The kernels' run-time arguments as a GPU is given them; keys of fewer than 2**31 rows.
 ARGUMENTS = {
-    "block_to_tensor_ptr": "*i32",
-    "tensor_table_ptr": "*i64",
-    "tensors_ptr": "*i64",
-    "grads_ptr": "*i64",
-    "hyperparameters_ptr": "*fp64",
-    "steps_ptr": "*fp64",
-    "keys_ptr": "*i32",
-    "permutation_ptr": "*i64",
-    "arrival_count_ptr": "*i32",
-    "arrival_counts_ptr": "*i32",
-    "sum_ptr": "*fp64",
-    "norm_ptr": "*fp64",
-    "found_inf_ptr": "*fp32",
-    "grad_scale_ptr": "*fp32",
-    "grad_norm_ptr": "*fp64",
-    "max_norm_ptr": "*fp64",
-    "step_status_ptr": "*fp32",
-    "n_bytes": "fp32",
-    "blocks": "i32",
-    "first_tensor": "i32",
-    "n_tensors": "i32",
-    "chunk": "i32",
+    name: kind
+    for kind, names in {
+        "*i32": "block_to_tensor_ptr keys_ptr arrival_count_ptr arrival_counts_ptr",
+        "*i64": "tensor_table_ptr tensors_ptr grads_ptr permutation_ptr",
+        "*fp32": "found_inf_ptr grad_scale_ptr step_status_ptr",
+        "*fp64": "hyperparameters_ptr steps_ptr sum_ptr norm_ptr grad_norm_ptr max_norm_ptr",
+        "i32": "blocks first_tensor n_tensors chunk",
+        "fp32": "n_bytes",
+    }.items()
+    for name in names.split()
 }
 
 _PTX_ACCESS = re.compile(r"(?:ld|st)\.global[.\w]*?(?:\.v(\d))?\.[bfsu](\d+)\b")
@@ -117,18 +106,17 @@ def compile_update(rule: Rule, variant: backend.Variant, n_hypers: int, architec
 def usage(architecture: str, kernel: Any) -> Usage:
     """Registers and spills, as NVIDIA's cuobjdump or AMD's assembly tell them."""
     if architecture.startswith("gfx"):
-        return amdgcn_usage(kernel.asm["amdgcn"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        return _amdgcn_usage(kernel.asm["amdgcn"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
-        command = [str(tool), "-res-usage", file.name]
+        command = [str(BINARIES / "cuobjdump"), "-res-usage", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found is not None, text
     return Usage(int(found[1]), int(found[2]))
 
 
-def amdgcn_usage(text: str) -> Usage:
+def _amdgcn_usage(text: str) -> Usage:
     def number(name: str) -> int:
         found = re.search(rf"\.{name}:?\s+(\d+)", text)
         assert found is not None, name
