@@ -24,6 +24,11 @@ from triton_optim.testing.compiled import Compiled, Usage
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def _small_blocks() -> None:
+    """Blocks as a user has them: with the small ones of other tests this takes minutes."""
+
+
 class WithoutReference(Lion):
     rule = replace(Lion.rule, reference=None)
 
