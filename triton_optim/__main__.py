@@ -29,6 +29,9 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("Adam", {}),
     ("Adam", {"amsgrad": True, "weight_decay": 0.01}),
     ("AdamW", {}),
+    ("Adamax", {}),
+    ("Adadelta", {}),
+    ("Rprop", {}),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NUMELS = (1, 1000, 4096, 5000)

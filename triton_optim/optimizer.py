@@ -87,6 +87,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             super().__init__(params, *args, **kwargs)
         else:
             super().__init__(params, self._rule_defaults(rule, args, kwargs))
+        if self._stepper.options.fused:  # which torch's class does not take
+            if self.defaults.get("differentiable"):
+                raise RuntimeError("`fused` does not support `differentiable`")
+            if self.defaults.get("foreach"):
+                raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         check_rule(rule, self.param_groups, backend.flag_names())
         # So that type(optimizer)(params, **optimizer.defaults) makes another one like it.
         self.defaults.update({name: getattr(self._stepper.options, name) for name in names})

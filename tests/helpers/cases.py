@@ -98,6 +98,24 @@ CASES = (
             "maximize": True,
         },
     ),
+    Case("adamax", "Adamax", {"lr": 0.01}),
+    Case(
+        "adamax-all",
+        "Adamax",
+        {"lr": 0.01, "betas": (0.3, 0.9), "eps": 0.1, "weight_decay": 0.1, "maximize": True},
+    ),
+    Case("adadelta", "Adadelta", {"lr": 0.1}),
+    Case(
+        "adadelta-all",
+        "Adadelta",
+        {"lr": 0.5, "rho": 0.5, "eps": 1e-3, "weight_decay": 0.1, "maximize": True},
+    ),
+    Case("rprop", "Rprop", {"lr": 0.01}),
+    Case(
+        "rprop-all",
+        "Rprop",
+        {"lr": 0.01, "etas": (0.3, 1.5), "step_sizes": (5e-3, 0.02), "maximize": True},
+    ),
 )
 
 # One of each state layout, for tests that are about the step and not about the arithmetic.
@@ -207,7 +225,8 @@ def assert_no_worse(
 
     But for `units` in the last place of the largest value among them.
     """
-    unit = units * torch.finfo(theirs[0].dtype).eps * max(map(largest, exact))
+    info = torch.finfo(theirs[0].dtype)
+    unit = units * info.eps * max(info.smallest_normal, *map(largest, exact))
     for spec, p, q, e in zip(specs, ours, theirs, exact, strict=True):
         error, torch_error = largest(p.to(e.dtype) - e), largest(q.to(e.dtype) - e)
         message = f"{label} of {spec.name}: {error:.3e}, torch {torch_error:.3e}, unit {unit:.3e}"
