@@ -73,7 +73,7 @@ def sgd_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
         momentum_buffer = mu * state[0] + dampened
         update = update + mu * momentum_buffer if NESTEROV & FLAGS else momentum_buffer
         state = (momentum_buffer,)
-    return param - lr.to(param.dtype) * update, state
+    return descend(param, lr.to(param.dtype) * update, lr, weight_decay, FLAGS), state
 
 
 @triton.jit
@@ -84,8 +84,8 @@ def adagrad_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
         lr = lr * reciprocal(1 + step * lr_decay)
     grad = objective_gradient(param, grad, weight_decay, FLAGS)
     sum = state[0] + grad * grad
-    param -= lr.to(param.dtype) * div(grad, sqrt(sum) + eps.to(param.dtype))
-    return param, (sum,)
+    update = lr.to(param.dtype) * div(grad, sqrt(sum) + eps.to(param.dtype))
+    return descend(param, update, lr, weight_decay, FLAGS), (sum,)
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def rmsprop_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
         new_state = new_state + (update,)
     if CENTERED & FLAGS:
         new_state = new_state + (grad_avg,)
-    return param - lr.to(param.dtype) * update, new_state
+    return descend(param, lr.to(param.dtype) * update, lr, weight_decay, FLAGS), new_state
 
 
 @triton.jit

@@ -40,7 +40,8 @@ class Reference:
         decoupled = self._args.get("decoupled_weight_decay", self._is_decoupled)
         self._step += 1
         update = self._rule(g if decoupled else g + decay, **self._args)
-        self.param = self.param - update - decoupled * np.longdouble(self._args["lr"]) * decay
+        rate = self._args["lr"] / (1 + (self._step - 1) * self._args.get("lr_decay", 0))
+        self.param = self.param - update - decoupled * np.longdouble(rate) * decay
 
     def error(self, param: Tensor) -> float:
         return float(np.abs(_array(param) - self.param).max(initial=0))

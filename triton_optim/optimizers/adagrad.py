@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from ..launch.backend import rules
 from ..optimizer import FusedOptimizer
-from ..options import CommonOptions, Group, Options
+from ..options import CommonDecayOptions, Group, Options
 from ..rule import RowWise, Rule, StateTensor
 
 
@@ -53,6 +53,8 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         foreach: True takes torch's implementation.
         maximize: ascend.
         differentiable: True takes torch's implementation.
+        decoupled_weight_decay: subtract :math:`\gamma\lambda\theta` from the parameter instead of
+            adding to the gradient: at the rate of the step. For the whole optimizer, and in no state dict.
         fused, options: see `FusedOptimizer`.
 
     Raises:
@@ -69,6 +71,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
     """
 
     rule = RULE
+    _without_options = frozenset({"sparse"})
 
     def __init__(
         self,
@@ -83,7 +86,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        **options: Unpack[CommonOptions],
+        **options: Unpack[CommonDecayOptions],
     ) -> None:
         super().__init__(
             params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, foreach,

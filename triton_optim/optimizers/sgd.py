@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from ..launch.backend import rules
 from ..optimizer import FusedOptimizer
-from ..options import CommonOptions, Group, Options
+from ..options import CommonDecayOptions, Group, Options
 from ..rule import RowWise, Rule, StateTensor
 
 
@@ -61,6 +61,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         maximize: ascend.
         foreach: True takes torch's implementation.
         differentiable: True takes torch's implementation.
+        decoupled_weight_decay: subtract :math:`\gamma\lambda\theta` from the parameter instead of
+            adding to the gradient: SGDW. For the whole optimizer, and in no state dict.
         fused, options: see `FusedOptimizer`.
 
     Raises:
@@ -73,10 +75,12 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         >>> optimizer.step()
 
     Source: Sutskever, Martens, Dahl and Hinton, "On the importance of initialization and momentum
-    in deep learning", 2013.
+    in deep learning", 2013; decoupled: Loshchilov and Hutter, "Decoupled weight decay
+    regularization", 2019.
     """
 
     rule = RULE
+    _without_options = frozenset({"sparse"})
 
     def __init__(
         self,
@@ -91,7 +95,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        **options: Unpack[CommonOptions],
+        **options: Unpack[CommonDecayOptions],
     ) -> None:
         super().__init__(
             params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize,
