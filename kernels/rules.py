@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .flags import flag
-from .numerics import div, lerp, one_minus_exp2, power, reciprocal, sign, sqrt
+from .numerics import LN_2, div, lerp, one_minus_exp2, power, reciprocal, sign, sqrt
 
 MAXIMIZE = flag("MAXIMIZE")
 MOMENTUM = flag("MOMENTUM")
@@ -138,6 +138,47 @@ def adam_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
         new_state = new_state + (largest,)
     denominator = sqrt(largest) * scale + eps.to(DTYPE)
     return descend(param, step_size * div(exp_avg, denominator), lr, weight_decay, FLAGS), new_state
+
+
+@triton.jit
+def radam_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
+    """Liu et al. 2020: Adam's averages, and while the variance is not tractable p -= lr m^;
+    from then on, by the tensor's own step, p -= lr r m^ sqrt(1 - b2^t) / (sqrt(v) + eps).
+    """
+    lr, one_minus_beta1, log2_beta1, beta2, one_minus_beta2, log2_beta2, rest = hyper[:7]
+    eps, weight_decay = hyper[7:]
+    DTYPE: tl.constexpr = param.dtype
+    correction1 = one_minus_exp2((step + 1) * log2_beta1, DTYPE)
+    correction2 = one_minus_exp2((step + 1) * log2_beta2, DTYPE)
+    length, longest = averaged_length(step + 1, one_minus_beta2, log2_beta2, rest, correction2)
+    tractable = length > 5
+    length, longest = tl.where(tractable, length, 6.0), tl.where(tractable, longest, 6.0)
+    ratio = div((length - 4) * (length - 2) * longest, (longest - 4) * (longest - 2) * length)
+    rectifier = tl.where(tractable, sqrt(ratio * correction2), 1.0)
+    step_size = div(lr.to(DTYPE), correction1) * rectifier
+    grad = objective_gradient(param, grad, weight_decay, FLAGS)
+    exp_avg = lerp(state[0], grad, one_minus_beta1)
+    exp_avg_sq = beta2.to(DTYPE) * state[1] + one_minus_beta2.to(DTYPE) * grad * grad
+    denominator = tl.where(tractable, sqrt(exp_avg_sq) + eps.to(DTYPE), 1.0)
+    update = step_size * div(exp_avg, denominator)
+    return descend(param, update, lr, weight_decay, FLAGS), (exp_avg, exp_avg_sq)
+
+
+@triton.jit
+def averaged_length(step, one_minus_beta, log2_beta, rest, correction):
+    """rho_t = rho - 2 t b^t / (1 - b^t) and rho = 2 / (1 - b) - 1, of RAdam.
+
+    Of an average over few steps beside 1 / (1 - b), rho_t is a small difference of large numbers:
+    there x / (e^x - 1) is expanded. rest: rho + 2 / log(b); correction: 1 - b^t.
+    """
+    DTYPE: tl.constexpr = correction.dtype
+    NEAR: tl.constexpr = 0.125 if DTYPE == tl.float64 else 1.0
+    t, x = step.to(DTYPE), (step * log2_beta * -LN_2).to(DTYPE)
+    longest = div(2 * (correction * 0 + 1), one_minus_beta.to(DTYPE)) - 1
+    y = x * x
+    series = 1 - x * (1 / 6 - y * (1 / 360 - y * (1 / 15120 - y * (1 / 604800))))
+    length = longest - 2 * t * div(1 - correction, correction)
+    return tl.where(x < NEAR, rest.to(DTYPE) + t * series, length), longest
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from .optimizers.adam import Adam
 from .optimizers.adamax import Adamax
 from .optimizers.adamw import AdamW
 from .optimizers.lion import Lion
+from .optimizers.radam import RAdam
 from .optimizers.rmsprop import RMSprop
 from .optimizers.rowwise_adagrad import RowwiseAdagrad
 from .optimizers.rprop import Rprop
@@ -36,6 +37,7 @@ __all__ = [
     "FusedOptimizer",
     "GraphedStep",
     "Lion",
+    "RAdam",
     "RMSprop",
     "RowWise",
     "RowwiseAdagrad",
@@ -46,4 +48,4 @@ __all__ = [
     "flag",
     "step_in_backward",
 ]
-OPTIMIZERS = ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "Adamax", "Adadelta", "Rprop")
+OPTIMIZERS = ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "Adamax", "RAdam", "Adadelta", "Rprop")

@@ -104,6 +104,19 @@ CASES = (
         "Adamax",
         {"lr": 0.01, "betas": (0.3, 0.9), "eps": 0.1, "weight_decay": 0.1, "maximize": True},
     ),
+    Case("radam", "RAdam", {"lr": 0.01, "betas": (0.9, 0.99999)}),
+    Case(
+        "radam-all",
+        "RAdam",
+        {
+            "lr": 0.01,
+            "betas": (0.3, 0.999),
+            "eps": 1e-3,
+            "weight_decay": 0.1,
+            "decoupled_weight_decay": True,
+            "maximize": True,
+        },
+    ),
     Case("adadelta", "Adadelta", {"lr": 0.1}),
     Case(
         "adadelta-all",

@@ -99,6 +99,20 @@ class Reference:
         self._b = np.maximum(beta2 * self._b, np.abs(g) + eps)
         return lr * self._a / (1 - beta1**self._step) / self._b
 
+    def _radam(
+        self, g: Array, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        **_: Any,
+    ) -> Any:  # fmt: skip
+        (beta1, beta2), t = map(np.longdouble, betas), self._step
+        self._a = beta1 * self._a + (1 - beta1) * g
+        self._b = beta2 * self._b + (1 - beta2) * g * g
+        corrected, longest = self._a / (1 - beta1**t), 2 / (1 - beta2) - 1
+        length = longest - 2 * t * beta2**t / (1 - beta2**t)
+        if length <= 5:
+            return lr * corrected
+        ratio = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+        return lr * corrected * np.sqrt(ratio * (1 - beta2**t)) / (np.sqrt(self._b) + eps)
+
     def _adadelta(self, g: Array, lr: float, rho: float = 0.9, eps: float = 1e-6, **_: Any) -> Any:
         kept = np.longdouble(rho)
         self._a = kept * self._a + (1 - kept) * g * g

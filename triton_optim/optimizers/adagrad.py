@@ -54,7 +54,8 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         maximize: ascend.
         differentiable: True takes torch's implementation.
         decoupled_weight_decay: subtract :math:`\gamma\lambda\theta` from the parameter instead of
-            adding to the gradient: at the rate of the step. For the whole optimizer, and in no state dict.
+            adding to the gradient, at the rate of the step. For the whole optimizer, and in no
+            state dict.
         fused, options: see `FusedOptimizer`.
 
     Raises:
