@@ -148,14 +148,13 @@ def radam_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     lr, one_minus_beta1, log2_beta1, beta2, one_minus_beta2, log2_beta2, rest = hyper[:7]
     eps, weight_decay = hyper[7:]
     DTYPE: tl.constexpr = param.dtype
-    correction1 = one_minus_exp2((step + 1) * log2_beta1, DTYPE)
+    step_size = div(lr.to(DTYPE), one_minus_exp2((step + 1) * log2_beta1, DTYPE))
     correction2 = one_minus_exp2((step + 1) * log2_beta2, DTYPE)
     length, longest = averaged_length(step + 1, one_minus_beta2, log2_beta2, rest, correction2)
     tractable = length > 5
     length, longest = tl.where(tractable, length, 6.0), tl.where(tractable, longest, 6.0)
     ratio = div((length - 4) * (length - 2) * longest, (longest - 4) * (longest - 2) * length)
-    rectifier = tl.where(tractable, sqrt(ratio * correction2), 1.0)
-    step_size = div(lr.to(DTYPE), correction1) * rectifier
+    step_size *= tl.where(tractable, sqrt(ratio * correction2), 1.0)
     grad = objective_gradient(param, grad, weight_decay, FLAGS)
     exp_avg = lerp(state[0], grad, one_minus_beta1)
     exp_avg_sq = beta2.to(DTYPE) * state[1] + one_minus_beta2.to(DTYPE) * grad * grad
