@@ -28,6 +28,12 @@ def div(x, y):
 
 
 @triton.jit
+def sign(x):
+    """-1, 0 or 1, in x's dtype; 0 of NaN, as torch. x: a float32 or float64 block."""
+    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
+
+
+@triton.jit
 def reciprocal(x):
     """1 / x to an ulp or two. x: a float64 scalar of float32's range.
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .flags import flag
-from .numerics import div, lerp, one_minus_exp2, power, reciprocal, sqrt
+from .numerics import LN_2, div, lerp, one_minus_exp2, power, reciprocal, sign, sqrt
 
 MAXIMIZE = flag("MAXIMIZE")
 MOMENTUM = flag("MOMENTUM")
@@ -73,7 +73,7 @@ def sgd_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
         momentum_buffer = mu * state[0] + dampened
         update = update + mu * momentum_buffer if NESTEROV & FLAGS else momentum_buffer
         state = (momentum_buffer,)
-    return param - lr.to(param.dtype) * update, state
+    return descend(param, lr.to(param.dtype) * update, lr, weight_decay, FLAGS), state
 
 
 @triton.jit
@@ -84,8 +84,8 @@ def adagrad_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
         lr = lr * reciprocal(1 + step * lr_decay)
     grad = objective_gradient(param, grad, weight_decay, FLAGS)
     sum = state[0] + grad * grad
-    param -= lr.to(param.dtype) * div(grad, sqrt(sum) + eps.to(param.dtype))
-    return param, (sum,)
+    update = lr.to(param.dtype) * div(grad, sqrt(sum) + eps.to(param.dtype))
+    return descend(param, update, lr, weight_decay, FLAGS), (sum,)
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def rmsprop_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
         new_state = new_state + (update,)
     if CENTERED & FLAGS:
         new_state = new_state + (grad_avg,)
-    return param - lr.to(param.dtype) * update, new_state
+    return descend(param, lr.to(param.dtype) * update, lr, weight_decay, FLAGS), new_state
 
 
 @triton.jit
@@ -138,6 +138,105 @@ def adam_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
         new_state = new_state + (largest,)
     denominator = sqrt(largest) * scale + eps.to(DTYPE)
     return descend(param, step_size * div(exp_avg, denominator), lr, weight_decay, FLAGS), new_state
+
+
+@triton.jit
+def radam_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
+    """Liu et al. 2020: Adam's averages, and while the variance is not tractable p -= lr m^;
+    from then on, by the tensor's own step, p -= lr r m^ sqrt(1 - b2^t) / (sqrt(v) + eps).
+    """
+    lr, one_minus_beta1, log2_beta1, beta2, one_minus_beta2, log2_beta2, rest = hyper[:7]
+    eps, weight_decay = hyper[7:]
+    DTYPE: tl.constexpr = param.dtype
+    step_size = div(lr.to(DTYPE), one_minus_exp2((step + 1) * log2_beta1, DTYPE))
+    correction2 = one_minus_exp2((step + 1) * log2_beta2, DTYPE)
+    length, longest = averaged_length(step + 1, one_minus_beta2, log2_beta2, rest, correction2)
+    tractable = length > 5
+    length, longest = tl.where(tractable, length, 6.0), tl.where(tractable, longest, 6.0)
+    ratio = div((length - 4) * (length - 2) * longest, (longest - 4) * (longest - 2) * length)
+    step_size *= tl.where(tractable, sqrt(ratio * correction2), 1.0)
+    grad = objective_gradient(param, grad, weight_decay, FLAGS)
+    exp_avg = lerp(state[0], grad, one_minus_beta1)
+    exp_avg_sq = beta2.to(DTYPE) * state[1] + one_minus_beta2.to(DTYPE) * grad * grad
+    denominator = tl.where(tractable, sqrt(exp_avg_sq) + eps.to(DTYPE), 1.0)
+    update = step_size * div(exp_avg, denominator)
+    return descend(param, update, lr, weight_decay, FLAGS), (exp_avg, exp_avg_sq)
+
+
+@triton.jit
+def averaged_length(step, one_minus_beta, log2_beta, rest, correction):
+    """rho_t = rho - 2 t b^t / (1 - b^t) and rho = 2 / (1 - b) - 1, of RAdam.
+
+    Of an average over few steps beside 1 / (1 - b), rho_t is a small difference of large numbers:
+    there x / (e^x - 1) is expanded. rest: rho + 2 / log(b); correction: 1 - b^t.
+    """
+    DTYPE: tl.constexpr = correction.dtype
+    NEAR: tl.constexpr = 0.125 if DTYPE == tl.float64 else 1.0
+    t, x = step.to(DTYPE), (step * log2_beta * -LN_2).to(DTYPE)
+    longest = div(2 * (correction * 0 + 1), one_minus_beta.to(DTYPE)) - 1
+    y = x * x
+    series = 1 - x * (1 / 6 - y * (1 / 360 - y * (1 / 15120 - y * (1 / 604800))))
+    length = longest - 2 * t * div(1 - correction, correction)
+    return tl.where(x < NEAR, rest.to(DTYPE) + t * series, length), longest
+
+
+@triton.jit
+def adamax_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
+    """Kingma and Ba 2015, section 7.1: m += (1 - b1) (g - m), u = max(b2 u, |g| + eps),
+    p -= lr / (1 - b1^t) m / u.
+    """
+    lr, one_minus_beta1, log2_beta1, beta2, eps, weight_decay = hyper
+    DTYPE: tl.constexpr = param.dtype
+    step_size = div(lr.to(DTYPE), one_minus_exp2((step + 1) * log2_beta1, DTYPE))
+    grad = objective_gradient(param, grad, weight_decay, FLAGS)
+    exp_avg = lerp(state[0], grad, one_minus_beta1)
+    decayed, norm = beta2.to(DTYPE) * state[1], tl.abs(grad) + eps.to(DTYPE)
+    exp_inf = tl.maximum(decayed, norm, propagate_nan=tl.PropagateNan.ALL)
+    return param - step_size * div(exp_avg, exp_inf), (exp_avg, exp_inf)
+
+
+@triton.jit
+def adadelta_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
+    """Zeiler 2012: v = rho v + (1 - rho) g^2, d = sqrt(u + eps) / sqrt(v + eps) g,
+    u = rho u + (1 - rho) d^2, p -= lr d.
+    """
+    lr, rho, one_minus_rho, eps, weight_decay = hyper
+    DTYPE: tl.constexpr = param.dtype
+    rho, one_minus_rho, eps = rho.to(DTYPE), one_minus_rho.to(DTYPE), eps.to(DTYPE)
+    grad = objective_gradient(param, grad, weight_decay, FLAGS)
+    square_avg = rho * state[0] + one_minus_rho * grad * grad
+    delta = div(sqrt(state[1] + eps), sqrt(square_avg + eps)) * grad
+    acc_delta = rho * state[1] + one_minus_rho * delta * delta
+    return param - lr.to(DTYPE) * delta, (square_avg, acc_delta)
+
+
+@triton.jit
+def rprop_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
+    """Riedmiller and Braun 1993, as torch: where g kept its sign, step_size grows; where it
+    changed, step_size shrinks, and g becomes 0. p -= sign(g) step_size.
+    """
+    eta_minus, eta_plus, smallest, largest = hyper
+    DTYPE: tl.constexpr = param.dtype
+    if MAXIMIZE & FLAGS:
+        grad = grad * -1.0
+    turned = sign(grad) * sign(state[0])  # signs, for a product of gradients may underflow
+    factor = tl.where(turned > 0, eta_plus.to(DTYPE), 1.0)
+    factor = tl.where(turned < 0, eta_minus.to(DTYPE), factor)
+    step_size = tl.maximum(state[1] * factor, smallest.to(DTYPE), tl.PropagateNan.ALL)
+    step_size = tl.minimum(step_size, largest.to(DTYPE), tl.PropagateNan.ALL)
+    grad = tl.where(turned < 0, 0.0, grad)
+    return param - sign(grad) * step_size, (grad, step_size)
+
+
+@triton.jit
+def lion_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
+    """Chen et al. 2023: p -= lr (sign(m + (1 - b1) (g - m)) + wd p), m += (1 - b2) (g - m)."""
+    lr, one_minus_beta1, one_minus_beta2, weight_decay = hyper
+    if MAXIMIZE & FLAGS:
+        grad = grad * -1.0
+    update = lr.to(param.dtype) * sign(lerp(state[0], grad, one_minus_beta1))
+    exp_avg = lerp(state[0], grad, one_minus_beta2)
+    return descend(param, update, lr, weight_decay, DECOUPLED), (exp_avg,)
 
 
 @triton.jit

@@ -10,11 +10,16 @@ if not (Path(__file__).parent / "kernels" / "rules.py").is_file():
 
 from .launch.backend import flag
 from .optimizer import FusedOptimizer
+from .optimizers.adadelta import Adadelta
 from .optimizers.adagrad import Adagrad
 from .optimizers.adam import Adam
+from .optimizers.adamax import Adamax
 from .optimizers.adamw import AdamW
+from .optimizers.lion import Lion
+from .optimizers.radam import RAdam
 from .optimizers.rmsprop import RMSprop
 from .optimizers.rowwise_adagrad import RowwiseAdagrad
+from .optimizers.rprop import Rprop
 from .optimizers.sgd import SGD
 from .rule import RowWise, Rule, StateTensor
 from .training.clip_grad import clip_grad_norm_
@@ -24,18 +29,23 @@ from .training.in_backward import step_in_backward
 __version__ = "0.1.0"
 __all__ = [
     "SGD",
+    "Adadelta",
     "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "FusedOptimizer",
     "GraphedStep",
+    "Lion",
+    "RAdam",
     "RMSprop",
     "RowWise",
     "RowwiseAdagrad",
+    "Rprop",
     "Rule",
     "StateTensor",
     "clip_grad_norm_",
     "flag",
     "step_in_backward",
 ]
-OPTIMIZERS = ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW")
+OPTIMIZERS = ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "Adamax", "RAdam", "Adadelta", "Rprop")

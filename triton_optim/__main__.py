@@ -27,6 +27,11 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("Adam", {}),
     ("Adam", {"amsgrad": True, "weight_decay": 0.01}),
     ("AdamW", {}),
+    ("Adamax", {}),
+    ("RAdam", {}),
+    ("Adadelta", {}),
+    ("Rprop", {}),
+    ("Lion", {"weight_decay": 0.01}),
 ]
 
 

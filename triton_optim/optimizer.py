@@ -23,7 +23,7 @@ from .options import Group, Options, signature
 from .rule import Rule
 from .step.catch_up import caught_up
 from .step.conditions import StepConditions, is_scaled_through_wrapper
-from .step.fallback import make_missing_state, reference_step
+from .step.fallback import decay, make_missing_state, reference_step
 from .step.state import (
     adopt_steps,
     check_loaded,
@@ -72,7 +72,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     rule: Rule
     _stepper: Stepper
     _torch_class: ClassVar[type[torch.optim.Optimizer] | None] = None  # from which it also derives
-    _without_options: ClassVar[frozenset[str]] = frozenset({"sparse"})
+    _without_options: ClassVar = frozenset({"sparse", "decoupled_weight_decay"})
 
     def __init__(self, params: ParamsT, *args: Any, **kwargs: Any) -> None:
         torchs, rule = self._torch_class, getattr(type(self), "rule", None)
@@ -89,11 +89,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             super().__init__(params, *args, **kwargs)
         else:
             super().__init__(params, self._rule_defaults(rule, args, kwargs))
+        if self._stepper.options.fused:  # which torch's class does not take
+            if self.defaults.get("differentiable"):
+                raise RuntimeError("`fused` does not support `differentiable`")
+            if self.defaults.get("foreach"):
+                raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         check_rule(rule, self.param_groups, backend.flag_names())
-        if self._stepper.options.fused and self.defaults.get("differentiable"):
-            raise RuntimeError("`fused` does not support `differentiable`")
-        if self._stepper.options.fused and self.defaults.get("foreach"):
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         # So that type(optimizer)(params, **optimizer.defaults) makes another one like it.
         self.defaults.update({name: getattr(self._stepper.options, name) for name in names})
         reasons = [*filter(None, map(self._stepper.options.unsupported, self.param_groups))]
@@ -141,7 +142,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _current_rule(self) -> Rule:
         """The class's; an option may choose another."""
-        return type(self).rule
+        rule = type(self).rule
+        return rule.decoupled if self._stepper.options.decoupled_weight_decay else rule
 
     def _fused_view(
         self,
@@ -170,7 +172,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: the group has an option that is for the whole optimizer, or does not go with
                 the optimizer's options.
         """
-        if misplaced := sorted(Options.OF_THE_WHOLE & param_group.keys()):
+        of_torch = self.defaults.keys() - self._stepper.option_names
+        if misplaced := sorted((Options.OF_THE_WHOLE & param_group.keys()) - of_torch):
             raise ValueError(
                 f"{misplaced[0]} is for the whole optimizer and not for a group; give it to "
                 f"{type(self).__name__}(params, ...)"
@@ -293,6 +296,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         if view.rule.eager_state:
             make_missing_state(view, groups)
+        if view.options.decoupled_weight_decay:
+            decay(view, groups)
         # Another one with the same attributes: buckets of other devices may step meanwhile.
         part = object.__new__(type(self))
         vars(part).update(vars(self), param_groups=groups, state=view.state)

@@ -26,6 +26,16 @@ class CommonOptions(ClippingOptions, total=False):
     capturable: bool
 
 
+class DecayOptions(ClippingOptions, total=False):
+    """Those of one whose torch class knows L2 alone: SGD, Adagrad, RMSprop."""
+
+    decoupled_weight_decay: bool
+
+
+class CommonDecayOptions(CommonOptions, DecayOptions, total=False):
+    """Both."""
+
+
 @dataclass
 class Options:
     """Options that torch's optimizers lack.
@@ -37,7 +47,13 @@ class Options:
     """
 
     OF_THE_WHOLE: ClassVar = frozenset(
-        {"max_grad_norm", "error_if_nonfinite", "skip_nonfinite", "sparse"}
+        {
+            "max_grad_norm",
+            "error_if_nonfinite",
+            "skip_nonfinite",
+            "sparse",
+            "decoupled_weight_decay",
+        }
     )
 
     fused: bool | None = None  # for a class whose groups have no `fused`
@@ -46,6 +62,7 @@ class Options:
     error_if_nonfinite: bool = False
     skip_nonfinite: bool = False
     sparse: str | None = None  # "lazy": see RMSprop
+    decoupled_weight_decay: bool = False  # for a class whose groups have no such flag
 
     def __post_init__(self) -> None:
         if self.sparse not in (None, "lazy"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -133,6 +134,11 @@ class Rule:
             )
         if self.reads_step is True and not self.counts_step:
             raise ValueError("reads_step=True needs counts_step=True, which makes the step")
+
+    @cached_property
+    def decoupled(self) -> Rule:
+        """It, with weight decay that is not part of the gradient in every group."""
+        return replace(self, flags={**self.flags, "DECOUPLED": lambda group: True})
 
     @property
     def name(self) -> str:

@@ -32,7 +32,8 @@ def assert_no_worse(
 
     But for `units` in the last place of the largest value among them.
     """
-    unit = units * torch.finfo(theirs[0].dtype).eps * max(map(largest, exact))
+    info = torch.finfo(theirs[0].dtype)
+    unit = units * info.eps * max(info.smallest_normal, *map(largest, exact))
     for spec, p, q, e in zip(specs, ours, theirs, exact, strict=True):
         error, torch_error = largest(p.to(e.dtype) - e), largest(q.to(e.dtype) - e)
         message = f"{label} of {spec.name}: {error:.3e}, torch {torch_error:.3e}, unit {unit:.3e}"

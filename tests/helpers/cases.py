@@ -95,6 +95,37 @@ CASES = (
             "maximize": True,
         },
     ),
+    Case("adamax", "Adamax", {"lr": 0.01}),
+    Case(
+        "adamax-all",
+        "Adamax",
+        {"lr": 0.01, "betas": (0.3, 0.9), "eps": 0.1, "weight_decay": 0.1, "maximize": True},
+    ),
+    Case("radam", "RAdam", {"lr": 0.01, "betas": (0.9, 0.99999)}),
+    Case(
+        "radam-all",
+        "RAdam",
+        {
+            "lr": 0.01,
+            "betas": (0.3, 0.999),
+            "eps": 1e-3,
+            "weight_decay": 0.1,
+            "decoupled_weight_decay": True,
+            "maximize": True,
+        },
+    ),
+    Case("adadelta", "Adadelta", {"lr": 0.1}),
+    Case(
+        "adadelta-all",
+        "Adadelta",
+        {"lr": 0.5, "rho": 0.5, "eps": 1e-3, "weight_decay": 0.1, "maximize": True},
+    ),
+    Case("rprop", "Rprop", {"lr": 0.01}),
+    Case(
+        "rprop-all",
+        "Rprop",
+        {"lr": 0.01, "etas": (0.3, 1.5), "step_sizes": (5e-3, 0.02), "maximize": True},
+    ),
 )
 
 # One of each state layout, for tests that are about the step and not about the arithmetic.

@@ -25,12 +25,14 @@ class Reference:
 
     def __init__(self, rule: str, param: Tensor, **kwargs: Any) -> None:
         self.param = _array(param)
-        self._is_decoupled = rule in ("AdamW",)
+        self._is_decoupled = rule in ("AdamW", "Lion")
         self._rule = getattr(self, f"_{rule.lower()}")
         self._args = kwargs
         self._step = 0
         self._a = np.zeros_like(self.param) + kwargs.get("initial_accumulator_value", 0)
         self._b, self._c = np.zeros_like(self.param), np.zeros_like(self.param)
+        if rule == "Rprop":
+            self._b += np.longdouble(kwargs["lr"])
 
     def step(self, grad: Tensor) -> None:
         g = -_array(grad) if self._args.get("maximize") else _array(grad)
@@ -38,7 +40,8 @@ class Reference:
         decoupled = self._args.get("decoupled_weight_decay", self._is_decoupled)
         self._step += 1
         update = self._rule(g if decoupled else g + decay, **self._args)
-        self.param = self.param - update - decoupled * np.longdouble(self._args["lr"]) * decay
+        rate = self._args["lr"] / (1 + (self._step - 1) * self._args.get("lr_decay", 0))
+        self.param = self.param - update - decoupled * np.longdouble(rate) * decay
 
     def error(self, param: Tensor) -> float:
         return float(np.abs(_array(param) - self.param).max(initial=0))
@@ -86,3 +89,49 @@ class Reference:
         return lr * self._a / (1 - beta1**self._step) / (np.sqrt(corrected) + eps)
 
     _adamw = _adam
+
+    def _adamax(
+        self, g: Array, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        **_: Any,
+    ) -> Any:  # fmt: skip
+        beta1, beta2 = map(np.longdouble, betas)
+        self._a = beta1 * self._a + (1 - beta1) * g
+        self._b = np.maximum(beta2 * self._b, np.abs(g) + eps)
+        return lr * self._a / (1 - beta1**self._step) / self._b
+
+    def _radam(
+        self, g: Array, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        **_: Any,
+    ) -> Any:  # fmt: skip
+        (beta1, beta2), t = map(np.longdouble, betas), self._step
+        self._a = beta1 * self._a + (1 - beta1) * g
+        self._b = beta2 * self._b + (1 - beta2) * g * g
+        corrected, longest = self._a / (1 - beta1**t), 2 / (1 - beta2) - 1
+        length = longest - 2 * t * beta2**t / (1 - beta2**t)
+        if length <= 5:
+            return lr * corrected
+        ratio = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+        return lr * corrected * np.sqrt(ratio * (1 - beta2**t)) / (np.sqrt(self._b) + eps)
+
+    def _adadelta(self, g: Array, lr: float, rho: float = 0.9, eps: float = 1e-6, **_: Any) -> Any:
+        kept = np.longdouble(rho)
+        self._a = kept * self._a + (1 - kept) * g * g
+        delta = np.sqrt(self._b + eps) / np.sqrt(self._a + eps) * g
+        self._b = kept * self._b + (1 - kept) * delta**2
+        return lr * delta
+
+    def _rprop(
+        self, g: Array, etas: tuple[float, float] = (0.5, 1.2),
+        step_sizes: tuple[float, float] = (1e-6, 50), **_: Any,
+    ) -> Any:  # fmt: skip
+        turned = g * self._a
+        factor = np.where(turned > 0, etas[1], np.where(turned < 0, etas[0], 1))
+        self._b = np.clip(self._b * factor, *step_sizes)
+        self._a = np.where(turned < 0, 0, g)
+        return np.sign(self._a) * self._b
+
+    def _lion(self, g: Array, lr: float, betas: tuple[float, float] = (0.9, 0.99), **_: Any) -> Any:
+        beta1, beta2 = map(np.longdouble, betas)
+        update = np.sign(beta1 * self._a + (1 - beta1) * g)
+        self._a = beta2 * self._a + (1 - beta2) * g
+        return lr * update

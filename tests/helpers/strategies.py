@@ -49,6 +49,31 @@ GROUPS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
             "decoupled_weight_decay": st.booleans(),
         }
     ),
+    "Adamax": st.fixed_dictionaries(
+        {
+            "lr": rates,
+            "betas": st.tuples(st.sampled_from([0.9, 0.3]), st.sampled_from([0.999, 0.9])),
+            "weight_decay": decays,
+            "maximize": st.booleans(),
+            "eps": st.sampled_from([1e-8, 1e-2]),
+        }
+    ),
+    "Adadelta": st.fixed_dictionaries(
+        {
+            "lr": rates,
+            "rho": st.sampled_from([0.9, 0.5]),
+            "weight_decay": decays,
+            "maximize": st.booleans(),
+            "eps": st.sampled_from([1e-6, 1e-2]),
+        }
+    ),
+    "Rprop": st.fixed_dictionaries(
+        {
+            "lr": rates,
+            "etas": st.sampled_from([(0.5, 1.2), (0.1, 2.0)]),
+            "maximize": st.booleans(),
+        }
+    ),
 }
 
 

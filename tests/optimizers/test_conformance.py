@@ -117,6 +117,9 @@ def test_groups_are_several_optimizers(case: Config) -> None:
         {"maximize": not case.kwargs.get("maximize", False)},
         {"lr": 1e-28, "fused": True},
     ]
+    if case.optimizer == "Rprop":
+        del changes[1]["weight_decay"]
+        changes[3]["step_sizes"] = (1e-28, 1.0)
     together, apart = (Tensors(torch.float32, specs=paired_optimizers.SPECS) for _ in range(2))
     groups = [{"params": p, **change} for p, change in zip(together.params, changes, strict=True)]
     optimizer = case.ours(groups)

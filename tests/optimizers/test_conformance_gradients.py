@@ -89,7 +89,8 @@ def test_nan_and_infinite_gradients(case: Config, value: float) -> None:
                     grad_of(param).view(-1)[:2] = value
             optimizer.step()
     ours, theirs = map(tensors_of, optimizers)
-    assert not all(bool(param.isfinite().all()) for param in ours["param"])
+    ignored = case.optimizer == "Rprop"  # a NaN has no sign, and infinity has one
+    assert all(bool(param.isfinite().all()) for param in ours["param"]) == ignored
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
@@ -105,7 +106,7 @@ def test_zero_gradients(case: Config) -> None:
     for _ in range(2):
         both.each(step)
         both.check()
-    if not both.optimizers[0].defaults["weight_decay"]:
+    if not both.optimizers[0].defaults.get("weight_decay"):
         assert_same_bits(both.tensors[0].params, before)
 
 

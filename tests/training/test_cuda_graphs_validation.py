@@ -141,6 +141,10 @@ def test_what_cannot_be_captured(
 ) -> None:
     param = new_param(5)
     optimizer = getattr(triton_optim, name)([param], **{"lr": torch.tensor(0.1), **kwargs})
+    if name == "Rprop" and "lr" in kwargs:  # updates do not read it
+        optimizer.step()
+        GraphedStep(optimizer)()
+        return
     if stepped:
         optimizer.step()
     with raises(message, optimizer, [param]), torch.cuda.graph(FakeGraph()):  # type: ignore[arg-type]

@@ -96,6 +96,9 @@ def test_rebuilt_from_its_defaults(name: str) -> None:
         "Adagrad": {"lr_decay": 0.5, **OPTIONS},
         "RMSprop": {"alpha": 0.5, "fused": True, **OPTIONS},
         "Adam": {"betas": (0.5, 0.9), "decoupled_weight_decay": True, **OPTIONS},
+        "Adamax": {"betas": (0.5, 0.9), "fused": True, **OPTIONS},
+        "Adadelta": {"rho": 0.5, **OPTIONS},
+        "Rprop": {"etas": (0.5, 1.5), **OPTIONS},
         "RowwiseAdagrad": {"eps": 0.5, "decoupled_weight_decay": True},
     }
     optimizer = getattr(triton_optim, name)([new_param(3)], **arguments[name])

@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from ..launch.backend import rules
 from ..optimizer import FusedOptimizer
-from ..options import CommonOptions, Group, Options
+from ..options import CommonDecayOptions, Group, Options
 from ..rule import RowWise, Rule, StateTensor
 
 
@@ -51,6 +51,9 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         initial_accumulator_value: what :math:`s` starts from.
         eps: :math:`\epsilon`, outside the root.
         maximize: ascend.
+        decoupled_weight_decay: subtract :math:`\gamma\lambda\theta` from the parameter instead of
+            adding to the gradient, at the rate of the step. For the whole optimizer, and in no
+            state dict.
         foreach, differentiable, fused, options: see `FusedOptimizer`.
 
     Raises:
@@ -66,6 +69,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
     """
 
     rule = RULE
+    _without_options = frozenset({"sparse"})
 
     def __init__(
         self,
@@ -80,7 +84,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        **options: Unpack[CommonOptions],
+        **options: Unpack[CommonDecayOptions],
     ) -> None:
         super().__init__(
             params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, foreach,

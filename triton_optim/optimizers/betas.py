@@ -12,13 +12,16 @@ from ..options import Group
 from ..rule import Scalars
 
 
-def beta_scalars(group: Group) -> tuple[Scalars, ...]:
-    """`(beta, 1 - beta, log2(beta))` for each beta of a parameter group, in double precision.
+def beta_scalars(group: Group) -> tuple[Scalars, Scalars]:
+    """`(beta, 1 - beta, log2(beta))` for both betas of a parameter group, in double precision.
 
     Raises:
-        ValueError: a beta is not in [0, 1). One that is a tensor on a GPU is not looked at.
+        ValueError: there are not two, or one is not in [0, 1). A tensor on a GPU is not looked at.
     """
-    return tuple(_scalars(index, beta) for index, beta in enumerate(group["betas"]))
+    betas = tuple(group["betas"])
+    if len(betas) != 2:
+        raise ValueError(f"betas are {betas}; give two betas")
+    return _scalars(0, betas[0]), _scalars(1, betas[1])
 
 
 def _scalars(index: int, beta: float | Tensor) -> Scalars:

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from ..launch.backend import rules
 from ..optimizer import FusedOptimizer
-from ..options import ClippingOptions, Group
+from ..options import DecayOptions, Group
 from ..rule import RowWise, Rule, Scalars, StateTensor
 from .lazy_rows import LAZY_ROWS, check_lazy_group
 
@@ -60,6 +60,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         momentum: :math:`\mu`.
         centered: divide by the standard deviation instead of the root mean square.
         maximize: ascend.
+        decoupled_weight_decay: subtract :math:`\gamma\lambda\theta` from the parameter instead of
+            adding to the gradient: RMSpropW. For the whole optimizer, and in no state dict.
         foreach, differentiable, fused, capturable, options: see `FusedOptimizer`.
         sparse: "lazy" takes sparse gradients, at the cost of the rows that they touch. Without
             momentum and decay a gradient of zero moves no parameter, so that the :math:`k` steps
@@ -85,7 +87,9 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     _without_options = frozenset()
 
     def _current_rule(self) -> Rule:
-        return RULE if self._stepper.options.sparse is None else LAZY_RULE
+        options = self._stepper.options
+        rule = RULE if options.sparse is None else LAZY_RULE
+        return rule.decoupled if options.decoupled_weight_decay else rule
 
     def __init__(
         self,
@@ -103,7 +107,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         *,
         fused: bool | None = None,
         sparse: str | None = None,
-        **options: Unpack[ClippingOptions],
+        **options: Unpack[DecayOptions],
     ) -> None:
         super().__init__(
             params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize,

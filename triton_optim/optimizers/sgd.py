@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from ..launch.backend import rules
 from ..optimizer import FusedOptimizer
-from ..options import CommonOptions, Group, Options
+from ..options import CommonDecayOptions, Group, Options
 from ..rule import RowWise, Rule, StateTensor
 
 
@@ -59,6 +59,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         weight_decay: L2 penalty :math:`\lambda`.
         nesterov: look ahead by one momentum step.
         maximize: ascend.
+        decoupled_weight_decay: subtract :math:`\gamma\lambda\theta` from the parameter instead of
+            adding to the gradient: SGDW. For the whole optimizer, and in no state dict.
         foreach, differentiable, fused, options: see `FusedOptimizer`.
 
     Raises:
@@ -70,10 +72,12 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         >>> optimizer.step()
 
     Source: Sutskever, Martens, Dahl and Hinton, "On the importance of initialization and momentum
-    in deep learning", 2013.
+    in deep learning", 2013; decoupled: Loshchilov and Hutter, "Decoupled weight decay
+    regularization", 2019.
     """
 
     rule = RULE
+    _without_options = frozenset({"sparse"})
 
     def __init__(
         self,
@@ -88,7 +92,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        **options: Unpack[CommonOptions],
+        **options: Unpack[CommonDecayOptions],
     ) -> None:
         super().__init__(
             params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize,

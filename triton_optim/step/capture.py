@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..launch import backend
 from ..options import Group, Options
+from ..rule import Rule
 from ..tensors.sharding import local
 from .conditions import StepConditions
 from .view import OptimizerView
@@ -71,7 +72,7 @@ def check_capture(
         )
     for index, group in enumerate(view.groups):
         lr = group.get("lr")
-        if "lr" in group and not (
+        if _reads_rate(view.rule, group) and not (
             isinstance(lr, Tensor) and lr.device.type in backend.CAPTURABLE_DEVICE_TYPES
         ):
             raise RuntimeError(
@@ -94,6 +95,15 @@ def check_capture(
             "or newer"
         )
     return True
+
+
+def _reads_rate(rule: Rule, group: Group) -> bool:
+    """Whether updates depend on the learning rate; Rprop's do not."""
+    try:
+        rule.values({name: value for name, value in group.items() if name != "lr"})
+    except KeyError:
+        return True
+    return False
 
 
 def check_capturable(options: Options, param: Tensor, group: Group, where: str) -> None:

@@ -30,6 +30,19 @@ def reference_step(view: OptimizerView, groups: Iterable[Group]) -> None:
             view.state[param] = state
 
 
+def decay(view: OptimizerView, groups: Iterable[Group]) -> None:
+    """Shrink parameters by decoupled weight decay, and let torch's step of these groups not."""
+    for group in groups:
+        weight_decay, group["weight_decay"] = group["weight_decay"], 0
+        decays = isinstance(weight_decay, Tensor) or weight_decay != 0
+        for param in group["params"]:
+            if decays and param.grad is not None:
+                rate = group["lr"]
+                if group.get("lr_decay"):  # Adagrad's
+                    rate = rate / (1 + float(view.state[param]["step"]) * group["lr_decay"])
+                param.sub_(param * (rate * weight_decay))
+
+
 def _with_state(
     view: OptimizerView, groups: Iterable[Group]
 ) -> Iterator[tuple[Tensor, Tensor, State, Group]]:

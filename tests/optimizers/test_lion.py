@@ -1,0 +1,94 @@
+"""Lion, which torch does not have: beside the paper's equation and torch's operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from assertions import assert_same_bits
+from cases import DEVICE, SPECS, Tensors, new_param
+from paired_optimizers import SPECS as FEW_SPECS
+from reference import Reference
+from torch.nn import Parameter
+
+import triton_optim
+from triton_optim import Lion
+from triton_optim.launch.launcher import record_launches
+
+SETTINGS: list[dict[str, Any]] = [
+    {"lr": 0.01},
+    {"lr": 0.01, "betas": (0.95, 0.98), "weight_decay": 0.1},
+    {"lr": 0.01, "betas": (0.3, 0.0), "weight_decay": 0.1, "maximize": True},
+]
+every_setting = pytest.mark.parametrize("kwargs", SETTINGS, ids=str)
+
+
+@every_setting
+def test_the_papers_equation(kwargs: dict[str, Any]) -> None:
+    tensors = Tensors(torch.float64)
+    exact = [Reference("Lion", param, **kwargs) for param in tensors.params]
+    optimizer = Lion(tensors.params, **kwargs, fused=True)
+    with record_launches() as launches:
+        for _ in range(4):
+            tensors.new_gradients()
+            for reference, param in zip(exact, tensors.params, strict=True):
+                assert param.grad is not None
+                reference.step(param.grad)
+            optimizer.step()
+    assert len(launches) == 4 * 2  # aligned, and not
+    for spec, param, reference in zip(SPECS, tensors.params, exact, strict=True):
+        assert reference.error(param) <= 4 * reference.unit(), spec.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@every_setting
+def test_the_fallback(kwargs: dict[str, Any], dtype: torch.dtype) -> None:
+    """`fused=False` takes torch's operations, as one that no kernel takes; state is the same."""
+    ours, theirs = Tensors(dtype, specs=FEW_SPECS), Tensors(dtype, specs=FEW_SPECS)
+    optimizers = Lion(ours.params, **kwargs), Lion(theirs.params, **kwargs, fused=False)
+    for tensors, optimizer in zip((ours, theirs), optimizers, strict=True):
+        tensors.train(optimizer, 1)
+    for p, q in zip(ours.params, theirs.params, strict=True):
+        torch.testing.assert_close(p, q)
+        a, b = optimizers[0].state[p], optimizers[1].state[q]
+        assert list(a) == list(b) == ["step", "exp_avg"]
+        torch.testing.assert_close(a["exp_avg"], b["exp_avg"])
+    optimizers[0].load_state_dict(optimizers[1].state_dict())
+    ours.train(optimizers[0], 1)
+
+
+def test_a_gradient_that_is_nan_moves_nothing() -> None:
+    param = new_param(5)
+    before = param.detach().clone()
+    param.grad = torch.full_like(param, float("nan"))
+    Lion([param]).step()
+    assert_same_bits(param.detach(), before)
+
+
+def test_groups_and_schedulers() -> None:
+    params = [Parameter(torch.ones(3, device=DEVICE)) for _ in range(2)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    groups: list[dict[str, Any]] = [{"params": params[:1]}, {"params": params[1:], "lr": 0.5}]
+    optimizer = Lion(groups, lr=0.25)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    for _ in range(2):
+        optimizer.step()
+        scheduler.step()
+    assert [param[0].item() for param in params] == [1 - 0.375, 1 - 0.75]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"lr": -1.0}, "Invalid learning rate: -1.0"),
+        ({"weight_decay": float("nan")}, "Invalid weight_decay value: nan"),
+        ({"betas": (0.9, 1.0)}, "Invalid beta parameter at index 1: 1.0"),
+        ({"betas": (0.9,)}, "two betas"),
+    ],
+    ids=str,
+)
+def test_mistakes(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        triton_optim.Lion([new_param(2)], **kwargs)
