@@ -231,7 +231,8 @@ def _worse(errors: Iterable[Errors], storage: torch.dtype, how: str = "") -> Ite
     # A coefficient of gradients is rounded, and so is their product with it.
     units = 2 * STEPS if how else STEPS if storage == torch.float64 else 1
     for where, exact, error, their in errors:
-        slack = units * torch.finfo(storage).eps * exact.double().abs().max()
+        info = torch.finfo(storage)
+        slack = units * info.eps * exact.double().abs().max().clamp(info.smallest_normal)
         if not bool(error.max() <= their.max() + slack):
             i = int(error.argmax())
             yield (
