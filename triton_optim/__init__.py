@@ -8,6 +8,7 @@ if not (Path(__file__).parent / "kernels" / "rules.py").is_file():
     if (_root / "kernels" / "rules.py").is_file():
         __path__.append(str(_root))
 
+from . import testing
 from .launch.backend import flag
 from .optimizer import FusedOptimizer
 from .optimizers.adadelta import Adadelta
@@ -47,5 +48,6 @@ __all__ = [
     "clip_grad_norm_",
     "flag",
     "step_in_backward",
+    "testing",
 ]
 OPTIMIZERS = ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "Adamax", "RAdam", "Adadelta", "Rprop")

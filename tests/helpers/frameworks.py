@@ -69,17 +69,17 @@ def training_arguments(folder: Path) -> Any:
     )  # fmt: skip
 
 
-def with_trainer(make: Make, folder: Path, checkpoint: Path | None = None) -> Outcome:
+def with_trainer(
+    make: Make | None, folder: Path, checkpoint: Path | None = None, **kwargs: Any
+) -> Outcome:
     """Hugging Face's `Trainer`; it saves a checkpoint after half of the steps."""
     transformers = pytest.importorskip("transformers")
     model = llama()
-    optimizer = make(model.parameters())
-    trainer = transformers.Trainer(
-        model,
-        training_arguments(folder),
-        train_dataset=rows(),
-        optimizers=(optimizer, ExponentialLR(optimizer, 0.9)),
-    )
+    if make is not None:
+        optimizer = make(model.parameters())
+        kwargs["optimizers"] = (optimizer, ExponentialLR(optimizer, 0.9))
+    arguments = training_arguments(folder)
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows(), **kwargs)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Outcome(losses, list(model.parameters()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +13,9 @@ import pytest
 import torch
 from cases import DEVICE
 from torch.nn import Parameter
+
+import triton_optim
+from triton_optim.launch import backend
 
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "triton_optim" / "README.md"
@@ -24,7 +28,7 @@ DOCUMENTS = sorted(
 
 
 def _blocks() -> list[str]:
-    """The Python blocks of "Your own rule": Lion, its use, Signum."""
+    """The Python blocks of "Your own rule": Lion, its use, Signum, the test."""
     section = re.split(r"^## ", GUIDE.read_text(), flags=re.MULTILINE)
     (rule,) = [text for text in section if text.startswith("Your own rule\n")]
     return re.findall(r"```python\n(.*?)```", rule, re.DOTALL)
@@ -46,7 +50,7 @@ def _code(source: str) -> str:
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """A file with the rules of the guide: Triton reads a function's source."""
-    lion, _, signum = _blocks()
+    lion, _, signum, _ = _blocks()
     path = tmp_path_factory.mktemp("guide") / "shown_rules.py"
     path.write_text(f"{lion}\n{signum}")
     spec = importlib.util.spec_from_file_location("shown_rules", path)
@@ -68,6 +72,18 @@ def test_lion_is_used_as_shown(shown: ModuleType) -> None:
     before = model.weight.detach().clone()
     names["optimizer"].step()
     torch.testing.assert_close(model.weight.detach(), before - 3e-4)
+
+
+def test_lion_is_checked_as_shown(
+    shown: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = partial(triton_optim.testing.check, compiled=False)
+    monkeypatch.setattr(triton_optim.testing, "check", check)
+    monkeypatch.setattr(backend, "INTERPRETED_BLOCK_SIZES", (4096,))
+    names = {"Lion": shown.Lion, "triton_optim": triton_optim}
+    exec(_blocks()[3], names)
+    names["test_lion"]()
+    assert "Lion(lr=0.001, weight_decay=0.1): largest error" in capsys.readouterr().out
 
 
 def test_signum(shown: ModuleType) -> None:

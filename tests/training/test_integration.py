@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import frameworks
@@ -33,6 +35,7 @@ BLOCK_SIZES = backend.INTERPRETED_BLOCK_SIZES
 rules = pytest.mark.parametrize(
     "case",
     [
+        Case("adamw", "AdamW", {"lr": 1e-3}),
         Case("rmsprop", "RMSprop", {"lr": 1e-3}),
         Case("sgd-momentum", "SGD", {"lr": 0.1, "momentum": 0.9}),
     ],
@@ -110,19 +113,66 @@ def test_lightning_resumes(case: Case, tmp_path: Path) -> None:
 def _run_guide(framework: str, names: dict[str, Any]) -> dict[str, Any]:
     """Run the guide's lines for a framework, given what they take as given."""
     guide = (Path(__file__).parents[2] / "triton_optim" / "README.md").read_text()
-    blocks = re.findall(r"(\w+):\n\n```python\n(.*?)```", guide, re.DOTALL)
-    given = {"RMSprop": triton_optim.RMSprop, "ExponentialLR": ExponentialLR, **names}
-    exec(dict(blocks)[framework], given)
+    blocks = re.findall(r"\n([^\n]+):\n\n```python\n(.*?)```", guide, re.DOTALL)
+    (code,) = (code for before, code in blocks if framework in before)
+    optimizers = {name: getattr(triton_optim, name) for name in triton_optim.OPTIMIZERS}
+    given = {"triton_optim": triton_optim, "ExponentialLR": ExponentialLR, **optimizers, **names}
+    exec(code, given)
     return given
 
 
-def test_guide_trainer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lines", ["without weight decay itself", "a scheduler of your own"])
+def test_guide_trainer(lines: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     arguments = frameworks.training_arguments(tmp_path)
     with record_launches() as launches:
         names = {"Trainer": transformers.Trainer, "data": frameworks.rows()}
-        _run_guide("Trainer", {**names, "model": frameworks.llama(), "arguments": arguments})
+        _run_guide(lines, {**names, "model": frameworks.llama(), "arguments": arguments})
     assert len(launches) == STEPS
+
+
+def test_trainer_makes_the_optimizer(tmp_path: Path) -> None:
+    """And its groups, of a class and arguments."""
+    kwargs = {"lr": 1e-3, "betas": (0.9, 0.95)}
+
+    def run(optimizer_class: Any, **more: Any) -> Outcome:
+        choice = (optimizer_class, {**kwargs, **more})
+        return frameworks.with_trainer(None, tmp_path, optimizer_cls_and_kwargs=choice)
+
+    with record_launches() as launches:
+        ours = run(triton_optim.AdamW, fused=True)
+    assert len(launches) == STEPS
+    torch.testing.assert_close(ours, run(torch.optim.AdamW, foreach=False), rtol=1e-5, atol=1e-5)
+
+
+def _steps(optimizer: Any, model: torch.nn.Module) -> int:
+    """The launches of a step."""
+    model(torch.ones(2, 4, device=DEVICE)).sum().backward()
+    with record_launches() as launches:
+        optimizer.step()
+    return len(launches)
+
+
+def test_guide_torchtitan() -> None:
+    optimizer = pytest.importorskip("torchtitan.components.optimizer")
+    names = {n: getattr(optimizer, n) for n in ("OptimizersContainer", "ParamGroupConfig")}
+    given = _run_guide("torchtitan", {**names, "dataclass": dataclass})
+    model = torch.nn.Linear(4, 3, device=DEVICE)
+    assert _steps(given["optimizer"].build(model_parts=[model]), model) == 1
+
+
+def test_guide_axolotl() -> None:
+    plugin = _run_guide("Axolotl", {"BasePlugin": object})["TritonOptimPlugin"]()
+    model = torch.nn.Linear(4, 3, device=DEVICE)
+    cfg = SimpleNamespace(learning_rate=1e-3, weight_decay=0.1)
+    assert _steps(plugin.create_optimizer(cfg, SimpleNamespace(model=model)), model) == 1
+
+
+def test_guide_groups() -> None:
+    model = torch.nn.Linear(4, 3, device=DEVICE)
+    optimizer = _run_guide("three lines", {"model": model})["optimizer"]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert _steps(optimizer, model) == 1
 
 
 def test_guide_accelerate() -> None:
