@@ -23,6 +23,7 @@ TITLES = {
     "adagrad": "Adagrad",
     "rmsprop": "RMSprop",
     "rmsprop-cm": "RMSprop, centered, momentum",
+    "adamw": "AdamW",
 }
 HEAD = ("tensors", *(f"torch {name}" if name in columns.TORCH else name for name in SERIES))
 FRESH_SHOWN = ((PLAIN, 10), (PLAIN, 300), (PLAIN, 1000), (DTENSOR, 300))
@@ -34,6 +35,7 @@ def report(rows: Sequence[Row]) -> str:
     fresh = [
         [TITLES[rule], *_cells(rows, rule, *shown, FRESH)]
         for rule in TITLES
+        if found(rows, rule=rule)
         for shown in FRESH_SHOWN
     ]
     changes = [

@@ -5,7 +5,7 @@ Of other packages as they are in July 2026: apex 6424da3, TransformerEngine 2.20
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -59,11 +59,15 @@ class Implementation(NamedTuple):
         return self.refusal(rule, storage)
 
 
-def _from(module: str, prefix: str = "", **extra: Any) -> Build:
-    """Builds the class of torch's arguments, and of its name behind `prefix`, in `module`."""
+def _from(module: str, prefix: str = "", names: Mapping[str, str] = {}, **extra: Any) -> Build:
+    """Builds the class of torch's arguments in `module`.
+
+    It has torch's name, or one of `names`, behind `prefix`.
+    """
 
     def build(rule: Rule, params: Any) -> Optimizer:
-        make = getattr(import_module(module), prefix + rule.optimizer)
+        name = names.get(rule.optimizer, rule.optimizer)
+        make = getattr(import_module(module), prefix + name)
         optimizer: Optimizer = make(params, **rule.kwargs, **extra)
         return optimizer
 
@@ -81,7 +85,8 @@ def _heavyball(rule: Rule, params: Any) -> Optimizer:
     return optimizer
 
 
-Reason = tuple[Callable[[Rule, Storage], bool], str]
+Condition = Callable[[Rule, Storage], bool]
+Reason = tuple[Condition, str]
 
 
 def _unless(*reasons: Reason) -> Refusal:
@@ -91,9 +96,17 @@ def _unless(*reasons: Reason) -> Refusal:
     )
 
 
-def _rule(*names: str) -> Callable[[Rule, Storage], bool]:
+def _rule(*names: str) -> Condition:
     """Whether the rule, or torch's class for it, is one of these."""
     return lambda rule, _: rule.name in names or rule.optimizer in names
+
+
+def _no_rule(*names: str) -> Condition:
+    return lambda *of: not _rule(*names)(*of)
+
+
+def _both(one: Condition, other: Condition) -> Condition:
+    return lambda *of: one(*of) and other(*of)
 
 
 def _has(package: str, *optimizers: str) -> tuple[Reason, Reason]:
@@ -121,11 +134,12 @@ def _old_adagrad(rule: Rule, _: Storage) -> bool:
     return rule.optimizer == "Adagrad" and release < (2, 12)
 
 
-_torch = _unless(*_has("torch", "SGD", "Adagrad", "RMSprop"))
+_torch = _unless(*_has("torch", "SGD", "Adagrad", "RMSprop", "AdamW"))
 # Compile time grows with the number of tensors; beyond this it would take the whole run.
 MAX_COMPILED_TENSORS = 300
 NO_BFLOAT16 = "{} has no kernel for bfloat16 and {}"
 SKIPS = "skips it without a word"
+ADAM = {"AdamW": "Adam"}  # its default is decoupled decay
 
 IMPLEMENTATIONS = (
     Implementation(OURS, OURS, _from(OURS, fused=True), _unless()),
@@ -136,7 +150,7 @@ IMPLEMENTATIONS = (
         _unless(
             (_rule("RMSprop"), "torch has no fused RMSprop"),
             (_old_adagrad, "torch has a fused Adagrad on GPUs since 2.12"),
-            *_has("torch", "SGD", "Adagrad"),
+            *_has("torch", "SGD", "Adagrad", "AdamW"),
         ),
         step_on_gpu=True,
     ),
@@ -147,21 +161,25 @@ IMPLEMENTATIONS = (
     # Built from source: PyPI's `apex` is another package. State has torch's names; SGD has a buffer
     # of momentum, which it reads, without momentum too.
     Implementation(
-        "apex", "apex", _from("apex.optimizers", "Fused"),
+        "apex", "apex", _from("apex.optimizers", "Fused", ADAM),
         _unless(
-            *_has("apex", "SGD", "Adagrad"),
-            (lambda *of: _half_param(*of) and _rule("SGD")(*of), NO_BFLOAT16.format("apex", SKIPS)),
-            (_half_param, NO_BFLOAT16.format("apex", "raises")),
+            (_no_rule("SGD", "Adagrad", "AdamW"), "apex has no {}"),
+            (_both(_rule("AdamW"), _half_state), "apex keeps Adam's state in float32"),
+            (_both(_no_rule("AdamW"), _other_state), "apex's state has its parameter's dtype"),
+            (_both(_rule("SGD"), _half_param), NO_BFLOAT16.format("apex", SKIPS)),
+            (_both(_rule("Adagrad"), _half_param), NO_BFLOAT16.format("apex", "raises")),
         ),
     ),
-    # Its FusedSGD is apex's; its other fused optimizer is Adam.
+    # Its FusedSGD is apex's; its FusedAdam keeps float32 state by default.
     Implementation(
         "TransformerEngine", "transformer_engine",
-        _from("transformer_engine.pytorch.optimizers", "Fused"),
+        _from("transformer_engine.pytorch.optimizers", "Fused", ADAM),
         _unless(
-            *_has("TransformerEngine", "SGD"),
-            (_half_param, NO_BFLOAT16.format("TransformerEngine", SKIPS)),
+            (_no_rule("SGD", "AdamW"), "TransformerEngine has no {}"),
+            (_both(_rule("AdamW"), _half_state), "TransformerEngine keeps float32 state"),
+            (_both(_rule("SGD"), _half_param), NO_BFLOAT16.format("TransformerEngine", SKIPS)),
         ),
+        torch_state=False,
     ),
     Implementation(
         "bitsandbytes", "bitsandbytes", _from("bitsandbytes.optim", optim_bits=32),
@@ -174,19 +192,20 @@ IMPLEMENTATIONS = (
     ),
     Implementation(
         "optimi", "torch-optimi", _from("optimi", triton=True, kahan_sum=False),
-        _unless(*_has("optimi", "SGD")), torch_state=False,
+        _unless(*_has("optimi", "SGD", "AdamW")), torch_state=False,
     ),
     # Without its 8-bit state and 24-bit weights, which are other storage.
     Implementation(
         "FlashOptim", "flashoptim",
         _from("flashoptim", "Flash", quantize=False, master_weight_bits=None),
-        _unless(*_has("FlashOptim", "SGD")), torch_state=False,
+        _unless(*_has("FlashOptim", "SGD", "AdamW")), torch_state=False,
     ),
     Implementation(
         "HeavyBall", "heavyball", _heavyball,
         _unless(
             (_rule("RMSprop"), "HeavyBall's RMSprop corrects its bias, which is another rule"),
             (_rule("Adagrad"), "HeavyBall has no Adagrad"),
+            (_rule("AdamW"), "HeavyBall's AdamW was not looked at"),
             (_half_state, "HeavyBall keeps float32 state by default"),
         ),
         max_tensors=MAX_COMPILED_TENSORS, torch_state=False,

@@ -13,7 +13,7 @@ import torch
 
 from lab.checkpoints import last_of_each, read, step_of
 from lab.language_model import HEADS, Text, documentation
-from lab.training import OPTIMIZERS
+from lab.training import OPTIMIZERS, WITHOUT_TORCH
 
 CHECKPOINTS = Path("train_lm_checkpoints")  # default with --shard
 MAX_GRAD_NORM = 1.0  # default with --shard
@@ -101,6 +101,8 @@ def arguments(description: str) -> tuple[argparse.Namespace, Text]:
         parser.error("--device cuda: torch sees no GPU")
     if args.lr is not None and not math.isfinite(args.lr):
         parser.error(f"--lr {args.lr}: must be finite")
+    if args.against == "torch" and (missing := {*args.optimizer} & {*WITHOUT_TORCH}):
+        parser.error(f"--against torch: torch has no {', '.join(missing)}")
     if args.model == "transformer" and args.size % HEADS:
         parser.error(f"--size {args.size}: a transformer needs a multiple of {HEADS}")
     if args.plot.is_dir() or not args.plot.parent.is_dir():

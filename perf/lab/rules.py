@@ -34,6 +34,13 @@ RULES = (
         {"lr": 0.01, "centered": True, "momentum": 0.9},
         ("square_avg", "grad_avg", "momentum_buffer"),
     ),
+    # All of it given, since defaults differ between packages.
+    Rule(
+        "adamw",
+        "AdamW",
+        {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01},
+        ("exp_avg", "exp_avg_sq"),
+    ),
 )
 # Of embedding tables with sparse gradients.
 ROWWISE = Rule("rowwise-adagrad", "RowwiseAdagrad", {"lr": 0.1}, (), 1)

@@ -35,7 +35,15 @@ OPTIMIZERS = {
     "nag": Spec("SGD", {"momentum": 0.9, "nesterov": True}, {"gru": 0.3, "transformer": 0.3}),
     "adagrad": Spec("Adagrad", {}, {"gru": 0.03, "transformer": 0.01}),
     "rmsprop": Spec("RMSprop", {"alpha": 0.9}, {"gru": 0.004, "transformer": 0.002}),
+    "adam": Spec("Adam", {}, {"gru": 0.01, "transformer": 0.002}),
+    "adamw": Spec("AdamW", {}, {"gru": 0.01, "transformer": 0.002}),
+    "adamax": Spec("Adamax", {}, {"gru": 0.02, "transformer": 0.005}),
+    "radam": Spec("RAdam", {}, {"gru": 0.02, "transformer": 0.005}),
+    "adadelta": Spec("Adadelta", {}, {"gru": 3.0, "transformer": 1.0}),
+    "rprop": Spec("Rprop", {}, {"gru": 0.001, "transformer": 0.001}),
+    "lion": Spec("Lion", {}, {"gru": 0.001, "transformer": 0.0003}),
 }
+WITHOUT_TORCH = ("lion",)  # for which torch has no class
 SQUARES = {"adagrad": "sum", "rmsprop": "square_avg"}  # state under the root
 N_RATES = 100  # effective step sizes that a run records
 

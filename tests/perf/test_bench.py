@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 FOR_LOOP = IMPLEMENTATIONS[1].build
 
 FLOAT32, BFLOAT16, MIXED = STORAGES
-SGD, MOMENTUM, ADAGRAD, RMSPROP, RMSPROP_CM = RULES
+SGD, MOMENTUM, ADAGRAD, RMSPROP, RMSPROP_CM, ADAMW = RULES
 TINY = Layout("tiny", [("weight", (12, 15)), ("bias", (7,)), ("scale", (1,))])
 
 
@@ -161,7 +161,7 @@ def test_what_has_no_time_says_why(whole_run: Run) -> None:
 def test_a_run_ends_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = bench_step.arguments(["--suite", "gpt2", "moe", "--minutes", "0"])
     assert rows.read(bench_step.run(FakeDevice(), options, tmp_path).path) == []
-    assert "the time was up before 28 groups, the first of them gpt2, sgd, float32" in (
+    assert "the time was up before 34 groups, the first of them gpt2, sgd, float32" in (
         capsys.readouterr().out
     )
 

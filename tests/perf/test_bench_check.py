@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 FLOAT32, BFLOAT16, MIXED = STORAGES
 
-SGD, MOMENTUM, ADAGRAD, RMSPROP, RMSPROP_CM = RULES
+SGD, MOMENTUM, ADAGRAD, RMSPROP, RMSPROP_CM, ADAMW = RULES
 TINY = Layout("tiny", [("weight", (12, 15)), ("bias", (7,)), ("scale", (1,))])
 
 

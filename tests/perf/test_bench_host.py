@@ -83,7 +83,7 @@ def test_the_report_shows_each_time_in_its_place() -> None:
     assert "| SGD | 300 | 300 | 1,300 | 2,300 | 3,300 | 4,300 |" in text
     assert "| Adagrad | 300 DTensors | 210,300 | 211,300 | 212,300 | 213,300 | 214,300 |" in text
     assert "| changing | 20,000 DTensors | 330,000 | 331,000 |" in text
-    assert "changed our time by -10 %, in the median of 20 pairs" in text
+    assert "changed our time by -10 %, in the median of 24 pairs" in text
     assert "4 us directly and 19 us by Triton's launcher" in text
     assert "took 0.7 s over 100 DTensors, and 0.9 to 1.1 s with each further rule" in text
     assert "shardings then, 4.0 s, and 5.0 to 6.0 s." in text

@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 FLOAT32, BFLOAT16, MIXED = STORAGES
-SGD, MOMENTUM, ADAGRAD, RMSPROP, RMSPROP_CM = RULES
+SGD, MOMENTUM, ADAGRAD, RMSPROP, RMSPROP_CM, ADAMW = RULES
 
 
 @pytest.mark.parametrize(
@@ -84,8 +84,10 @@ def test_what_peers_cannot_do_is_said() -> None:
     assert "without a word" in (reasons["apex"](MOMENTUM, BFLOAT16) or "")
     assert "raises" in (reasons["apex"](ADAGRAD, BFLOAT16) or "")
     assert "dtype" in (reasons["apex"](ADAGRAD, MIXED) or "")
+    assert reasons["apex"](ADAMW, MIXED) is reasons["apex"](ADAMW, FLOAT32) is None
+    assert "float32" in (reasons["apex"](ADAMW, BFLOAT16) or "")
     engine = reasons["TransformerEngine"]
-    assert engine(MOMENTUM, FLOAT32) is None
+    assert engine(MOMENTUM, FLOAT32) is engine(ADAMW, MIXED) is None
     assert engine(ADAGRAD, FLOAT32) == "TransformerEngine has no Adagrad"
     assert "without a word" in (engine(SGD, BFLOAT16) or "")
     assert reasons["HeavyBall"](SGD, FLOAT32) is reasons["HeavyBall"](MOMENTUM, MIXED) is None

@@ -22,7 +22,7 @@ from lab.rules import RULES, STORAGES, Rule, Storage, bytes_per_param
 from lab.traffic import Traffic, watched
 
 ROOT = Path(__file__).parents[2]
-SGD, MOMENTUM, *_, RMSPROP_CM = RULES
+SGD, MOMENTUM, *_, RMSPROP_CM, ADAMW = RULES
 MIXES = [
     *product((SGD,), STORAGES[:2]),  # which has no state
     *product((MOMENTUM, RMSPROP_CM), STORAGES),

@@ -65,6 +65,7 @@ def test_what_is_sharded_is_clipped_and_saved(tmp_path: Path, monkeypatch: Patch
         ("--against single", "--against single: needs --shard"),
         ("--max-grad-norm 0", "'0' is not positive"),
         ("--lr inf", "--lr inf: must be finite"),
+        ("--optimizer adam lion --against torch", "--against torch: torch has no lion"),
     ],
 )
 def test_refuses(
