@@ -30,6 +30,7 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("Adam", {"amsgrad": True, "weight_decay": 0.01}),
     ("AdamW", {}),
     ("Adamax", {}),
+    ("RAdam", {}),
     ("Adadelta", {}),
     ("Rprop", {}),
 ]
