@@ -148,6 +148,9 @@ def radam_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     lr, one_minus_beta1, log2_beta1, beta2, one_minus_beta2, log2_beta2, rest = hyper[:7]
     eps, weight_decay = hyper[7:]
     DTYPE: tl.constexpr = param.dtype
+    grad = objective_gradient(param, grad, weight_decay, FLAGS)
+    exp_avg = lerp(state[0], grad, one_minus_beta1)
+    exp_avg_sq = beta2.to(DTYPE) * state[1] + one_minus_beta2.to(DTYPE) * grad * grad
     step_size = div(lr.to(DTYPE), one_minus_exp2((step + 1) * log2_beta1, DTYPE))
     correction2 = one_minus_exp2((step + 1) * log2_beta2, DTYPE)
     length, longest = averaged_length(step + 1, one_minus_beta2, log2_beta2, rest, correction2)
@@ -155,9 +158,6 @@ def radam_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     length, longest = tl.where(tractable, length, 6.0), tl.where(tractable, longest, 6.0)
     ratio = div((length - 4) * (length - 2) * longest, (longest - 4) * (longest - 2) * length)
     step_size *= tl.where(tractable, sqrt(ratio * correction2), 1.0)
-    grad = objective_gradient(param, grad, weight_decay, FLAGS)
-    exp_avg = lerp(state[0], grad, one_minus_beta1)
-    exp_avg_sq = beta2.to(DTYPE) * state[1] + one_minus_beta2.to(DTYPE) * grad * grad
     denominator = tl.where(tractable, sqrt(exp_avg_sq) + eps.to(DTYPE), 1.0)
     update = step_size * div(exp_avg, denominator)
     return descend(param, update, lr, weight_decay, FLAGS), (exp_avg, exp_avg_sq)

@@ -58,6 +58,16 @@ GROUPS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
             "eps": st.sampled_from([1e-8, 1e-2]),
         }
     ),
+    "RAdam": st.fixed_dictionaries(
+        {
+            "lr": rates,
+            "betas": st.tuples(st.sampled_from([0.9, 0.3]), st.sampled_from([0.999, 0.9])),
+            "weight_decay": decays,
+            "maximize": st.booleans(),
+            "eps": st.sampled_from([1e-8, 1e-2]),
+            "decoupled_weight_decay": st.booleans(),
+        }
+    ),
     "Adadelta": st.fixed_dictionaries(
         {
             "lr": rates,

@@ -50,6 +50,8 @@ def test_betas_and_weight_decay_as_tensors(shape: tuple[int, ...]) -> None:
     values.append(torch.tensor(0.1, dtype=torch.float64))  # torch takes no other shape
     kwargs = {"betas": tuple(values[:2]), "weight_decay": values[2]}
     pair = Pair(Case("adam", "Adam", kwargs))
+    # torch 2.7 takes no other shape
+    pair.optimizers[1].param_groups[0]["betas"] = tuple(value.view(()) for value in values[:2])
     pair.step(2)
     for value in values:
         value.mul_(0.5)
@@ -73,6 +75,17 @@ def test_checkpoints_of_a_fused_step(name: str, by: str) -> None:
     pair.tensors[1].train(pair.optimizers[1], 1)
     pair.check()
     pair.step(2)
+
+
+def test_adams_checkpoint_in_adamw() -> None:
+    """Its groups replace AdamW's, whose decay stays decoupled, as torch's."""
+    source = Pair(Case("adam", "Adam", {"lr": 0.01, "weight_decay": 0.1}))
+    target = Pair(ADAMW)
+    source.step(2)
+    for saved, optimizer in zip(source.optimizers, target.optimizers, strict=True):
+        optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
+        assert optimizer.param_groups[0]["decoupled_weight_decay"] is True
+    target.step(2)
 
 
 def test_a_parameter_far_on() -> None:

@@ -159,7 +159,7 @@ def test_named_parameters(case: Case) -> None:
     assert pair.optimizers[0].state_dict()["param_groups"][0]["param_names"] == list(names)
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adagrad", "RMSprop"])
+@pytest.mark.parametrize("name", triton_optim.OPTIMIZERS)
 def test_constructor_is_torchs(name: str) -> None:
     ours, theirs = getattr(triton_optim, name), getattr(torch.optim, name)
     assert issubclass(ours, theirs)
@@ -167,7 +167,13 @@ def test_constructor_is_torchs(name: str) -> None:
     found = [(p.name, p.kind, p.default) for p in signature.parameters.values()]
     torchs = [(p.name, p.kind, p.default) for p in expected.parameters.values()]
     own = {"max_grad_norm": None, "error_if_nonfinite": False, "skip_nonfinite": False}
-    own |= {"fused": None, "sparse": None} if name == "RMSprop" else {"capturable": False}
+    own |= {
+        k: v for k, v in (("fused", None), ("capturable", False)) if k not in expected.parameters
+    }
+    if name in ("SGD", "Adagrad", "RMSprop"):
+        own["decoupled_weight_decay"] = False
+    if name == "RMSprop":
+        own["sparse"] = None
     assert found[: len(torchs)] == torchs
     assert {n: default for n, _, default in found[len(torchs) :]} == own
     assert {kind for _, kind, _ in found[len(torchs) :]} == {inspect.Parameter.KEYWORD_ONLY}

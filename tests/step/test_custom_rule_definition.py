@@ -155,8 +155,9 @@ def test_classes_that_users_make() -> None:
     own = Own([new_param(3)], 0.5, momentum=0.9)
     own.step()
     assert own._step == 0
-    assert [*own.defaults][-4:] == [
-        "capturable", "max_grad_norm", "error_if_nonfinite", "skip_nonfinite"
+    assert [*own.defaults][-5:] == [
+        "capturable", "max_grad_norm", "error_if_nonfinite", "skip_nonfinite",
+        "decoupled_weight_decay",
     ]  # fmt: skip
     expected = ["params", "lr", "beta1", "beta2", "weight_decay", "fused", "capturable"]
     assert [*inspect.signature(Lion).parameters][:7] == expected

@@ -238,9 +238,11 @@ def options(variant: Variant, config: Config, architecture: str) -> dict[str, An
         and elements <= FEW_ELEMENTS
         and config.blocks == 1
     ):
+        more = 0 if variant.aligned else MISALIGNED_REGISTERS
         if variant.n_states in STATES_REGISTERS:
-            more = 0 if variant.aligned else MISALIGNED_REGISTERS
             chosen["maxnreg"] = STATES_REGISTERS[variant.n_states] + more
+        elif variant.n_states == 1 and "DECOUPLED" in variant.flags:
+            chosen["maxnreg"] = GATED_REGISTERS + more
         elif variant.n_states == 1 and variant.conditions and not variant.aligned:
             chosen["maxnreg"] = GATED_REGISTERS
     return chosen
