@@ -108,9 +108,8 @@ def _dense(pool: ProcessPoolExecutor, architectures: Sequence[str]) -> dict[str,
     cuts = {a: tuple(tuning.config(a, half=half).chunk for half in (False, True)) for a in GPUS}
     first = {cuts[a]: a for a in reversed(architectures)}
     # Adam for AdamW too, whose rule is the same.
-    names = {
-        getattr(triton_optim, n).rule.name: n for n in reversed(triton_optim.OPTIMIZERS)
-    }.values()
+    optimizers = (*triton_optim.OPTIMIZERS, "Lion")
+    names = {getattr(triton_optim, n).rule.name: n for n in reversed(optimizers)}.values()
     tasks = {a: [pool.submit(kernels_of, a, name) for name in names] for a in first.values()}
     found = {a: [kernel for task in of for kernel in task.result()] for a, of in tasks.items()}
     return {a: found[first[cuts[a]]] for a in architectures}

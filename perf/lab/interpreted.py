@@ -48,7 +48,9 @@ def kernels_of(architecture: str, name: str) -> list[Kernel]:
 def flag_sets(name: str) -> list[dict[str, Any]]:
     """Arguments of an optimizer that reach its flag sets, one each: all of its switches are tried.
 
-    A switch is an argument that is off by default, such as `maximize=False` or `momentum=0`.
+    A switch is an argument that is off by default, such as `maximize=False` or `momentum=0`. The one
+    of decoupled decay, which changes the last line of every rule alike, is tried alone and with all
+    others.
     """
     make = getattr(triton_optim, name)
     defaults = {p.name: p.default for p in signature(make).parameters.values()}
@@ -63,8 +65,10 @@ def flag_sets(name: str) -> list[dict[str, Any]]:
                 continue
             group = optimizer.param_groups[0]
             if optimizer._stepper.options.unsupported(group) is None:
-                found.setdefault(optimizer.rule.active_flags(group), kwargs)
-    return list(found.values())
+                found.setdefault(optimizer._current_rule().active_flags(group), kwargs)
+    decoupled = [f for f in found if "DECOUPLED" in f and "DECOUPLED" not in make.rule.flags]
+    between = sorted(decoupled, key=len)[1:-1]
+    return [kwargs for flags, kwargs in found.items() if flags not in between]
 
 
 def measure(
