@@ -15,9 +15,10 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 import triton_optim
+from triton_optim.launch import backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BLOCK = 1024 if DEVICE == "cuda" else 64  # elements of a program in these tests
+BLOCK = 1024 if backend.COMPILED else 64  # elements of a program in these tests
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
