@@ -134,6 +134,7 @@ class GlobalMemory:
     def _places(self, access: Access, bits: int) -> list[Array]:
         """The indices in MEMORY of a checked access."""
         if len(access.addresses):
+            access.check_alignment()
             outside = self._spans[access.kind].outside(access.addresses, access.size)
             if outside is not None:
                 around = self._spans[access.kind].around(outside)
@@ -141,7 +142,6 @@ class GlobalMemory:
                     f"{access.kind} of {access.size} bytes at {outside:#x} outside of every tensor "
                     f"({around}), {access}"
                 )
-            access.check_alignment()
             self.log.append(access)
             if self._watch is not None:
                 self._watch(access)

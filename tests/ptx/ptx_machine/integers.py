@@ -51,13 +51,13 @@ def _ones(length: Array, kind: Any) -> Array:
 
 
 def extract_bits(a: Array, position: Array, length: Array) -> Array:
-    """`bfe`: a signed field keeps its sign, in the bits from its last on."""
+    """`bfe`: the sign of a signed field fills the bits after its last, which is a's at most."""
     bits = a.dtype.itemsize * 8
     kind = UNSIGNED[bits]
     value = a.view(kind)
     position, length = ((n & np.uint32(255)).astype(np.int64) for n in (position, length))
     shifted = value >> np.minimum(position, bits - 1).astype(kind)
-    mask = _ones(length, kind)
+    mask = _ones(np.clip(bits - position, 0, length), kind)
     field: Array = np.where(position < bits, shifted, np.zeros_like(shifted)) & mask
     if a.dtype.kind == "i":
         last = np.clip(position + length - 1, 0, bits - 1).astype(kind)

@@ -109,8 +109,8 @@ def parse(text: str) -> Kernel:
         elif line.startswith((".", ")")) or (line and read is _head):
             if not read(kernel, line):
                 raise UnknownPTX(f"PTX line {number}: {line}")
-        elif line.endswith(":"):
-            _label(kernel, line.removesuffix(":"))
+        elif found := re.match(r"(\$\w+):$", line):
+            _label(kernel, found[1])
         else:
             for statement in filter(None, (part.strip() for part in line.split(";"))):
                 _append(kernel, _instruction(number, statement, source))
