@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import struct
-from fractions import Fraction
+from collections.abc import Callable, Sequence
+from fractions import Fraction as Fraction
 from typing import NamedTuple
 
 
@@ -17,7 +18,7 @@ class Format(NamedTuple):
 
     @property
     def infinity(self) -> int:
-        ones = 2 ** (self.bits - self.precision) - 1
+        ones = (1 << (self.bits - self.precision)) - 1
         return ones << (self.precision - 1)
 
 
@@ -27,6 +28,9 @@ FORMATS = {
     "f32": Format(32, 24, -126),
     "f64": Format(64, 53, -1022),
 }
+ROUNDINGS: dict[str, Callable[[Fraction], int]] = {
+    "rzi": math.trunc, "rni": round, "rmi": math.floor, "rpi": math.ceil,
+}  # fmt: skip
 NAN = -1  # in place of the bits of any NaN
 
 
@@ -54,13 +58,19 @@ def value_of(pattern: int, kind: str) -> float:
     return number
 
 
-def signed(pattern: int, kind: str) -> int:
+def number_of(pattern: int, kind: str) -> int:
     """An integer type's number."""
     bits = int(kind[1:])
-    return pattern - 2**bits if kind[0] == "s" and pattern >= 2 ** (bits - 1) else pattern
+    negative = kind[0] == "s" and pattern >> (bits - 1)
+    return pattern - (1 << bits) if negative else pattern
 
 
-def _of_float(number: float, kind: str) -> int:
+def wrapped(number: int, bits: int) -> int:
+    """As many low bits."""
+    return number & ((1 << bits) - 1)
+
+
+def exact_bits(number: float, kind: str) -> int:
     """The bits of a special value, or of a number that the format has."""
     if number != number:
         return NAN
@@ -73,8 +83,8 @@ def _of_float(number: float, kind: str) -> int:
 def fma(a: float, b: float, c: float, kind: str) -> int:
     if not all(map(math.isfinite, (a, b, c))):
         if math.isfinite(a) and math.isfinite(b):
-            return _of_float(c, kind)
-        return _of_float(a * b + c, kind)
+            return exact_bits(c, kind)
+        return exact_bits(a * b + c, kind)
     exact = Fraction(a) * Fraction(b) + Fraction(c)
     zero = math.copysign(1, a) * math.copysign(1, b)
     both = (a == 0 or b == 0) and c == 0
@@ -83,14 +93,14 @@ def fma(a: float, b: float, c: float, kind: str) -> int:
 
 def add(a: float, b: float, kind: str) -> int:
     if not (math.isfinite(a) and math.isfinite(b)):
-        return _of_float(a + b, kind)
+        return exact_bits(a + b, kind)
     negative = a == b == 0 and math.copysign(1, a) < 0 and math.copysign(1, b) < 0
     return rounded(Fraction(a) + Fraction(b), kind, negative)
 
 
 def mul(a: float, b: float, kind: str) -> int:
     if not (math.isfinite(a) and math.isfinite(b)):
-        return _of_float(a * b, kind)
+        return exact_bits(a * b, kind)
     negative = math.copysign(1, a) * math.copysign(1, b) < 0
     return rounded(Fraction(a) * Fraction(b), kind, negative)
 
@@ -100,7 +110,7 @@ def div(a: float, b: float, kind: str) -> int:
     if a != a or b != b or (a == 0 and b == 0) or (math.isinf(a) and math.isinf(b)):
         return NAN
     if math.isinf(a) or b == 0:
-        return _of_float(-math.inf if negative else math.inf, kind)
+        return exact_bits(-math.inf if negative else math.inf, kind)
     return rounded(Fraction(0) if math.isinf(b) else Fraction(a) / Fraction(b), kind, negative)
 
 
@@ -108,7 +118,7 @@ def sqrt(a: float, kind: str) -> int:
     if a != a or a < 0:
         return NAN
     if a == 0 or math.isinf(a):
-        return _of_float(a, kind)
+        return exact_bits(a, kind)
     scale = 2**1200  # beyond what either format's root has
     square = Fraction(a) * scale * scale
     root = math.isqrt(int(square))
@@ -116,31 +126,28 @@ def sqrt(a: float, kind: str) -> int:
     return rounded((Fraction(root) + Fraction(int(inexact), 2)) / scale, kind)
 
 
-def extreme(a: float, b: float, kind: str, least: bool, keeps_nan: bool) -> int:
-    if a != a or b != b:
-        number = b if a != a else a
-        return NAN if keeps_nan else _of_float(number, kind)
-    first, second = sorted((a, b), key=lambda x: (x, math.copysign(1, x)))
-    return _of_float(first if least else second, kind)
+def extreme(numbers: Sequence[float], kind: str, least: bool, keeps_nan: bool) -> int:
+    held = [x for x in numbers if x == x]
+    if len(held) < len(numbers):
+        return NAN if keeps_nan or not held else exact_bits(held[0], kind)
+    first, *_, last = sorted(held, key=lambda x: (x, math.copysign(1, x)))
+    return exact_bits(first if least else last, kind)
 
 
 def integer(x: float, kind: str, rounding: str) -> int:
     """The nearest that the type has, as bits."""
     bits = int(kind[1:])
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if kind[0] == "s" else (0, 2**bits - 1)
+    high = (1 << (bits - 1 if kind[0] == "s" else bits)) - 1
+    low = -high - 1 if kind[0] == "s" else 0
     if x != x:
         return 0
     if math.isinf(x):
-        return (low if x < 0 else high) % 2**bits
-    exact = Fraction(x)
-    whole = {
-        "rzi": math.trunc, "rni": round, "rmi": math.floor, "rpi": math.ceil
-    }[rounding](exact)  # fmt: skip
-    return min(max(whole, low), high) % 2**bits
+        return wrapped(low if x < 0 else high, bits)
+    return wrapped(min(max(ROUNDINGS[rounding](Fraction(x)), low), high), bits)
 
 
 def flushed(pattern: int, kind: str) -> int:
     """0 of a subnormal, with its sign."""
     form = FORMATS[kind]
-    exponent = (pattern >> (form.precision - 1)) & (2 ** (form.bits - form.precision) - 1)
-    return pattern if exponent else pattern & (1 << (form.bits - 1))
+    exponent = (pattern >> (form.precision - 1)) & ((1 << (form.bits - form.precision)) - 1)
+    return pattern if exponent else pattern & 1 << (form.bits - 1)

@@ -44,7 +44,7 @@ def test_reductions(name: str, kind: str) -> None:
     got = lanes.reduction(name, kind)(values)
     for warp in (slice(0, 32), slice(32, 64)):
         numbers = [int(v) for v in values[warp].view(np.int32 if kind == "s32" else np.uint32)]
-        expected = {"min": min, "max": max, "add": sum}[name](numbers)
+        expected = {"min": min(numbers), "max": max(numbers), "add": sum(numbers)}[name]
         assert (got[warp] == expected % 2**32).all()
 
 

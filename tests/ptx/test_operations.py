@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from random import Random
 
 import exact
 import numpy as np
 import pytest
-from exact import FORMATS, NAN, signed, value_of
+from exact import FORMATS, NAN, exact_bits, number_of, value_of, wrapped
 from ptx_machine import floats
+from ptx_machine.floats import Array
 from ptx_machine.integers import UNSIGNED
 from ptx_machine.operations import OPERATIONS
 from ptx_machine.parser import bits_of
@@ -37,7 +39,7 @@ def _patterns(kind: str, random: Random) -> list[int]:
         edges = [0, 1, 2, 7, 31, 32, 2 ** (bits - 1) - 1, 2 ** (bits - 1), 2**bits - 1]
         return [random.choice([*edges, random.randrange(2**bits)]) for _ in range(N)]
     form = FORMATS[kind]
-    one = exact.rounded(exact.Fraction(1), kind)
+    one = exact.rounded(Fraction(1), kind)
     magnitudes = [
         0, 1, 2, (1 << (form.precision - 1)) - 1, 1 << (form.precision - 1), one, one + 1,
         form.infinity - 1, form.infinity, form.infinity + 1, form.infinity + (form.infinity >> 9),
@@ -89,7 +91,7 @@ def _float_result(
         changed = operands[0] ^ sign if head == "neg" else operands[0] & ~sign
         return NAN if numbers[0] != numbers[0] else changed
     if head in ("min", "max"):
-        return exact.extreme(*numbers, kind, head == "min", "NaN" in middle)
+        return exact.extreme(numbers, kind, head == "min", "NaN" in middle)
     if head == "sub":
         return exact.add(numbers[0], -numbers[1], kind)
     compute: Callable[..., int] = getattr(exact, head)
@@ -99,11 +101,11 @@ def _float_result(
 def _narrow_pair(narrow: str, operands: Sequence[int]) -> int | None:
     """Of bfloat16, and of two numbers in one register."""
     if narrow == "f32":
-        return exact._of_float(value_of(operands[0], "bf16"), "f32")
+        return exact_bits(value_of(operands[0], "bf16"), "f32")
     kind = narrow.removesuffix("x2")
     total = 0
     for operand in operands:
-        half = exact._of_float(value_of(operand, "f32"), kind)
+        half = exact_bits(value_of(operand, "f32"), kind)
         if half == NAN and kind == "f16":
             return None
         half = 0x7FFF if half == NAN else half
@@ -116,37 +118,37 @@ def _converted(middle: list[str], source: str, operand: int) -> int:
     if source in FLOAT_TYPES:
         number = value_of(operand, source)
         if result in FLOAT_TYPES:
-            return exact._of_float(number, result)
+            return exact_bits(number, result)
         return exact.integer(number, result, how[0])
-    whole = signed(operand, source)
+    whole = number_of(operand, source)
     if result in FLOAT_TYPES:
-        return exact.rounded(exact.Fraction(whole), result)
-    return whole % 2 ** bits_of(result)
+        return exact.rounded(Fraction(whole), result)
+    return wrapped(whole, bits_of(result))
 
 
 def _integer_result(head: str, middle: list[str], kind: str, operands: Sequence[int]) -> int:
     bits = bits_of(kind)
-    a, *rest = operands if kind == "pred" else [signed(o, kind) for o in operands]
+    a, *rest = operands if kind == "pred" else [number_of(o, kind) for o in operands]
     if head == "not":
-        return ~a % 2**bits
+        return wrapped(~a, bits)
     if head in ("neg", "abs"):
-        return (-a if head == "neg" else abs(a)) % 2**bits
+        return wrapped(-a if head == "neg" else abs(a), bits)
     if head in ("shl", "shr"):
         n = operands[1]
-        return (a << min(n, 64) if head == "shl" else a >> min(n, 64)) % 2**bits
+        return wrapped(a << min(n, 64) if head == "shl" else a >> min(n, 64), bits)
     if head in ("bfe", "bfi", "prmt"):
         return _bit_field(head, kind, operands)
     b, *rest = rest
     if head == "setp":
         return COMPARISONS[middle[0]](a, b)
     if head in ("div", "rem"):
-        quotient = int(exact.Fraction(a, b)) if b else -1
-        return (quotient if head == "div" else a - quotient * b) % 2**bits
+        quotient = int(Fraction(a, b)) if b else -1
+        return wrapped(quotient if head == "div" else a - quotient * b, bits)
     if head in ("mul", "mad"):
         if middle == ["wide"]:
-            return (a * b + sum(operands[2:])) % 2 ** (2 * bits)
-        return (a * b >> bits if middle == ["hi"] else a * b + sum(rest)) % 2**bits
-    return INTEGER_SIGNS[head](a, b) % 2**bits
+            return wrapped(a * b + sum(operands[2:]), 2 * bits)
+        return wrapped(a * b >> bits if middle == ["hi"] else a * b + sum(rest), bits)
+    return wrapped(INTEGER_SIGNS[head](a, b), bits)
 
 
 def _bit_field(head: str, kind: str, operands: Sequence[int]) -> int:
@@ -160,8 +162,8 @@ def _bit_field(head: str, kind: str, operands: Sequence[int]) -> int:
     *values, position, length = operands
     position, length = position & 255, length & 255
     if head == "bfi":
-        mask = (2**length - 1) << position
-        return ((values[1] & ~mask) | (values[0] << position & mask)) % 2**bits
+        mask = ((1 << length) - 1) << position
+        return wrapped((values[1] & ~mask) | (values[0] << position & mask), bits)
     # As the manual's loop has it, bit by bit.
     last = min(position + length - 1, bits - 1)
     sign = values[0] >> last & 1 if kind[0] == "s" and length else 0
@@ -172,7 +174,7 @@ def _bit_field(head: str, kind: str, operands: Sequence[int]) -> int:
     return sum(bit << i for i, bit in enumerate(taken))
 
 
-def _array(patterns: Sequence[int], kind: str) -> np.ndarray[object, np.dtype[np.generic]]:
+def _array(patterns: Sequence[int], kind: str) -> Array:
     return np.array(patterns, UNSIGNED.get(bits_of(kind), bool))
 
 
@@ -202,20 +204,20 @@ def test_result(op: str) -> None:
 def test_fma_rounds_once(kind: str) -> None:
     """Where rounding twice, or the product first, gives something else."""
     random = Random(0)
-    half_unit = exact.Fraction(1, 2 ** FORMATS[kind].precision)
+    half_unit = Fraction(1, 2 ** FORMATS[kind].precision)
     triples = []
     for _ in range(500):
         a, b = (random.choice([1, -1]) * random.uniform(1, 2) * 2.0**random.randrange(-40, 40)
                 for _ in range(2))  # fmt: skip
-        a, b = (value_of(exact.rounded(exact.Fraction(x), kind), kind) for x in (a, b))
-        product = exact.Fraction(a) * exact.Fraction(b)
+        a, b = (value_of(exact.rounded(Fraction(x), kind), kind) for x in (a, b))
+        product = Fraction(a) * Fraction(b)
         nearby = [
             -product,  # all but cancels
             -product * (1 + 2 * half_unit),
             product / half_unit,  # the product is half a unit of the sum
             product / half_unit * (1 + 2 * half_unit),
             product * half_unit,
-            exact.Fraction(0),
+            Fraction(0),
         ]
         triples += [(a, b, value_of(exact.rounded(c, kind), kind)) for c in nearby]
     dtype = np.float32 if kind == "f32" else np.float64
