@@ -219,7 +219,7 @@ UNKNOWN = {
     "scope of atomics": ("atom.global.cta.acq_rel.add.u32 %r10, [%rd2], %r1;", "another kind"),
     "compare and swap": ("atom.global.gpu.acq_rel.cas.b32 %r10, [%rd2], %r1, %r2;", "cas"),
     "barrier": ("bar.sync 1, 32;", "a barrier of some threads"),
-    "lanes": ("shfl.sync.bfly.b32 %r10, %r2, 1, 31, 65535;", "of some lanes"),
+    "lanes": ("@%p1 shfl.sync.bfly.b32 %r10, %r2, 1, 31, -1;", "of some lanes"),
     "vector": ("ld.global.v4.b32 {%r10, %r11}, [%rd2];", "an access with"),
     "modifier": ("ld.global.nc.b32 %r10, [%rd2];", "an access with"),
     "space": ("ld.local.b32 %r10, [%rd2];", "was not taught"),
@@ -238,6 +238,11 @@ def test_what_the_machine_does_not_know_raises(name: str) -> None:
 def test_what_is_unknown_names_the_instruction_and_the_source() -> None:
     with pytest.raises(UnknownPTX, match=r"sin\.approx.*PTX line 26, small\.py:7"):
         code("sin.approx.f32 %r10, %r2;")
+
+
+def test_a_shuffle_of_some_lanes_raises() -> None:
+    with pytest.raises(UnknownPTX, match="of some lanes"):
+        launch("shfl.sync.bfly.b32 %r10, %r2, 1, 31, %r2;", array(64))
 
 
 def test_a_branch_that_some_threads_take_raises() -> None:

@@ -10,7 +10,7 @@ from . import lanes
 from .floats import Array
 from .integers import UNSIGNED
 from .operands import Operands, Registers, Step, name_of
-from .parser import Immediate, Instruction, Operand, Symbol, UnknownPTX, Vector, bits_of
+from .parser import Instruction, Operand, Symbol, UnknownPTX, Vector, bits_of
 
 if TYPE_CHECKING:
     from .program import Program
@@ -19,7 +19,7 @@ MODIFIERS = {
     "weak", "relaxed", "acquire", "release", "gpu", "sys", "cta", "ca", "cg", "cs", "lu", "cv",
     "wb", "wt", "L1::evict_last", "L1::evict_first", "L1::evict_normal", "L1::no_allocate",
 }  # fmt: skip
-ALL_LANES = (Immediate("-1"), Immediate("0xffffffff"))
+ALL_LANES = 0xFFFFFFFF  # of a warp, a bit each
 ATOMICS: dict[str, Callable[[int, int], int]] = {
     "add": lambda a, b: a + b, "exch": lambda a, b: b, "and": lambda a, b: a & b,
     "or": lambda a, b: a | b, "xor": lambda a, b: a ^ b, "max": max, "min": min,
@@ -142,28 +142,37 @@ def atomic(instruction: Instruction, operands: Operands) -> Step:
 def shuffle(instruction: Instruction, operands: Operands) -> Step:
     dest, *given = instruction.operands
     names = [name_of(item) for item in _items(dest)]
-    sources = _of_all_lanes(instruction, given, operands)
+    values = _of_all_lanes(instruction, given, operands)
     mode = instruction.op.split(".")[2]
 
     def step(program: Program) -> None:
-        registers = program.registers
-        results = lanes.shuffle(mode, *(registers[source] for source in sources))
-        registers.update(zip(names, results, strict=False))
+        results = lanes.shuffle(mode, *values(program.registers))
+        program.registers.update(zip(names, results, strict=False))
 
     return step
 
 
 def reduce(instruction: Instruction, operands: Operands) -> Step:
     dest, *given = instruction.operands
-    (source,) = _of_all_lanes(instruction, given, operands)
+    values = _of_all_lanes(instruction, given, operands)
     compute = lanes.reduction(*instruction.op.split(".")[2:])
-    return operands.setting(instruction, dest, "b32", lambda r: compute(r[source]))
+    return operands.setting(instruction, dest, "b32", lambda r: compute(*values(r)))
 
 
-def _of_all_lanes(instruction: Instruction, given: list[Operand], operands: Operands) -> list[str]:
-    if instruction.predicate or given.pop() not in ALL_LANES:
+def _of_all_lanes(
+    instruction: Instruction, given: list[Operand], operands: Operands
+) -> Callable[[Registers], list[Array]]:
+    """Reads the operands but for the last, which says which lanes take part."""
+    if instruction.predicate:
         raise UnknownPTX("of some lanes")
-    return [operands.read(operand, "b32") for operand in given]
+    *names, members = [operands.read(operand, "b32") for operand in given]
+
+    def values(registers: Registers) -> list[Array]:
+        if (registers[members] != ALL_LANES).any():
+            raise UnknownPTX(f"of some lanes: {instruction}")
+        return [registers[name] for name in names]
+
+    return values
 
 
 def matrix(instruction: Instruction, operands: Operands) -> Step:
