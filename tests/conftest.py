@@ -35,7 +35,7 @@ def pytest_xdist_auto_num_workers() -> int | None:
 if PTX:
     import on_ptx
 
-    MACHINE = on_ptx.start(PTX)
+    on_ptx.start(PTX)
 elif not backend.COMPILED:
     from faster_interpreter import patch_once_a_launch
 
@@ -43,10 +43,15 @@ elif not backend.COMPILED:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    skipped = {
+        "gpu": None if torch.cuda.is_available() else "needs a GPU",
+        "ptx": None if PTX else "needs PTX=sm_90, or another architecture, in the environment",
+        "interpreted": "is about Triton's interpreter" if backend.COMPILED else None,
+    }
+    for item in items:
+        for name, reason in skipped.items():
+            if reason and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +102,7 @@ def _sanitizer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     )
     launch = Launch.run
     monkeypatch.setattr(Launch, "run", lambda self, **more: sanitizer.launch(launch, self, more))
-    with on_ptx.watched(MACHINE, sanitizer) if PTX else watched(sanitizer.watch):
+    with on_ptx.sanitized(sanitizer) if PTX else watched(sanitizer.watch):
         yield
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
+import triton
 from guarded_memory import guarded_buffers
 from lab import traffic
 from ptx_machine.access import Access
@@ -15,13 +17,35 @@ from sanitizer import Sanitizer
 from triton_optim.launch import backend
 
 
-def start(architecture: str) -> Machine:
-    """Parameters on the CPU are a GPU's from now on."""
-    machine = install(architecture)
+def machine() -> Machine:
+    """That which runs the launches of this process."""
+    active: Machine = triton.runtime.driver.active
+    return active
+
+
+def start(architecture: str) -> None:
+    """Parameters on the CPU are a GPU's from now on, and `lab.traffic` watches this machine."""
+    install(architecture).spans = _between_guards
     vars(backend)["DEVICE_TYPE"] = "cpu"
     vars(backend)["architecture"] = lambda _: architecture
-    machine.spans = _between_guards
-    return machine
+    vars(traffic)["watched"] = watched
+
+
+@contextmanager
+def watched(watch: Callable[[traffic.Access], None]) -> Iterator[None]:
+    """Call `watch` before every load and store, as in the interpreter; of equal ones, once."""
+
+    def watcher(access: Access) -> None:
+        if access.kind != "atomic":
+            places = np.unique(access.addresses)
+            watch(traffic.Access(access.kind == "store", places, access.size))
+
+    gpu = machine()
+    gpu.watchers.append(watcher)
+    try:
+        yield
+    finally:
+        gpu.watchers.remove(watcher)
 
 
 def _between_guards() -> tuple[Spans, Spans]:
@@ -38,20 +62,23 @@ def _between_guards() -> tuple[Spans, Spans]:
 
 
 @contextmanager
-def watched(machine: Machine, sanitizer: Sanitizer) -> Iterator[None]:
+def sanitized(sanitizer: Sanitizer) -> Iterator[None]:
     """Launches of a step access what the sanitizer says, and it sees every access."""
 
     def spans() -> tuple[Spans, Spans]:
         known = sanitizer.spans
         return (Spans(known[0]), Spans(known[1])) if known else _between_guards()
 
-    def watch(access: Access) -> None:
+    def watcher(access: Access) -> None:
         if access.kind != "atomic":
             stores = access.kind == "store"
             sanitizer.watch(traffic.Access(stores, access.addresses, access.size))
 
-    machine.spans, machine.watch = spans, watch
+    gpu = machine()
+    gpu.spans = spans
+    gpu.watchers.append(watcher)
     try:
         yield
     finally:
-        machine.spans, machine.watch = _between_guards, None
+        gpu.spans = _between_guards
+        gpu.watchers.remove(watcher)

@@ -56,7 +56,7 @@ def _in_order(monkeypatch: pytest.MonkeyPatch, order: Sequence[int]) -> None:
     monkeypatch.setattr(Launch, "run", launched)
 
 
-@interpreted
+@pytest.mark.interpreted
 def test_the_order_of_programs_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of 1 to 70 duplicates, over up to five programs."""
     results = []

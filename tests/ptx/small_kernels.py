@@ -8,7 +8,6 @@ import numpy as np
 from ptx_machine.floats import Array
 from ptx_machine.global_memory import Spans
 from ptx_machine.grid import Launch, Run
-from ptx_machine.parser import parse
 from ptx_machine.program import Code
 
 SHARED_BYTES = 1024
@@ -46,7 +45,7 @@ TAIL = """
 
 def code(body: str, threads: int = 64) -> Code:
     """Of statements that find what HEAD set; it ends the program."""
-    return Code(parse(HEAD.format(threads=threads) + body + "\nret;" + TAIL))
+    return Code(HEAD.format(threads=threads) + body + "\nret;" + TAIL)
 
 
 def array(n: int) -> Array:

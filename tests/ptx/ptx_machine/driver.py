@@ -17,7 +17,7 @@ from triton.compiler import CompiledKernel
 from .access import Access, Fault
 from .global_memory import Span, Spans
 from .grid import Launch, Run
-from .parser import UnknownPTX, parse
+from .parser import UnknownPTX
 from .program import Code
 
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes a program
@@ -47,15 +47,17 @@ class Machine:
 
     Attributes:
         spans: what a launch may load, and what it may store to; by default all tensors.
-        watch: called with every access of a launch, in the first order of its programs.
-        runs: is given every run that a launch was.
+        watchers: called with every access of a launch, in the first order of its programs.
+        before: called with every launch before it runs.
+        after: called with what came of it.
     """
 
     def __init__(self, architecture: str) -> None:
         self.architecture = architecture
         self.spans: Callable[[], tuple[Spans, Spans]] = lambda: (all_tensors(),) * 2
-        self.watch: Callable[[Access], None] | None = None
-        self.runs: Callable[[Run], object] | None = None
+        self.watchers: list[Callable[[Access], None]] = []
+        self.before: Callable[[Launch], object] | None = None
+        self.after: Callable[[Run], object] | None = None
         self.n_launches = 0
         self.utils = SimpleNamespace(
             load_binary=self._load,
@@ -73,7 +75,7 @@ class Machine:
 
     def _load(self, _name: str, text: bytes, *_: Any) -> tuple[Any, ...]:
         """The module, the function, registers, spills and, of later Tritons, the most threads."""
-        code = Code(parse(text.decode()))
+        code = Code(text.decode())
         values = ("module", code, 0, 0, THREADS)
         has_threads = "n_max_threads" in inspect.getsource(CompiledKernel)
         return values if has_threads else values[:4]
@@ -95,6 +97,10 @@ class Machine:
 
         return start
 
+    def _watch(self, access: Access) -> None:
+        for watcher in self.watchers:
+            watcher(access)
+
     def _launch(
         self, code: Code, grid: tuple[int, int, int], given: list[Any], shared_bytes: int
     ) -> None:
@@ -102,12 +108,14 @@ class Machine:
         values += [0] * (len(code.kernel.params) - len(values))  # to scratch memory of no bytes
         self.n_launches += 1
         launch = Launch(code, grid, values, shared_bytes, *self.spans(), seed=self.n_launches)
+        if self.before is not None:
+            self.before(launch)
         try:
-            run = launch.run(self.watch)
+            run = launch.run(self._watch)
         except Fault as fault:
             raise Fault(f"{code.kernel.name}: {fault}") from None
-        if self.runs is not None:
-            self.runs(run)
+        if self.after is not None:
+            self.after(run)
 
 
 def all_tensors() -> Spans:

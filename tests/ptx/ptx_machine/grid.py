@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
@@ -32,9 +33,10 @@ class Run(NamedTuple):
     written: Written
 
 
+@dataclass(frozen=True)
 class Launch:
     """
-    Args:
+    Attributes:
         code: the kernel.
         grid: how many programs, by dimension.
         arguments: numbers, pointers among them.
@@ -43,23 +45,13 @@ class Launch:
         seed: of what registers and shared memory hold at first, and of random orders.
     """
 
-    def __init__(
-        self,
-        code: Code,
-        grid: Grid,
-        arguments: Sequence[int | float],
-        shared_bytes: int,
-        readable: Spans,
-        writable: Spans,
-        seed: int = 0,
-    ) -> None:
-        self._code, self._grid, self._shared_bytes = code, grid, shared_bytes
-        self._readable, self._writable = readable, writable
-        self._rng = np.random.default_rng(seed)
-        self._arguments = {
-            name: _bits(value, kind, code.kernel.n_threads)
-            for (name, kind), value in zip(code.kernel.params, arguments, strict=True)
-        }
+    code: Code
+    grid: Grid
+    arguments: Sequence[int | float]
+    shared_bytes: int
+    readable: Spans
+    writable: Spans
+    seed: int = 0
 
     def run(self, watch: Callable[[Access], None] | None = None) -> Run:
         """Run all programs. What they wrote stays; of a launch with a fault, nothing.
@@ -80,18 +72,19 @@ class Launch:
             Fault: an access that is none of this launch's, misaligned or unordered; shared memory
                 that is used before it is set; programs that write other bits in another order.
         """
-        first = self._in_order("ascending", watch=watch)
+        rng = np.random.default_rng(self.seed)
+        first = self._in_order("ascending", rng, watch=watch)
         found = contested(first.memory.log)
-        self._judge(found.races, first)
+        self._judge(found.races, first, rng)
         orders = list(ORDERS[1:]) if found.by_programs else []
         if not orders and any(program.shared.unset_loads for program in first.programs):
             orders = ["descending"]  # with other noise
         for order in orders:
-            if not same(self._in_order(order).written, first.written):
+            if not same(self._in_order(order, rng).written, first.written):
                 raise Fault(f"other bits where programs run in {order} order than ascending")
         return first
 
-    def _judge(self, races: Sequence[Race], first: Run) -> None:
+    def _judge(self, races: Sequence[Race], first: Run, rng: np.random.Generator) -> None:
         """
         Raises:
             Fault: a race, unless it is a load of which nothing depends.
@@ -103,50 +96,58 @@ class Launch:
             key = (race.load.program, race.load.access.instruction.line)
             spoiled.setdefault(key, []).append(race.load.thread)
         if races:
-            again = GlobalMemory(self._readable, self._writable, spoiled=spoiled)
-            if not same(self._in_order("ascending", again).written, first.written):
+            again = GlobalMemory(self.readable, self.writable, spoiled=spoiled)
+            if not same(self._in_order("ascending", rng, again).written, first.written):
                 raise Fault(str(races[0]))
 
     def _in_order(
         self,
         order: str,
+        rng: np.random.Generator,
         memory: GlobalMemory | None = None,
         watch: Callable[[Access], None] | None = None,
     ) -> Run:
         """Run all programs, and undo what they wrote."""
-        memory = memory or GlobalMemory(self._readable, self._writable, watch)
-        x, y, z = self._grid
+        memory = memory or GlobalMemory(self.readable, self.writable, watch)
+        x, y, z = self.grid
         indices = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
         if order == "descending":
             indices.reverse()
         elif order != "ascending":
-            indices = [indices[i] for i in self._rng.permutation(len(indices))]
-        registers = {
-            **self._code.noise(self._rng), **self._code.constants, **self._arguments
-        }  # fmt: skip
+            indices = [indices[i] for i in rng.permutation(len(indices))]
+        registers = self._registers(rng)
         programs: list[Program] = []
 
         def started(index: Grid) -> Iterator[None]:
-            shared = SharedMemory(self._shared_bytes, SHARED_START, self._code.grain, self._rng)
-            programs.append(Program(self._code, index, self._grid, registers, memory, shared))
+            shared = SharedMemory(self.shared_bytes, SHARED_START, self.code.grain, rng)
+            programs.append(Program(self.code, index, self.grid, registers, memory, shared))
             return programs[-1].run()
 
         try:
             with np.errstate(all="ignore"):
-                self._exhaust(map(started, indices), AT_ONCE if order == "interleaved" else 1)
+                _exhaust(map(started, indices), rng, AT_ONCE if order == "interleaved" else 1)
             written = memory.written()
         finally:
             memory.roll_back()
         return Run(memory, programs, written)
 
-    def _exhaust(self, programs: Iterator[Iterator[None]], at_once: int) -> None:
-        """Run programs to their end; of `at_once`, each block is a random one's."""
-        running = [*islice(programs, at_once)]
-        while running:
-            i = int(self._rng.integers(len(running))) if at_once > 1 else 0
-            if next(running[i], running) is running:
-                running.pop(i)
-                running += islice(programs, 1)
+    def _registers(self, rng: np.random.Generator) -> dict[str, Array]:
+        """What they hold at first, and the parameters."""
+        kernel = self.code.kernel
+        registers = {**self.code.noise(rng), **self.code.constants}
+        for (name, kind), value in zip(kernel.params, self.arguments, strict=True):
+            registers[name] = _bits(value, kind, kernel.n_threads)
+        return registers
+
+
+def _exhaust(programs: Iterator[Iterator[None]], rng: np.random.Generator, at_once: int) -> None:
+    """Run programs to their end; of `at_once`, a random one runs a block at a time."""
+    running = [*islice(programs, at_once)]
+    while running:
+        i = int(rng.integers(len(running))) if at_once > 1 else 0
+        if next(running[i], running) is running:
+            running.pop(i)
+            running += islice(programs, 1)
 
 
 def _bits(value: int | float, kind: str, n_threads: int) -> Array:

@@ -10,7 +10,7 @@ from .access import Access, Fault
 from .floats import Array
 from .global_memory import GlobalMemory
 from .integers import UNSIGNED
-from .parser import Instruction, Kernel, UnknownPTX, bits_of
+from .parser import Instruction, UnknownPTX, bits_of, parse
 from .shared_memory import SharedMemory
 from .translator import translate
 
@@ -18,10 +18,15 @@ MAX_BLOCKS = 100_000  # that a program runs; one that runs more is taken to hang
 
 
 class Code:
-    """A kernel, translated."""
+    """A kernel, translated.
 
-    def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
+    Raises:
+        UnknownPTX: the text has something that the machine was not taught.
+    """
+
+    def __init__(self, text: str) -> None:
+        kernel = parse(text)
+        self.text, self.kernel = text, kernel
         self.blocks, constants = translate(kernel)
         threads = np.arange(kernel.n_threads, dtype=np.uint32)
         zeros = np.zeros_like(threads)
