@@ -123,7 +123,10 @@ FAULTS = {
     "one place, many values": ("st.global.b32 [%rd1], %r2;", "different values in one place"),
     "shared memory's end": ("ld.shared.b32 %r10, [%r7 + 1024];", "outside of 1024 bytes"),
     "misaligned in shared memory": ("ld.shared.b64 %rd3, [%r7];", "misaligned load of 8 bytes"),
-    "shared, different values": ("st.shared.b32 [%r4], %r2;", "different values in shared"),
+    "many values in shared memory": (
+        f"st.shared.b32 [%r4], %r2; {BARRIER} ld.shared.b32 %r10, [%r4]; {STORE}",
+        "other bits where programs run",
+    ),
     "no barrier after a store": (EXCHANGE.replace(BARRIER, ""), "race in shared memory"),
     "no barrier after a load": (
         f"st.shared.b32 [%r7], %r2; {BARRIER} xor.b32 %r11, %r7, 128;"

@@ -56,14 +56,15 @@ def flushed(x: Array) -> Array:
 def approximate_quotient(a: Array, b: Array) -> Array:
     """`div.full.f32`, which may err by 2 ulp: the quotient, and by its operands -2 to 2 ulp more.
 
-    Where b is 1 there is no error; nor in tiny quotients, of which the hardware makes no promise.
+    There is no error where b is a power of 2, nor in tiny quotients.
     """
     exact = a / b
     mixed = a.view(np.uint32) * np.uint32(2654435761) ^ b.view(np.uint32) * np.uint32(2246822519)
     off = ((mixed >> np.uint32(7)) % np.uint32(5)).astype(np.int32) - 2
     moved = (exact.view(np.int32) + off.astype(np.int32)).view(np.float32)
-    usual = np.isfinite(exact) & np.isfinite(moved) & (np.abs(exact) > 1e-30) & (b != 1)
-    return np.where(usual, moved, exact)
+    usual = np.isfinite(exact) & np.isfinite(moved) & (np.abs(exact) > 1e-30)
+    power_of_2 = b.view(np.uint32) & np.uint32(0x7FFFFF) == 0
+    return np.where(usual & ~power_of_2, moved, exact)
 
 
 def bfloat16_of(x: Array) -> Array:

@@ -14,7 +14,7 @@ from .parser import Instruction, UnknownPTX, bits_of, parse
 from .shared_memory import SharedMemory
 from .translator import translate
 
-MAX_BLOCKS = 100_000  # that a program runs; one that runs more is taken to hang
+MAX_BLOCKS = 5_000  # that a program runs; one that runs more is taken to hang
 
 
 class Code:
