@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,7 +12,9 @@ from guarded_memory import guarded_buffers
 from lab import traffic
 from ptx_machine.access import Access
 from ptx_machine.driver import Machine, all_tensors, install
+from ptx_machine.floats import Array
 from ptx_machine.global_memory import Spans
+from ptx_machine.grid import Run
 from sanitizer import Sanitizer
 
 from triton_optim.launch import backend
@@ -63,22 +66,25 @@ def _between_guards() -> tuple[Spans, Spans]:
 
 @contextmanager
 def sanitized(sanitizer: Sanitizer) -> Iterator[None]:
-    """Launches of a step access what the sanitizer says, and it sees every access."""
+    """Launches of a step access what the sanitizer says, and it sees every store."""
 
     def spans() -> tuple[Spans, Spans]:
         known = sanitizer.spans
         return (Spans(known[0]), Spans(known[1])) if known else _between_guards()
 
-    def watcher(access: Access) -> None:
-        if access.kind != "atomic":
-            stores = access.kind == "store"
-            sanitizer.watch(traffic.Access(stores, access.addresses, access.size))
+    def stored(run: Run) -> None:
+        by_size: dict[int, list[Array]] = defaultdict(list)
+        for access in run.memory.log:
+            if access.kind == "store":
+                by_size[access.size].append(access.addresses)
+        for size, addresses in by_size.items():
+            sanitizer.watch(traffic.Access(True, np.concatenate(addresses), size))
 
     gpu = machine()
     gpu.spans = spans
-    gpu.watchers.append(watcher)
+    gpu.after.append(stored)
     try:
         yield
     finally:
         gpu.spans = _between_guards
-        gpu.watchers.remove(watcher)
+        gpu.after.remove(stored)

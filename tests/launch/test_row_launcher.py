@@ -18,8 +18,6 @@ from triton_optim.launch import row_chunking, tuning
 from triton_optim.launch.launcher import Launch
 from triton_optim.launch.row_launcher import RowLaunch, RowVariant
 
-interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="watches Triton's interpreter")
-
 
 def test_tables_of_other_widths_have_launches_of_their_own() -> None:
     shapes = [(9, 8), (9, 3), (9, 7), (9,), (9, 4)]
@@ -151,7 +149,7 @@ def test_what_a_kernel_is_compiled_for() -> None:
         assert variant.loading(addresses, widths).multiple == multiple
 
 
-@interpreted
+@pytest.mark.interpreted  # compiled, several threads load one key
 @pytest.mark.parametrize("case", [ADAGRAD, SPARSE_CASES[0]], ids=lambda case: case.name)
 def test_bytes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values once, rows of parameter and state once in and once out, ids and order beside them."""

@@ -81,12 +81,12 @@ def _counts(case: Case, dtype: torch.dtype) -> tuple[str, dict[str, float]]:
     param.grad = torch.randn_like(param)
     runs: list[Run] = []
     gpu = on_ptx.machine()
-    gpu.after = runs.append
+    gpu.after.append(runs.append)
     try:
         with record_launches() as launches:
             case.ours([param], fused=True).step()
     finally:
-        gpu.after = None
+        gpu.after.pop()
     (launch,) = (launch for launch in launches if isinstance(launch, UpdateLaunch))
     run = runs[-1]
     instructions = sum(p.n_instructions * p.n_threads for p in run.programs) / param.numel()

@@ -49,7 +49,7 @@ class Machine:
         spans: what a launch may load, and what it may store to; by default all tensors.
         watchers: called with every access of a launch, in the first order of its programs.
         before: called with every launch before it runs.
-        after: called with what came of it.
+        after: called with what came of every launch.
     """
 
     def __init__(self, architecture: str) -> None:
@@ -57,7 +57,7 @@ class Machine:
         self.spans: Callable[[], tuple[Spans, Spans]] = lambda: (all_tensors(),) * 2
         self.watchers: list[Callable[[Access], None]] = []
         self.before: Callable[[Launch], object] | None = None
-        self.after: Callable[[Run], object] | None = None
+        self.after: list[Callable[[Run], object]] = []
         self.n_launches = 0
         self.utils = SimpleNamespace(
             load_binary=self._load,
@@ -114,8 +114,8 @@ class Machine:
             run = launch.run(self._watch)
         except Fault as fault:
             raise Fault(f"{code.kernel.name}: {fault}") from None
-        if self.after is not None:
-            self.after(run)
+        for listener in self.after:
+            listener(run)
 
 
 def all_tensors() -> Spans:
