@@ -16,10 +16,13 @@ from guarded_memory import guarded
 from lab.compiled import rule_and_flags, short
 from ptx_machine.access import Access
 from ptx_machine.grid import Run
+from ptx_machine.operations import OPERATIONS
+from ptx_machine.parser import UnknownPTX
 from ptx_machine.sectors import total
 from torch.nn import Parameter
 
 import triton_optim
+from triton_optim.kernels.multi_tensor import multi_tensor_kernel
 from triton_optim.launch.launcher import UpdateLaunch, record_launches
 
 pytestmark = pytest.mark.ptx
@@ -37,6 +40,16 @@ def test_what_is_executed_is_compiled() -> None:
     CASES[0].ours([param]).step()
     assert gpu.n_launches == before + 1
     assert gpu.architecture.startswith("sm_")
+
+
+def test_an_unknown_instruction_fails_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    multi_tensor_kernel.device_caches.clear()  # so that it is loaded anew
+    monkeypatch.delitem(OPERATIONS, "sqrt.rn.f32")
+    param = Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    with pytest.raises(UnknownPTX, match=r"sqrt\.rn\.f32 .*numerics\.py:"):
+        triton_optim.Adagrad([param]).step()
+    assert bool((param == 1).all())
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ every_state = pytest.mark.parametrize("case", STATEFUL_CASES, ids=lambda case: c
 FEW = paired_optimizers.SPECS
 
 
-@interpreted
+@pytest.mark.interpreted
 def test_the_order_of_programs_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime import interpreter
 

@@ -73,14 +73,14 @@ class Launch:
                 that is used before it is set; programs that write other bits in another order.
         """
         rng = np.random.default_rng(self.seed)
-        first = self._in_order("ascending", rng, watch=watch)
+        first = self.in_order("ascending", rng, watch=watch)
         found = contested(first.memory.log)
         self._judge(found.races, first, rng)
         orders = list(ORDERS[1:]) if found.by_programs else []
         if not orders and any(program.shared.unset_loads for program in first.programs):
             orders = ["descending"]  # with other noise
         for order in orders:
-            if not same(self._in_order(order, rng).written, first.written):
+            if not same(self.in_order(order, rng).written, first.written):
                 raise Fault(f"other bits where programs run in {order} order than ascending")
         return first
 
@@ -97,10 +97,10 @@ class Launch:
             spoiled.setdefault(key, []).append(race.load.thread)
         if races:
             again = GlobalMemory(self.readable, self.writable, spoiled=spoiled)
-            if not same(self._in_order("ascending", rng, again).written, first.written):
+            if not same(self.in_order("ascending", rng, again).written, first.written):
                 raise Fault(str(races[0]))
 
-    def _in_order(
+    def in_order(
         self,
         order: str,
         rng: np.random.Generator,
