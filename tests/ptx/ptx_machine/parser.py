@@ -78,6 +78,7 @@ class Kernel:
 
 INSTRUCTION = re.compile(r"(?:@(!?)%(\w+)\s+)?([a-z][\w.:]*)\s*(.*)$")
 ADDRESS = re.compile(r"\[\s*(%?[A-Za-z_$][\w$]*)\s*(?:\+\s*(-?\w+))?\s*\]$")
+HALF = re.compile(r"\{ \.reg \.b32 tmp; mov\.b64 \{tmp, (%\w+)\}, (%\w+); \}$")  # of Triton 3.3
 ENDS = ("bra", "bra.uni", "ret", "bar.sync")
 
 
@@ -99,7 +100,7 @@ def parse(text: str) -> Kernel:
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"(?:[^"]*/)?([^"]*)"', text, re.MULTILINE))
     read, source = _head, ""
     for number, raw in enumerate(text.splitlines(), 1):
-        line = raw.split("//")[0].strip()
+        line = HALF.sub(r"mov.b64 {_, \1}, \2;", raw.split("//")[0].strip())
         if line == "{" and read is _head and kernel.name:
             read = _declaration
         elif line == "}":
@@ -128,7 +129,8 @@ def _head(kernel: Kernel, line: str) -> bool:
     elif found := re.match(r"\.reqntid (\d+)(?:, 1, 1)?$", line):
         kernel.n_threads = int(found[1])
     else:
-        known = r"\)|\.(version|target|address_size|maxnreg|minnctapersm|maxntid|file)\b"
+        # a string that no instruction reads is among what Triton 3.3 writes
+        known = r"\)|\.global \.align 1 \.b8 _\$_str|\.(version|target|address_size|maxnreg|minnctapersm|maxntid|file)\b"
         return bool(re.match(known, line))
     return True
 
