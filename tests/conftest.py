@@ -1,4 +1,7 @@
-"""Fixtures. Without a GPU the kernels run in Triton's interpreter, which must be said first."""
+"""Fixtures. Without a GPU the kernels run in Triton's interpreter, which must be said first.
+
+Or as compiled: PTX=sm_90 in the environment executes the PTX of their compilation for sm_90.
+"""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +13,7 @@ import torch
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and "PTX" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"
 # What cuBLAS needs under the deterministic algorithms that fill fresh memory with NaN.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -23,6 +26,8 @@ from triton_optim.launch.launcher import Launch, UpdateLaunch
 from triton_optim.step.launch_group import LaunchGroup
 from triton_optim.step.plan import Plan
 
+PTX = os.environ.get("PTX")
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int | None:
@@ -30,17 +35,26 @@ def pytest_xdist_auto_num_workers() -> int | None:
     return 0 if torch.cuda.is_available() else None
 
 
-if not backend.COMPILED:
+if PTX:
+    import on_ptx
+
+    on_ptx.start(PTX)
+elif not backend.COMPILED:
     from faster_interpreter import patch_once_a_launch
 
     patch_once_a_launch()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    skipped = {
+        "gpu": None if torch.cuda.is_available() else "needs a GPU",
+        "ptx": None if PTX else "needs PTX=sm_90, or another architecture, in the environment",
+        "interpreted": "is about Triton's interpreter" if backend.COMPILED else None,
+    }
+    for item in items:
+        for name, reason in skipped.items():
+            if reason and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
@@ -77,8 +91,8 @@ def _guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _sanitizer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every interpreted load and store is within bounds: see sanitizer.py."""
-    if backend.COMPILED:
+    """Every load and store is within bounds, but on a GPU: see sanitizer.py."""
+    if torch.cuda.is_available():
         yield
         return
     from lab.traffic import watched
@@ -91,7 +105,7 @@ def _sanitizer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     )
     launch = Launch.run
     monkeypatch.setattr(Launch, "run", lambda self, **more: sanitizer.launch(launch, self, more))
-    with watched(sanitizer.watch):
+    with on_ptx.sanitized(sanitizer) if PTX else watched(sanitizer.watch):
         yield
 
 

@@ -48,8 +48,8 @@ def kernels_of(architecture: str, name: str) -> list[Kernel]:
 def flag_sets(name: str) -> list[dict[str, Any]]:
     """Arguments of an optimizer that reach its flag sets, one each: all of its switches are tried.
 
-    A switch is an argument that is off by default, such as `maximize=False` or `momentum=0`. That of
-    decoupled decay changes the last line of every rule alike: it is tried alone and with all others.
+    A switch is an argument that is off by default, such as `maximize=False` or `momentum=0`. That
+    of decoupled decay, which changes every rule's last line alike, is tried alone and with all.
     """
     make = getattr(triton_optim, name)
     defaults = {p.name: p.default for p in signature(make).parameters.values()}

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
+from triton_optim.launch import backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BLOCK = 1024 if DEVICE == "cuda" else 64  # elements of a program in these tests
+BLOCK = 1024 if backend.COMPILED else 64  # elements of a program in these tests
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
@@ -144,7 +145,7 @@ def each(cases: Sequence[Case]) -> pytest.MarkDecorator:
 every_state = each(STATEFUL_CASES)
 with_state = each(STATEFUL_CASES[1:])
 with_step = each(STATEFUL_CASES[2:])
-interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="watches Triton's interpreter")
+interpreted = pytest.mark.interpreted
 
 Build = Callable[[Callable[..., Tensor]], Tensor]
 

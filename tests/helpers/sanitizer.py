@@ -103,6 +103,13 @@ class Sanitizer:
         finally:
             self._readable = []
 
+    @property
+    def spans(self) -> tuple[list[Span], list[Span]] | None:
+        """What the launch that runs may load and store to; None where that is not known."""
+        if not self._readable:
+            return None
+        return self._readable + self._scratch, self._scratch + self._writable
+
     def watch(self, access: Access) -> None:
         if not self._readable or not access.addresses.size:
             return

@@ -62,7 +62,7 @@ def _step(monkeypatch: pytest.MonkeyPatch, programs: int, longer: int = 0) -> No
         triton_optim.SGD([param]).step()
 
 
-@interpreted
+@pytest.mark.interpreted
 def test_the_sanitizer_sees_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
     _step(monkeypatch, 2)
     with pytest.raises(AssertionError, match="not stored"):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from assertions import assert_same_bits
-from cases import DEVICE, Case, grad_of, interpreted
+from cases import DEVICE, Case, grad_of
 from embedding_tables import ADAGRAD, SPARSE_CASES, Tables, launches_of, sparse, worst
 from lab.traffic import Traffic, watched
 from torch import Tensor
@@ -55,7 +55,7 @@ def _in_order(monkeypatch: pytest.MonkeyPatch, order: Sequence[int]) -> None:
     monkeypatch.setattr(Launch, "run", launched)
 
 
-@interpreted
+@pytest.mark.interpreted
 def test_the_order_of_programs_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of 1 to 70 duplicates, over up to five programs."""
     results = []
@@ -150,7 +150,7 @@ def test_what_a_kernel_is_compiled_for() -> None:
         assert variant.loading(addresses, widths).multiple == multiple
 
 
-@interpreted
+@pytest.mark.interpreted  # compiled, several threads load one key
 @pytest.mark.parametrize("case", [ADAGRAD, SPARSE_CASES[0]], ids=lambda case: case.name)
 def test_bytes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values once, rows of parameter and state once in and once out, ids and order beside them."""

@@ -112,7 +112,9 @@ def test_mixed_dtypes(
         pairs |= {k: (v, reference.state[e][k]) for k, v in optimizer.state[p].items()}
         for key, (value, expected) in pairs.items():
             unit = torch.finfo(value.dtype).eps / 2 + 16 * work
-            error = largest(value.double() - expected) / max(1.0, largest(expected))
+            held = ~expected.isnan()  # torch's is NaN where storage made a variance negative
+            assert held.sum() >= 0.99 * held.numel(), key
+            error = largest((value.double() - expected)[held]) / max(1.0, largest(expected[held]))
             assert error <= unit, key
 
 
