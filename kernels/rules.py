@@ -10,6 +10,9 @@ Every rule is `rule(param, grad, state, hyper, step, FLAGS) -> (param, state)`:
   optimizer class does not ask for it);
 - FLAGS: constexpr, a sum of the bits below.
 
+Where two products are added, `tl.fma` says which is rounded first: a compiler would choose for each
+branch, and bits would depend on where an element lies.
+
 Rules that know of rows are given two more, after state, and return the first of them:
 
 - row_state: the state that has one number a row, a column of the block;
@@ -52,7 +55,7 @@ def descend(param, update, lr, weight_decay, FLAGS: tl.constexpr):
     """
     if DECOUPLED & FLAGS:
         rate = (lr * weight_decay).to(param.dtype)
-        update = tl.where(rate == 0, update, rate * param + update)
+        update = tl.where(rate == 0, update, tl.fma(rate, param, update))
     return param - update
 
 
@@ -98,7 +101,7 @@ def rmsprop_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     lr, alpha, one_minus_alpha, eps, weight_decay, momentum = hyper
     grad = objective_gradient(param, grad, weight_decay, FLAGS)
     beta = one_minus_alpha.to(grad.dtype)
-    square_avg = alpha.to(grad.dtype) * state[0] + beta * grad * grad
+    square_avg = tl.fma(alpha.to(grad.dtype), state[0], beta * grad * grad)
     new_state = (square_avg,)
     variance = square_avg
     if CENTERED & FLAGS:
@@ -130,7 +133,7 @@ def adam_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     step_size, scale = div(lr.to(DTYPE), correction1), div(sqrt(correction2), correction2)
     grad = objective_gradient(param, grad, weight_decay, FLAGS)
     exp_avg = lerp(state[0], grad, one_minus_beta1)
-    exp_avg_sq = beta2.to(DTYPE) * state[1] + one_minus_beta2.to(DTYPE) * grad * grad
+    exp_avg_sq = tl.fma(beta2.to(DTYPE), state[1], one_minus_beta2.to(DTYPE) * grad * grad)
     new_state = (exp_avg, exp_avg_sq)
     largest = exp_avg_sq
     if AMSGRAD & FLAGS:
@@ -150,7 +153,7 @@ def radam_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     DTYPE: tl.constexpr = param.dtype
     grad = objective_gradient(param, grad, weight_decay, FLAGS)
     exp_avg = lerp(state[0], grad, one_minus_beta1)
-    exp_avg_sq = beta2.to(DTYPE) * state[1] + one_minus_beta2.to(DTYPE) * grad * grad
+    exp_avg_sq = tl.fma(beta2.to(DTYPE), state[1], one_minus_beta2.to(DTYPE) * grad * grad)
     step_size = div(lr.to(DTYPE), one_minus_exp2((step + 1) * log2_beta1, DTYPE))
     correction2 = one_minus_exp2((step + 1) * log2_beta2, DTYPE)
     length, longest = averaged_length(step + 1, one_minus_beta2, log2_beta2, rest, correction2)
@@ -204,9 +207,9 @@ def adadelta_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     DTYPE: tl.constexpr = param.dtype
     rho, one_minus_rho, eps = rho.to(DTYPE), one_minus_rho.to(DTYPE), eps.to(DTYPE)
     grad = objective_gradient(param, grad, weight_decay, FLAGS)
-    square_avg = rho * state[0] + one_minus_rho * grad * grad
+    square_avg = tl.fma(rho, state[0], one_minus_rho * grad * grad)
     delta = div(sqrt(state[1] + eps), sqrt(square_avg + eps)) * grad
-    acc_delta = rho * state[1] + one_minus_rho * delta * delta
+    acc_delta = tl.fma(rho, state[1], one_minus_rho * delta * delta)
     return param - lr.to(DTYPE) * delta, (square_avg, acc_delta)
 
 
@@ -250,7 +253,8 @@ def rowwise_adagrad_rule(param, grad, state, row_state, width, hyper, step, FLAG
     if DECOUPLED & FLAGS:
         decayed = param * (1 - lr * weight_decay).to(param.dtype)
     grad = objective_gradient(param, grad, weight_decay, FLAGS)
-    sum = row_state + div(tl.sum(grad * grad, 1, keep_dims=True), width.to(grad.dtype))
+    squares = tl.fma(grad, grad, tl.zeros_like(grad))  # rounded alike in all lanes of a row
+    sum = row_state + div(tl.sum(squares, 1, keep_dims=True), width.to(grad.dtype))
     scale = div(lr.to(grad.dtype), sqrt(sum) + eps.to(grad.dtype))
     return decayed - scale * grad, state, sum
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from triton_optim import RowwiseAdagrad
-from triton_optim.launch import backend
 from triton_optim.launch.launcher import record_launches
 
 KWARGS: tuple[dict[str, Any], ...] = (
@@ -27,11 +26,6 @@ KWARGS: tuple[dict[str, Any], ...] = (
 )
 every_kwargs = pytest.mark.parametrize("kwargs", KWARGS, ids=lambda k: "+".join(k) or "plain")
 SHAPES = ((20, 8), (7,), (4, 3, 3), (6, 5))
-lanes_differ = pytest.mark.xfail(
-    backend.COMPILED and DEVICE == "cpu",
-    reason="compiled, the lanes of a row differ in its sum: see tests/ptx/test_compiled.py",
-    strict=False,
-)
 
 
 class Reference:
@@ -68,7 +62,6 @@ def _new_gradients(tables: Tables, step: int) -> None:
             param.grad = tables.draw(*param.shape)
 
 
-@lanes_differ
 @every_kwargs
 @pytest.mark.parametrize("fused", [True, False])
 def test_it_is_the_formula(kwargs: dict[str, Any], fused: bool) -> None:
@@ -87,7 +80,6 @@ def test_it_is_the_formula(kwargs: dict[str, Any], fused: bool) -> None:
         assert state["step"] == 4
 
 
-@lanes_differ
 @every_kwargs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_errors_are_no_larger_than_without_kernels(

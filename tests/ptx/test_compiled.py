@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 from assertions import assert_same_bits
-from cases import BLOCK, CASES, Case
+from cases import BLOCK, CASES, Case, each
 from guarded_memory import guarded
 from lab.compiled import rule_and_flags, short
 from ptx_machine.access import Access
@@ -53,21 +53,7 @@ def test_an_unknown_instruction_fails_the_step(monkeypatch: pytest.MonkeyPatch) 
     assert bool((param == 1).all())
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case,
-            marks=pytest.mark.xfail(
-                condition=case.optimizer == "RMSprop",
-                reason="alpha v + beta g^2 is fused as fma(alpha, v, beta g^2) in whole chunks and "
-                "as fma(beta g, g, alpha v) in the last one: two roundings",
-            ),
-        )
-        for case in CASES
-    ],
-    ids=lambda case: case.name,
-)
+@each(CASES)
 def test_an_element_has_the_same_bits_in_a_whole_chunk_and_in_the_last(case: Case) -> None:
     values, grads = torch.randn(BLOCK), torch.randn(2, BLOCK)
     whole, short = Parameter(values.clone()), Parameter(values[:-1].clone())
@@ -78,10 +64,6 @@ def test_an_element_has_the_same_bits_in_a_whole_chunk_and_in_the_last(case: Cas
     assert_same_bits(whole.detach()[:-1], short.detach())
 
 
-@pytest.mark.xfail(
-    reason="the sum of squares of a row adds fma(g, g, the neighbour's g^2): its lanes round "
-    "apart, store their sums in one place of shared memory, and any of them may stay"
-)
 @pytest.mark.parametrize("width", [5, 7])
 def test_lanes_that_hold_one_row_agree_on_its_sum(width: int) -> None:
     param = Parameter(guarded(torch.randn(100, width)))

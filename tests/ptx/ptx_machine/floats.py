@@ -58,13 +58,24 @@ def approximate_quotient(a: Array, b: Array) -> Array:
 
     There is no error where b is a power of 2, nor in tiny quotients.
     """
-    exact = a / b
     mixed = a.view(np.uint32) * np.uint32(2654435761) ^ b.view(np.uint32) * np.uint32(2246822519)
+    power_of_2 = b.view(np.uint32) & np.uint32(0x7FFFFF) == 0
+    return np.where(power_of_2, a / b, _off_by_ulps(a / b, mixed))
+
+
+def approximate_power_of_2(x: Array) -> Array:
+    """`ex2.approx`, which may err by 2 ulp, likewise; there is no error where x is whole."""
+    exact = np.exp2(x.astype(np.float64)).astype(np.float32)
+    mixed = x.view(np.uint32) * np.uint32(2654435761)
+    return np.where(x == np.rint(x), exact, _off_by_ulps(exact, mixed))
+
+
+def _off_by_ulps(exact: Array, mixed: Array) -> Array:
+    """A number -2 to 2 ulp away, by some bits; not of tiny ones."""
     off = ((mixed >> np.uint32(7)) % np.uint32(5)).astype(np.int32) - 2
     moved = (exact.view(np.int32) + off.astype(np.int32)).view(np.float32)
     usual = np.isfinite(exact) & np.isfinite(moved) & (np.abs(exact) > 1e-30)
-    power_of_2 = b.view(np.uint32) & np.uint32(0x7FFFFF) == 0
-    return np.where(usual & ~power_of_2, moved, exact)
+    return np.where(usual, moved, exact)
 
 
 def bfloat16_of(x: Array) -> Array:
