@@ -78,6 +78,11 @@ class Kernel:
 
 INSTRUCTION = re.compile(r"(?:@(!?)%(\w+)\s+)?([a-z][\w.:]*)\s*(.*)$")
 ADDRESS = re.compile(r"\[\s*(%?[A-Za-z_$][\w$]*)\s*(?:\+\s*(-?\w+))?\s*\]$")
+# The last is a string that no instruction reads, of Triton 3.3.
+IGNORED = re.compile(
+    r"\)|\.(version|target|address_size|maxnreg|minnctapersm|maxntid|file)\b"
+    r"|\.global \.align 1 \.b8 _\$_str"
+)
 HALF = re.compile(r"\{ \.reg \.b32 tmp; mov\.b64 \{tmp, (%\w+)\}, (%\w+); \}$")  # of Triton 3.3
 ENDS = ("bra", "bra.uni", "ret", "bar.sync")
 
@@ -129,9 +134,7 @@ def _head(kernel: Kernel, line: str) -> bool:
     elif found := re.match(r"\.reqntid (\d+)(?:, 1, 1)?$", line):
         kernel.n_threads = int(found[1])
     else:
-        # a string that no instruction reads is among what Triton 3.3 writes
-        known = r"\)|\.global \.align 1 \.b8 _\$_str|\.(version|target|address_size|maxnreg|minnctapersm|maxntid|file)\b"
-        return bool(re.match(known, line))
+        return bool(IGNORED.match(line))
     return True
 
 
