@@ -83,7 +83,8 @@ IGNORED = re.compile(
     r"\)|\.(version|target|address_size|maxnreg|minnctapersm|maxntid|file)\b"
     r"|\.global \.align 1 \.b8 _\$_str"
 )
-HALF = re.compile(r"\{ \.reg \.b32 tmp; mov\.b64 \{tmp, (%\w+)\}, (%\w+); \}$")  # of Triton 3.3
+# The upper half of a register, as Triton 3.3 takes it.
+HALF = re.compile(r"\{ \.reg \.b(?:16|32) tmp; (mov\.b\d+ \{[^}]*\}, %\w+;) \}$")
 ENDS = ("bra", "bra.uni", "ret", "bar.sync")
 
 
@@ -105,7 +106,9 @@ def parse(text: str) -> Kernel:
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"(?:[^"]*/)?([^"]*)"', text, re.MULTILINE))
     read, source = _head, ""
     for number, raw in enumerate(text.splitlines(), 1):
-        line = HALF.sub(r"mov.b64 {_, \1}, \2;", raw.split("//")[0].strip())
+        line = raw.split("//")[0].strip()
+        if found := HALF.match(line):
+            line = re.sub(r"\btmp\b", "_", found[1])
         if line == "{" and read is _head and kernel.name:
             read = _declaration
         elif line == "}":
