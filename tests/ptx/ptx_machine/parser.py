@@ -78,7 +78,13 @@ class Kernel:
 
 INSTRUCTION = re.compile(r"(?:@(!?)%(\w+)\s+)?([a-z][\w.:]*)\s*(.*)$")
 ADDRESS = re.compile(r"\[\s*(%?[A-Za-z_$][\w$]*)\s*(?:\+\s*(-?\w+))?\s*\]$")
-HALF = re.compile(r"\{ \.reg \.b32 tmp; mov\.b64 \{tmp, (%\w+)\}, (%\w+); \}$")  # of Triton 3.3
+# The last is a string that no instruction reads, of Triton 3.3.
+IGNORED = re.compile(
+    r"\)|\.(version|target|address_size|maxnreg|minnctapersm|maxntid|file)\b"
+    r"|\.global \.align 1 \.b8 _\$_str"
+)
+# The upper half of a register, as Triton 3.3 takes it.
+HALF = re.compile(r"\{ \.reg \.b(?:16|32) tmp; (mov\.b\d+ \{[^}]*\}, %\w+;) \}$")
 ENDS = ("bra", "bra.uni", "ret", "bar.sync")
 
 
@@ -100,7 +106,9 @@ def parse(text: str) -> Kernel:
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"(?:[^"]*/)?([^"]*)"', text, re.MULTILINE))
     read, source = _head, ""
     for number, raw in enumerate(text.splitlines(), 1):
-        line = HALF.sub(r"mov.b64 {_, \1}, \2;", raw.split("//")[0].strip())
+        line = raw.split("//")[0].strip()
+        if found := HALF.match(line):
+            line = re.sub(r"\btmp\b", "_", found[1])
         if line == "{" and read is _head and kernel.name:
             read = _declaration
         elif line == "}":
@@ -129,10 +137,7 @@ def _head(kernel: Kernel, line: str) -> bool:
     elif found := re.match(r"\.reqntid (\d+)(?:, 1, 1)?$", line):
         kernel.n_threads = int(found[1])
     else:
-        # a string that no instruction reads is among what Triton 3.3 writes
-        names = "version|target|address_size|maxnreg|minnctapersm|maxntid|file"
-        known = rf"\)|\.global \.align 1 \.b8 _\$_str|\.({names})\b"
-        return bool(re.match(known, line))
+        return bool(IGNORED.match(line))
     return True
 
 
