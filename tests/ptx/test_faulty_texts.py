@@ -61,7 +61,7 @@ SCENARIOS: dict[str, tuple[str, Callable[[], Callable[[], object]]]] = {
 }
 BOUND, BARRIER, MASK = "bound off by one", "barrier dropped", "mask of a store dropped"
 SAME_MAXIMUM = "all lanes that store hold the same number, after the shuffles"
-WHOLE_LOAD = "grad = widen(tl.load(grad_ptr + block * BLOCK_SIZE + offsets), COMPUTE_DTYPE)"
+WHOLE_LOAD = "grad = decode(tl.load(grad_ptr + block * BLOCK_SIZE + offsets), COMPUTE_DTYPE)"
 WHOLE_CHUNK = "a chunk that is just whole goes where masks are: the same numbers"
 # Faults that change no result: the fault and the statement, and why.
 EQUIVALENT = {
