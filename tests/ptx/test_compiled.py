@@ -28,8 +28,12 @@ from triton_optim.launch.launcher import UpdateLaunch, record_launches
 
 pytestmark = pytest.mark.ptx
 
-COUNTS = Path(__file__).with_name("counts.json")
-COUNTED = ("sgd", "sgd-momentum", "adagrad", "rmsprop", "rmsprop-momentum", "rmsprop-centered")
+COUNTS = Path(__file__).parents[2] / "perf/results/executed.json"  # beside audit.json
+COUNTED = (
+    "sgd", "sgd-momentum", "sgd-nesterov", "adagrad", "rmsprop", "rmsprop-momentum",
+    "rmsprop-centered", "rmsprop-all", "adam", "adam-amsgrad", "adamw", "adamax", "radam",
+    "adadelta", "rprop",
+)  # fmt: skip
 CHUNKS = 2
 
 
