@@ -110,3 +110,19 @@ def test_matrices_through_shared_memory() -> None:
     launch(body, values, threads=32)
     transposed = np.arange(64, dtype=np.uint16).reshape(8, 8).T
     assert (values == np.ascontiguousarray(transposed).view(np.uint32).ravel()).all()
+
+
+def test_comparisons_of_pairs() -> None:
+    """Of (1, -2) and (0.5, -2), in bfloat16, the low half first."""
+    one, half, minus_two = 0x3F80, 0x3F00, 0xC000
+    values = array(64)
+    body = f"""
+        mov.b32 %r10, {minus_two << 16 | one};
+        mov.b32 %r11, {minus_two << 16 | half};
+        setp.gt.bf16x2 %p1|%p2, %r10, %r11;
+        selp.b32 %r12, 1, 0, %p1;
+        selp.b32 %r13, 2, 0, %p2;
+        or.b32 %r12, %r12, %r13;
+        st.global.b32 [%rd2], %r12;"""
+    launch(body, values)
+    assert (values == 1).all()

@@ -180,10 +180,26 @@ def _add_comparisons() -> None:
         taught(name, compare, BITS + INTEGERS if name in ("eq", "ne") else INTEGERS)
         taught(name, lambda a, b, c=compare: c(a, b) & are_numbers(a, b), ("f32", "f64"))
         taught(f"{name}u", lambda a, b, c=compare: c(a, b) | ~are_numbers(a, b), ("f32", "f64"))
+    for name, compare in COMPARISONS.items():
+        for suffix, unordered in (("", False), ("u", True)):
+            compute = _of_bfloat16(compare, are_numbers, unordered)
+            teach(f"setp.{name}{suffix}.bf16", compute, "b16 b16", "pred")
     for name, usual in UNSIGNED_NAMES.items():
         taught(name, COMPARISONS[usual], (f"u{bits}" for bits in WIDE))
     taught("num", are_numbers, ("f32", "f64"))
     taught("nan", lambda a, b: ~are_numbers(a, b), ("f32", "f64"))
+
+
+def _of_bfloat16(
+    compare: Callable[..., Array], are_numbers: Callable[..., Array], unordered: bool
+) -> Callable[..., Array]:
+    """A comparison of bits of bfloat16; of NaN it is `unordered`."""
+
+    def compute(a: Array, b: Array) -> Array:
+        x, y = floats.float32_of(a), floats.float32_of(b)
+        return np.where(are_numbers(x, y), compare(x, y), unordered)
+
+    return compute
 
 
 def _add_conversions() -> None:

@@ -6,10 +6,13 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from . import lanes
 from .floats import Array
 from .integers import UNSIGNED
 from .operands import Operands, Registers, Step, name_of
+from .operations import OPERATIONS
 from .parser import Instruction, Operand, Symbol, UnknownPTX, Vector, bits_of
 
 if TYPE_CHECKING:
@@ -157,6 +160,28 @@ def reduce(instruction: Instruction, operands: Operands) -> Step:
     values = _of_all_lanes(instruction, given, operands)
     compute = lanes.reduction(*instruction.op.split(".")[2:])
     return operands.setting(instruction, dest, "b32", lambda r: compute(*values(r)))
+
+
+def compare_pairs(instruction: Instruction, operands: Operands) -> Step:
+    """`setp` of the two bfloat16 in each register, the low ones first, into two predicates."""
+    dest, *given = instruction.operands
+    compare = OPERATIONS[instruction.op.removesuffix("x2")].function
+    names = [operands.read(operand, "b32") for operand in given]
+
+    def of_half(shift: int) -> Callable[[Registers], Array]:
+        def halves(registers: Registers) -> Array:
+            return compare(*((registers[n] >> np.uint32(shift)).astype(np.uint16) for n in names))
+
+        return halves
+
+    parts = zip(_items(dest), (0, 16), strict=True)
+    steps = [operands.setting(instruction, item, "pred", of_half(shift)) for item, shift in parts]
+
+    def step(program: Program) -> None:
+        for half in steps:
+            half(program)
+
+    return step
 
 
 def _of_all_lanes(
