@@ -23,7 +23,7 @@ from .options import Group, Options, signature
 from .rule import Rule
 from .step.catch_up import caught_up
 from .step.conditions import StepConditions, is_scaled_through_wrapper
-from .step.fallback import decay, make_missing_state, reference_step
+from .step.fallback import decays, make_missing_state, reference_step
 from .step.state import (
     adopt_steps,
     check_loaded,
@@ -296,14 +296,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         if view.rule.eager_state:
             make_missing_state(view, groups)
-        if view.options.decoupled_weight_decay:
-            decay(view, groups)
+        decayed = decays(view, groups) if view.options.decoupled_weight_decay else []
         # Another one with the same attributes: buckets of other devices may step meanwhile.
         part = object.__new__(type(self))
         vars(part).update(vars(self), param_groups=groups, state=view.state)
         for name in ("grad_scale", "found_inf"):
             vars(part).pop(name, None)
         step(part)
+        for param, amount in decayed:
+            param.sub_(amount)
 
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from assertions import raises
 from cases import DEVICE, SPECS, Case, Tensors, new_param
 from paired_optimizers import SPECS as FEW_SPECS
 from reference import Reference
@@ -13,7 +14,7 @@ from torch.nn import Parameter
 
 import triton_optim
 
-WEIGHT_DECAY = {"lr": 0.1, "weight_decay": 0.1}
+WEIGHT_DECAY: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1}
 every_case = pytest.mark.parametrize(
     "case",
     [
@@ -85,3 +86,23 @@ def test_a_decay_that_is_a_tensor() -> None:
     weight_decay.fill_(1.0)
     optimizer.step()
     assert param.tolist() == [0.375] * 3
+
+
+def test_a_step_of_torchs_that_raises_decays_nothing() -> None:
+    dense, sparse = new_param(4), new_param(4, 3)
+    sparse.grad = torch.ones(4, 3, device=DEVICE).to_sparse(1)
+    optimizer = triton_optim.RMSprop([dense, sparse], **WEIGHT_DECAY, decoupled_weight_decay=True)
+    with raises("RMSprop does not support sparse gradients", optimizer, [dense, sparse]):
+        optimizer.step()
+
+
+@every_case
+def test_a_rate_of_shape_1_and_a_parameter_without_dims(case: Case) -> None:
+    runs = [Parameter(torch.ones((), device=DEVICE)) for _ in range(2)]
+    for param, fused in zip(runs, (None, False), strict=True):
+        param.grad = torch.ones_like(param)
+        optimizer = case.ours(
+            [param], lr=torch.tensor([0.1]), decoupled_weight_decay=True, fused=fused
+        )
+        optimizer.step()
+    torch.testing.assert_close(*runs)

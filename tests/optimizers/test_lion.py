@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from assertions import assert_same_bits
+from assertions import assert_same_bits, raises
 from cases import DEVICE, SPECS, Tensors, new_param
 from paired_optimizers import SPECS as FEW_SPECS
 from reference import Reference
@@ -56,6 +56,34 @@ def test_the_fallback(kwargs: dict[str, Any], dtype: torch.dtype) -> None:
         torch.testing.assert_close(a["exp_avg"], b["exp_avg"])
     optimizers[0].load_state_dict(optimizers[1].state_dict())
     ours.train(optimizers[0], 1)
+
+
+def test_the_fallback_takes_what_the_kernels_take() -> None:
+    """Both parts of complex elements, tensors of one element, parameters without dims."""
+    one: dict[str, Any] = {"lr": torch.tensor([0.01]), "weight_decay": torch.tensor([0.1])}
+    betas = torch.tensor([0.9]), torch.tensor([0.98])
+    runs = []
+    for fused in (None, False):
+        params = [Parameter(torch.ones((), device=DEVICE)),
+                  Parameter(torch.full((3,), 1 - 2j, device=DEVICE)),
+                  Parameter(torch.ones(3, dtype=torch.float64, device=DEVICE))]  # fmt: skip
+        for param in params:
+            param.grad = param.detach().clone()
+        optimizer = Lion(params, betas=betas, **one, fused=fused)
+        optimizer.step()
+        runs.append([*params, *(optimizer.state[param]["exp_avg"] for param in params)])
+    torch.testing.assert_close(*runs)
+
+
+@pytest.mark.parametrize("fused", [None, True, False])
+def test_sparse_gradients(fused: bool | None) -> None:
+    dense, sparse = new_param(4), new_param(4, 3)
+    sparse.grad = torch.ones(4, 3, device=DEVICE).to_sparse(1)
+    optimizer = Lion([dense, sparse], fused=fused)
+    message = "Lion does not support sparse gradients, as that of parameter 1 of group 0"
+    with raises(message, optimizer, [dense, sparse]):
+        optimizer.step()
+    assert not optimizer.state
 
 
 def test_a_gradient_that_is_nan_moves_nothing() -> None:

@@ -46,6 +46,15 @@ def _state_alone(param: Tensor, grad: Tensor, state: State, group: Group) -> Non
     state["exp_avg"].mul_(1.001)
 
 
+def _late(param: Tensor, grad: Tensor, state: State, group: Group) -> None:
+    late = state["step"] > 5
+    lion_reference(param, grad, state, {**group, "weight_decay": 0.0} if late else group)
+
+
+class Late(Lion):
+    rule = replace(Lion.rule, reference=_late)
+
+
 class AnotherState(Lion):
     rule = replace(Lion.rule, reference=_state_alone)
 
@@ -64,7 +73,7 @@ class Unclipped(Lion):
 def test_lion(capsys: pytest.CaptureFixture[str]) -> None:
     check(Lion, lr=1e-3, weight_decay=0.1)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "Lion(lr=0.001, weight_decay=0.1): largest error after 5 steps"
+    assert lines[0] == "Lion(lr=0.001, weight_decay=0.1): largest error after 7 steps"
     rows = [line.split() for line in lines]
     moved = {tuple(row[:2]): row[-1] for row in rows if len(row) == 6}
     assert moved["bfloat16", "bfloat16"] == "10"
@@ -79,6 +88,10 @@ def test_lion(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (triton_optim.RowwiseAdagrad, {"lr": 0.1}),
         (triton_optim.RMSprop, {"lr": 0.01, "momentum": 0.9, "centered": True}),
+        (triton_optim.RMSprop, {"lr": 0.01, "sparse": "lazy"}),
+        (triton_optim.SGD, {"lr": 0.1, "max_grad_norm": 0.1, "skip_nonfinite": True}),
+        (triton_optim.Adam, {"lr": torch.tensor(1e-3), "betas": (torch.tensor(0.9),) * 2}),
+        (triton_optim.Adam, {"lr": 1.0}),
     ],
 )
 def test_built_in(optimizer_class: Any, kwargs: dict[str, Any]) -> None:
@@ -89,6 +102,7 @@ def test_built_in(optimizer_class: Any, kwargs: dict[str, Any]) -> None:
     ("optimizer_class", "kwargs", "message"),
     [
         (NoDecay, {"weight_decay": 0.1}, r"element 0 of parameter 0 of shape \(\) in float32 errs"),
+        (Late, {"weight_decay": 0.1}, r"element 0 of parameter 0 of shape \(\) in float32 errs"),
         (AnotherState, {}, r"of state 'exp_avg' of parameter 3 of shape \(7, 9\) in float64 errs"),
         (Forgetful, {}, r"state 'step' of parameter 0 of shape \(\) is another after state_dict"),
         (Unclipped, {}, r"in float32, clipped to a norm, errs by"),

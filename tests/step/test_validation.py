@@ -25,6 +25,17 @@ def test_rmsprop_refuses_sparse_gradients() -> None:
     assert dense not in optimizer.state
 
 
+def test_rprop_takes_two_step_sizes() -> None:
+    params = [new_param(4), new_param(5)]
+    before = copy.deepcopy(params)
+    optimizer = triton_optim.Rprop([{"params": [param]} for param in params])
+    optimizer.param_groups[0].update(etas=(0.5,), step_sizes=(1e-6, 1.0, 50.0))
+    with pytest.raises(ValueError, match="not enough values to unpack"):
+        optimizer.step()
+    assert_same_bits(params, before)
+    assert not optimizer.state
+
+
 @every_state
 @pytest.mark.parametrize("kind", ["sparse", "strided", "subclass"])
 def test_fused_true_where_there_is_no_kernel(case: Case, kind: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
@@ -9,7 +10,7 @@ from typing_extensions import Unpack
 from ..launch.backend import rules
 from ..optimizer import FusedOptimizer
 from ..options import CommonOptions, Group
-from ..rule import Rule, Scalars, State
+from ..rule import RowWise, Rule, Scalars, State
 from .betas import beta_scalars
 
 
@@ -20,11 +21,22 @@ def _hyperparameters(group: Group) -> Scalars:
 
 def lion_reference(param: Tensor, grad: Tensor, state: State, group: Group) -> None:
     """One step of a parameter in torch's operations, in place."""
-    exp_avg, (beta1, beta2) = state["exp_avg"], group["betas"]
+    exp_avg, (beta1, beta2) = state["exp_avg"], map(float, group["betas"])
+    lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
+    if param.is_complex():
+        param, grad, exp_avg = map(torch.view_as_real, (param, grad, exp_avg))
     grad = -grad if group["maximize"] else grad
     update = exp_avg.lerp(grad, 1 - beta1).sign_()
-    param.sub_(group["lr"] * (update + group["weight_decay"] * param))
+    param.sub_(lr * (update + weight_decay * param))
     exp_avg.lerp_(grad, 1 - beta2)
+
+
+def _check_fallback(grad: Tensor, state: State, where: str, reason: str) -> None:
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"Lion does not support sparse gradients, as that of {where}; make it dense with "
+            "to_dense()"
+        )
 
 
 RULE = Rule(
@@ -33,6 +45,7 @@ RULE = Rule(
     hyperparameters=_hyperparameters,
     flags={"MAXIMIZE": lambda group: group["maximize"]},
     doubles=True,
+    row_wise=RowWise(lambda *_: "its gradient is sparse", check_fallback=_check_fallback),
     reference=lion_reference,
 )
 
@@ -48,7 +61,7 @@ class Lion(FusedOptimizer):
     State of a parameter: `step` and `exp_avg`. A NaN has the sign 0, as in torch.
 
     Args:
-        params: see `FusedOptimizer`; real ones.
+        params: see `FusedOptimizer`.
         lr: learning rate :math:`\gamma`, 3 to 10 times smaller than AdamW's; a float or a
             one-element tensor.
         betas: :math:`\beta_1, \beta_2` in [0, 1).

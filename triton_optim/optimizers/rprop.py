@@ -10,12 +10,17 @@ from typing_extensions import Unpack
 from ..launch.backend import rules
 from ..optimizer import FusedOptimizer
 from ..options import ClippingOptions, Group
-from ..rule import Rule, StateTensor
+from ..rule import Rule, Scalars, StateTensor
 
 
 def _first_step_size(group: Group) -> float:
     lr = group["lr"]
     return float(lr.detach() if isinstance(lr, Tensor) else lr)
+
+
+def _hyperparameters(group: Group) -> Scalars:
+    (eta_minus, eta_plus), (smallest, largest) = group["etas"], group["step_sizes"]
+    return eta_minus, eta_plus, smallest, largest
 
 
 RULE = Rule(
@@ -24,7 +29,7 @@ RULE = Rule(
         StateTensor("prev"),
         StateTensor("step_size", initial=_first_step_size),
     ),
-    hyperparameters=lambda group: (*group["etas"], *group["step_sizes"]),
+    hyperparameters=_hyperparameters,
     flags={"MAXIMIZE": lambda group: group["maximize"]},
     doubles=True,
 )

@@ -30,17 +30,24 @@ def reference_step(view: OptimizerView, groups: Iterable[Group]) -> None:
             view.state[param] = state
 
 
-def decay(view: OptimizerView, groups: Iterable[Group]) -> None:
-    """Shrink parameters by decoupled weight decay, and let torch's step of these groups not."""
+def decays(view: OptimizerView, groups: Iterable[Group]) -> list[tuple[Tensor, Tensor]]:
+    """What decoupled weight decay takes from each parameter; torch's step of these groups does not.
+
+    To be subtracted after that step: if it raises, nothing has decayed.
+    """
+    taken = []
     for group in groups:
         weight_decay, group["weight_decay"] = group["weight_decay"], 0
         decays = isinstance(weight_decay, Tensor) or weight_decay != 0
         for param in group["params"]:
             if decays and param.grad is not None:
-                rate = group["lr"]
+                rate = group["lr"] * weight_decay
                 if group.get("lr_decay"):  # Adagrad's
                     rate = rate / (1 + float(view.state[param]["step"]) * group["lr_decay"])
-                param.sub_(param * (rate * weight_decay))
+                if isinstance(rate, Tensor):
+                    rate = rate.squeeze()
+                taken.append((param, param * rate))
+    return taken
 
 
 def _with_state(
