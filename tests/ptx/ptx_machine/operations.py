@@ -100,6 +100,7 @@ def _add_float_arithmetic() -> None:
     teach("ex2.approx.ftz.f32", _flushing(floats.approximate_power_of_2), "f32", "f32")
     teach("div.rn.ftz.f32", _flushing(np.divide), "f32 f32", "f32")
     teach("sqrt.rn.ftz.f32", _flushing(np.sqrt), "f32", "f32")
+    teach("abs.ftz.f32", _flushing(np.abs), "f32", "f32")
 
 
 def _add_integer_arithmetic() -> None:
@@ -178,8 +179,9 @@ def _add_comparisons() -> None:
 
     for name, compare in COMPARISONS.items():
         taught(name, compare, BITS + INTEGERS if name in ("eq", "ne") else INTEGERS)
-        taught(name, lambda a, b, c=compare: c(a, b) & are_numbers(a, b), ("f32", "f64"))
-        taught(f"{name}u", lambda a, b, c=compare: c(a, b) | ~are_numbers(a, b), ("f32", "f64"))
+        floating = ("f16", "f32", "f64")
+        taught(name, lambda a, b, c=compare: c(a, b) & are_numbers(a, b), floating)
+        taught(f"{name}u", lambda a, b, c=compare: c(a, b) | ~are_numbers(a, b), floating)
     for name, compare in COMPARISONS.items():
         for suffix, unordered in (("", False), ("u", True)):
             compute = _of_bfloat16(compare, are_numbers, unordered)

@@ -22,7 +22,7 @@ TRANSFERS: tuple[tuple[str, Callable[[Instruction, Operands], Step]], ...] = (
     (r"shfl\.sync\.(idx|up|down|bfly)\.b32$", transfers.shuffle),
     (r"redux\.sync\.\w+\.(b32|s32|u32)$", transfers.reduce),
     (r"(ld|st)matrix\.", transfers.matrix),
-    (r"setp\.\w+\.bf16x2$", transfers.compare_pairs),
+    (r"setp\.\w+\.b?f16x2$", transfers.compare_pairs),
     (r"bar\.warp\.sync$", lambda *_: lambda _: None),  # lanes run abreast
 )
 
