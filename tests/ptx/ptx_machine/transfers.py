@@ -163,7 +163,7 @@ def reduce(instruction: Instruction, operands: Operands) -> Step:
 
 
 def compare_pairs(instruction: Instruction, operands: Operands) -> Step:
-    """`setp` of the two 16-bit numbers in each register, the low ones first, into two predicates."""
+    """`setp` of the two 16-bit numbers in each register, the low ones first."""
     dest, *given = instruction.operands
     compare = OPERATIONS[instruction.op.removesuffix("x2")].function
     names = [operands.read(operand, "b32") for operand in given]
