@@ -201,7 +201,8 @@ def asgd_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     lambd, weight_decay = hyper[1], hyper[4]
     eta, mu = step
     grad = objective_gradient(param, grad, weight_decay, FLAGS)
-    param = descend(param, eta.to(param.dtype) * grad, eta, lambd, DECOUPLED)
+    decay = tl.where(tl.abs(param) == float("inf"), 0.0, (eta * lambd).to(param.dtype) * param)
+    param = param - (decay + eta.to(param.dtype) * grad)
     average = state[0] + mu.to(param.dtype) * (param - state[0])
     return param, (tl.where(mu == 1, param, average),)
 

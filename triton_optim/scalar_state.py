@@ -30,7 +30,7 @@ class ScalarState:
             Triton is not installed.
     """
 
-    initial: Mapping[str, Callable[[Group], float]]
+    initial: Mapping[str, Callable[[Group], float | Tensor]]
     reads: int
     advance: Callable[[float, Numbers, Sequence[float | Tensor], Rounding], tuple[Numbers, Numbers]]
     kernel: Any

@@ -289,6 +289,15 @@ def main_state(case: Case) -> str:
     return names.get(case.optimizer, "exp_avg")
 
 
+def as_saved(optimizer: torch.optim.Optimizer) -> None:
+    """Bring scalars of torch's back to float32, which loading cast to float64 as parameters are.
+
+    Ours stay as they were saved, so that a resumed run is the one that was interrupted.
+    """
+    for state in optimizer.state.values():
+        state.update({name: state[name].float() for name in SCALARS & state.keys()})
+
+
 def scaled_step(optimizer: Any, found_inf: float, grad_scale: float | None = None) -> None:
     """Step as GradScaler does."""
     optimizer.found_inf = torch.tensor(found_inf, device=DEVICE)

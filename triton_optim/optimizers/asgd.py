@@ -20,8 +20,8 @@ def _advance(
     step: float, values: Numbers, hyper: Sequence[float | Tensor], rounded: Rounding
 ) -> tuple[Numbers, Numbers]:
     lr, lambd, alpha, t0 = map(float, hyper[:4])
-    eta = lr / (1 + lambd * lr * (step + 1)) ** alpha
-    return values, (eta, 1 / max(1, step + 1 - t0))
+    new = lr / (1 + lambd * lr * (step + 1)) ** alpha, 1 / max(1, step + 1 - t0)
+    return values, tuple(torch.tensor(new, device="cpu").tolist())  # torch's, of the default dtype
 
 
 RULE = Rule(
@@ -30,11 +30,11 @@ RULE = Rule(
     hyperparameters={"lr": 1e-2, "lambd": 1e-4, "alpha": 0.75, "t0": 1e6, "weight_decay": 0.0},
     flags={"MAXIMIZE": lambda group: group["maximize"]},
     scalars=ScalarState(
-        {"eta": lambda group: float(group["lr"]), "mu": lambda group: 1.0},
+        {"eta": lambda group: group["lr"], "mu": lambda group: 1.0},
         2,
         _advance,
         scalar_state.asgd_scalars,
-    ),  # fmt: skip
+    ),
     doubles=True,
 )
 

@@ -56,7 +56,7 @@ def new_state(view: OptimizerView, param: Tensor, group: Group) -> State:
     source = {**group, **view.defaults} if rule.eager_state else group
     if rule.scalars is not None:
         for name, initial in rule.scalars.initial.items():
-            state[name] = new_counter(view, param, group).fill_(initial(source))
+            state[name] = new_counter(view, param, group).fill_(float(initial(source)))
     for item in rule.states:
         if item.when is None or item.when(group):
             state[item.name] = item.new(param, source)
@@ -190,20 +190,21 @@ def check_loaded(view: OptimizerView) -> None:
 def restore_uncast(view: OptimizerView, loaded: Mapping[str, Any]) -> None:
     """Load the state of rows and scalars once more: torch cast it to its parameter's dtype."""
     rule, rows = view.rule, view.rule.row_wise
-    names = rule.counters[1:]
-    if (rows is None or rows.state is None) and not names:
+    if rule.row_state is None and rule.scalars is None:
         return
     ids = chain.from_iterable(group["params"] for group in loaded["param_groups"])
     for key, param in zip(ids, view.params, strict=True):
         entry, state = loaded["state"].get(key, {}), view.state.get(param, {})
-        if rows is not None and rows.state is not None and state:
-            if isinstance(value := entry.get(rows.state), Tensor):
-                state[rows.state] = value.to(param.device, rows.dtype(param))
-        for name in names:
-            value, step = entry.get(name), state.get("step")
-            if isinstance(value, Tensor) and isinstance(step, Tensor):
+        for name in {rule.row_state, *rule.counters[1:]} & entry.keys() & state.keys():
+            value = entry[name]
+            if not isinstance(value, Tensor):
+                continue
+            if rows is not None and name == rows.state:
+                state[name] = value.to(param.device, rows.dtype(param))
+            else:
+                device = getattr(state.get("step"), "device", "cpu")
                 dtype = value.dtype if value.dtype in _COUNTER_DTYPES else step_dtype()
-                state[name] = value.to(step.device, dtype)
+                state[name] = value.to(device, dtype)
 
 
 class Holders:

@@ -314,11 +314,11 @@ def check_rule(rule: Rule, groups: Iterable[Group], known_flags: Collection[str]
         try:
             rule.active_flags(group)
             rule.values(group)
-            initials = [state.initial for state in rule.states]
-            initials += [] if rule.scalars is None else rule.scalars.initial.values()
-            for initial in initials:
-                if callable(initial):
-                    initial(group)
+            for state in rule.states:
+                if callable(state.initial):
+                    state.initial(group)
+            for initial in rule.scalars.initial.values() if rule.scalars is not None else ():
+                initial(group)
             rule.state_names(group)
         except KeyError as error:
             raise TypeError(
