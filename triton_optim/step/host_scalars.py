@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from ctypes import c_float
-from itertools import chain, cycle
+from itertools import chain, cycle, groupby
 from operator import itemgetter
 
 import torch
@@ -33,7 +33,11 @@ class HostScalars:
         groups: Sequence[int],
         pool: StepPool,
     ) -> None:
-        self._n, self._groups, self._advance = len(groups), groups, state.advance
+        self._n, self._advance = len(groups), state.advance
+        self._runs: list[tuple[int, int, int]] = []  # group, its tensors from and to
+        for group, members in groupby(groups):
+            start = self._runs[-1][2] if self._runs else 0
+            self._runs.append((group, start, start + len([*members])))
         steps, scalars = counters[: self._n], counters[self._n :]
         self._steps, self._scalars = HostCounts(steps, pool), HostCounts(scalars, pool)
         double = any(scalar.dtype == torch.float64 for scalar in scalars)
@@ -50,18 +54,25 @@ class HostScalars:
             hypers: of all groups, `n_hypers` each.
         """
         n = self._n
-        steps, scalars = self._steps.values(counters[:n]), self._scalars.values(counters[n:])
-        each = (scalars[start : start + n] for start in range(0, len(scalars), n))
-        keys = [*zip(self._groups, steps, *each, strict=True)]
-        found: dict[tuple[float, ...], tuple[Numbers, Numbers]] = {}
-        for key in set(keys):
-            group, step, *values = key
-            hyper = hypers[int(group) * n_hypers : (int(group) + 1) * n_hypers]
-            found[key] = self._advance(step, tuple(values), hyper, self._rounded)
-        results = [*map(found.__getitem__, keys)]
-        self._old = scalars
+        self._old = self._scalars.values(counters[n:])
+        columns = [self._steps.values(counters[:n])]
+        columns += [self._old[start : start + n] for start in range(0, len(self._old), n)]
+        results: list[tuple[Numbers, Numbers]] = []
+        for group, start, stop in self._runs:
+            hyper = hypers[group * n_hypers : (group + 1) * n_hypers]
+            results += self._advanced([column[start:stop] for column in columns], hyper)
         self._new = [*chain.from_iterable(zip(*map(_after, results), strict=True))]
         return [*chain.from_iterable(map(_read, results))]
+
+    def _advanced(
+        self, columns: Sequence[Sequence[float]], hyper: Sequence[float | Tensor]
+    ) -> list[tuple[Numbers, Numbers]]:
+        """Of each tensor of a group; what tensors have alike is done once."""
+        n = len(columns[0])
+        alike = all(column.count(column[0]) == n for column in columns)
+        keys = [tuple(column[0] for column in columns)] if alike else [*zip(*columns, strict=True)]
+        found = {key: self._advance(key[0], key[1:], hyper, self._rounded) for key in set(keys)}
+        return [*map(found.__getitem__, keys)] * (n if alike else 1)
 
     def add(self, counters: Sequence[Tensor], present: bytes | None) -> None:
         """Count the update for which `values` were, of each tensor or of those present."""
