@@ -188,10 +188,9 @@ def nadam_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     DTYPE: tl.constexpr = param.dtype
     grad = objective_gradient(param, grad, weight_decay, FLAGS)
     exp_avg = lerp(state[0], grad, one_minus_beta1)
-    exp_avg_sq = beta2.to(DTYPE) * state[1] + one_minus_beta2.to(DTYPE) * grad * grad
-    denominator = sqrt(exp_avg_sq) * scale.to(DTYPE) + eps.to(DTYPE)
     update = (lr * of_grad).to(DTYPE) * grad + (lr * of_avg).to(DTYPE) * exp_avg
-    update = div(update, denominator)
+    exp_avg_sq = beta2.to(DTYPE) * state[1] + one_minus_beta2.to(DTYPE) * grad * grad
+    update = div(update, sqrt(exp_avg_sq) * scale.to(DTYPE) + eps.to(DTYPE))
     return descend(param, update, lr, weight_decay, FLAGS), (exp_avg, exp_avg_sq)
 
 

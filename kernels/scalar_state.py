@@ -33,6 +33,6 @@ def nadam_scalars(step, values, hyper, DTYPE: tl.constexpr):
 def asgd_scalars(step, values, hyper, DTYPE: tl.constexpr):
     """eta_t = lr / (1 + lambd lr t)^alpha, mu_t = 1 / max(1, t - t0): of the next update."""
     lr, lambd, alpha, t0 = hyper[:4]
-    eta = lr * tl.exp2(-alpha * tl.log2(1 + lambd * lr * (step + 1)))
     mu = 1 / tl.maximum(step + 1 - t0, 1.0)
+    eta = lr * tl.exp2(-alpha * tl.log2(1 + lambd * lr * (step + 1)))
     return values, (eta, mu)

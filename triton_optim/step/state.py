@@ -203,8 +203,8 @@ def restore_uncast(view: OptimizerView, loaded: Mapping[str, Any]) -> None:
                 state[name] = value.to(param.device, rows.dtype(param))
             else:
                 device = getattr(state.get("step"), "device", "cpu")
-                dtype = value.dtype if value.dtype in _COUNTER_DTYPES else step_dtype()
-                state[name] = value.to(device, dtype)
+                kept = value.dtype in _COUNTER_DTYPES or value.is_complex()  # which is refused
+                state[name] = value.to(device, value.dtype if kept else step_dtype())
 
 
 class Holders:
