@@ -54,7 +54,8 @@ class ASGD(FusedOptimizer, torch.optim.ASGD):
 
     Args:
         params: see `FusedOptimizer`.
-        lr: learning rate :math:`\gamma`; a float or a one-element tensor.
+        lr: learning rate :math:`\gamma`; a float or a one-element tensor. One on a GPU is waited
+            for, as in torch, where the step is not counted there.
         lambd: decay :math:`\lambda`.
         alpha: power :math:`\alpha`.
         t0: :math:`t_0`, the update from which on parameters are averaged.

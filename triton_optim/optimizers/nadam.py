@@ -62,7 +62,8 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
     Args:
         params: see `FusedOptimizer`.
         lr: learning rate :math:`\gamma`; a float or a one-element tensor.
-        betas: :math:`\beta_1, \beta_2` in [0, 1).
+        betas: :math:`\beta_1, \beta_2` in [0, 1). Tensors on a GPU are waited for where the step is
+            not counted there.
         eps: :math:`\epsilon`, outside the root.
         weight_decay: :math:`\lambda`; a float or a one-element tensor.
         momentum_decay: :math:`\psi`.
