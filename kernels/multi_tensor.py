@@ -73,6 +73,7 @@ def multi_tensor_kernel(
     RULE: tl.constexpr,
     FLAGS: tl.constexpr,
     N_HYPERS: tl.constexpr,
+    STEP_COLUMNS: tl.constexpr,
     N_STATES: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
@@ -96,7 +97,8 @@ def multi_tensor_kernel(
     - tensor_table_ptr: int64 [tensors, ROW_WIDTH], the columns of chunks.py;
     - grads_ptr: int64 [tensors], addresses of gradients; a tensor at 0 is left alone;
     - hyperparameters_ptr: float64 [groups, N_HYPERS];
-    - steps_ptr: float64 [tensors], or None where RULE reads no step;
+    - steps_ptr: float64 [tensors, STEP_COLUMNS], or None where RULE reads no step; it is given a
+      tuple of several;
     - found_inf_ptr, grad_scale_ptr, grad_norm_ptr, max_norm_ptr: see conditions.py. A skipped step
       writes nothing; gradients are divided by the scale in memory too, and are not clipped there;
     - step_status_ptr: float32 [2], or None; becomes (1, 0) or, of a skipped step, (0, 1);
@@ -129,11 +131,14 @@ def multi_tensor_kernel(
     hyper = scalars(hyperparameters_ptr + tl.load(row_ptr + GROUP) * N_HYPERS, N_HYPERS)
     step = None
     if steps_ptr is not None:
-        step = tl.load(steps_ptr + tensor).to(tl.float64)
+        if STEP_COLUMNS == 1:
+            step = tl.load(steps_ptr + tensor).to(tl.float64)
+        else:
+            step = scalars(steps_ptr + tensor * STEP_COLUMNS, STEP_COLUMNS)
     if not DOUBLES:
         hyper = in_dtype(hyper, COMPUTE_DTYPE)
         if step is not None:
-            step = step.to(COMPUTE_DTYPE)
+            step = step.to(COMPUTE_DTYPE) if STEP_COLUMNS == 1 else in_dtype(step, COMPUTE_DTYPE)
 
     param_ptr = pointer(tl.load(row_ptr + PARAM), start, PARAM_DTYPE, ALIGNED)
     grad_ptr = pointer(grad_address, start, GRAD_DTYPE, ALIGNED)

@@ -7,7 +7,7 @@ Every rule is `rule(param, grad, state, hyper, step, FLAGS) -> (param, state)`:
 - hyper: tuple of float64 scalars, in the order in which the optimizer class gives them. A rule
   casts each one once, after the scalar arithmetic;
 - step: float64 scalar, how many updates this tensor has had before this one (None where the
-  optimizer class does not ask for it);
+  optimizer class does not ask for it), or a tuple of scalars from scalar_state.py;
 - FLAGS: constexpr, a sum of the bits below.
 
 Where two products are added, `tl.fma` says which is rounded first: a compiler would choose for each
@@ -181,6 +181,32 @@ def averaged_length(step, one_minus_beta, log2_beta, rest, correction):
     series = 1 - x * (1 / 6 - y * (1 / 360 - y * (1 / 15120 - y * (1 / 604800))))
     length = longest - 2 * t * div(1 - correction, correction)
     return tl.where(x < NEAR, rest.to(DTYPE) + t * series, length), longest
+
+
+@triton.jit
+def nadam_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
+    """Dozat 2016: Adam's averages, p -= lr (c_g g + c_m m) / (sqrt(v^) + eps)."""
+    lr, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay = hyper[:6]
+    of_grad, of_avg, scale = step
+    DTYPE: tl.constexpr = param.dtype
+    grad = objective_gradient(param, grad, weight_decay, FLAGS)
+    exp_avg = lerp(state[0], grad, one_minus_beta1)
+    update = (lr * of_grad).to(DTYPE) * grad + (lr * of_avg).to(DTYPE) * exp_avg
+    exp_avg_sq = beta2.to(DTYPE) * state[1] + one_minus_beta2.to(DTYPE) * grad * grad
+    update = div(update, sqrt(exp_avg_sq) * scale.to(DTYPE) + eps.to(DTYPE))
+    return descend(param, update, lr, weight_decay, FLAGS), (exp_avg, exp_avg_sq)
+
+
+@triton.jit
+def asgd_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
+    """Polyak and Juditsky 1992: p -= eta (lambd p + g), and the average a += mu (p - a)."""
+    lambd, weight_decay = hyper[1], hyper[4]
+    eta, mu = step
+    grad = objective_gradient(param, grad, weight_decay, FLAGS)
+    decay = tl.where(tl.abs(param) == float("inf"), 0.0, (eta * lambd).to(param.dtype) * param)
+    param = param - (decay + eta.to(param.dtype) * grad)
+    average = state[0] + mu.to(param.dtype) * (param - state[0])
+    return param, (tl.where(mu == 1, param, average),)
 
 
 @triton.jit

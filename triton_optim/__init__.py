@@ -16,7 +16,9 @@ from .optimizers.adagrad import Adagrad
 from .optimizers.adam import Adam
 from .optimizers.adamax import Adamax
 from .optimizers.adamw import AdamW
+from .optimizers.asgd import ASGD
 from .optimizers.lion import Lion
+from .optimizers.nadam import NAdam
 from .optimizers.radam import RAdam
 from .optimizers.rmsprop import RMSprop
 from .optimizers.rowwise_adagrad import RowwiseAdagrad
@@ -29,6 +31,7 @@ from .training.in_backward import step_in_backward
 
 __version__ = "0.1.0"
 __all__ = [
+    "ASGD",
     "SGD",
     "Adadelta",
     "Adagrad",
@@ -38,6 +41,7 @@ __all__ = [
     "FusedOptimizer",
     "GraphedStep",
     "Lion",
+    "NAdam",
     "RAdam",
     "RMSprop",
     "RowWise",
@@ -50,4 +54,16 @@ __all__ = [
     "step_in_backward",
     "testing",
 ]
-OPTIMIZERS = ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "Adamax", "RAdam", "Adadelta", "Rprop")
+OPTIMIZERS = (
+    "SGD",
+    "ASGD",
+    "Adagrad",
+    "RMSprop",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "NAdam",
+    "RAdam",
+    "Adadelta",
+    "Rprop",
+)

@@ -28,9 +28,11 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("Adam", {"amsgrad": True, "weight_decay": 0.01}),
     ("AdamW", {}),
     ("Adamax", {}),
+    ("NAdam", {}),
     ("RAdam", {}),
     ("Adadelta", {}),
     ("Rprop", {}),
+    ("ASGD", {"t0": 2.0, "lambd": 0.1}),
     ("Lion", {"weight_decay": 0.01}),
 ]
 

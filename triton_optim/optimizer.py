@@ -27,7 +27,7 @@ from .step.fallback import decays, make_missing_state, reference_step
 from .step.state import (
     adopt_steps,
     check_loaded,
-    restore_row_state,
+    restore_uncast,
     widen_steps,
 )
 from .step.stepper import Stepper
@@ -368,11 +368,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             for group in state["param_groups"]:
                 group.setdefault("fused", None)  # torch sets False, which would refuse the kernels
         if loads:
-            groups, counts = state["param_groups"], self._current_rule().counts_step
-            check_entries(state["state"], groups, counts_steps=counts)
-            view = self._fused_view(groups, state["state"])
+            view = self._fused_view(state["param_groups"], state["state"])
+            check_entries(view.rule, state["state"], view.groups)
             if "_loaded" in vars(self):
-                restore_row_state(view, vars(self)["_loaded"])
+                restore_uncast(view, vars(self)["_loaded"])
         super().__setstate__(state)
         if self._torch_class is None:
             self.defaults.pop("differentiable", None)  # torch adds it to any defaults

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .options import Group, Options
+from .scalar_state import ScalarState
 
 State = dict[str, Any]
 Scalars = tuple[float | Tensor, ...]
@@ -90,6 +91,8 @@ class Rule:
         counts_step: the state has `step`, how often a parameter was updated.
         reads_step: whether the function reads it, or the flags under which it does: a float64
             scalar, 0 at the first update. Where steps are not counted, it is 0 or 1.
+        scalars: state of one number a tensor beside `step`; the function is given what it says in
+            place of the step.
         doubles: `hyper` are float64 scalars; otherwise they are in arithmetic precision. A float64
             scalar makes a block that it is combined with float64.
         row_wise: how single rows are updated, if they can be.
@@ -111,6 +114,7 @@ class Rule:
     flags: Mapping[str, Callable[[Group], bool]] = field(default_factory=dict)
     counts_step: bool = True
     reads_step: bool | frozenset[str] = False
+    scalars: ScalarState | None = None
     doubles: bool = False
     row_wise: RowWise | None = None
     reference: Callable[[Tensor, Tensor, State, Group], None] | None = None
@@ -126,13 +130,13 @@ class Rule:
                 "grad, state, hyper, step, FLAGS)"
             )
         names = [state.name for state in self.states]
-        every = [*names, "step", *([] if self.row_state is None else [self.row_state])]
+        every = [*names, *self.counters, *([] if self.row_state is None else [self.row_state])]
         if len(names) > MAX_STATES or len({*every}) < len(every):
             raise ValueError(
                 f"a Rule has the states {every}; it takes up to {MAX_STATES}, each named once, and "
                 "none of them 'step'"
             )
-        if self.reads_step is True and not self.counts_step:
+        if (self.reads_step is True or self.scalars) and not self.counts_step:
             raise ValueError("reads_step=True needs counts_step=True, which makes the step")
 
     @cached_property
@@ -162,9 +166,19 @@ class Rule:
             return self.hyperparameters(group)
         return tuple(group[name] for name in self.hyperparameters)
 
+    @property
+    def counters(self) -> tuple[str, ...]:
+        """Names of the state of one number a tensor."""
+        return ("step", *(() if self.scalars is None else self.scalars.names))
+
+    @property
+    def step_columns(self) -> int:
+        """How many scalars the function is given as its step."""
+        return 1 if self.scalars is None else self.scalars.reads
+
     def reads_step_under(self, flags: frozenset[str]) -> bool:
         if isinstance(self.reads_step, bool):
-            return self.reads_step
+            return self.reads_step or self.scalars is not None
         return not flags.isdisjoint(self.reads_step)
 
     @property

@@ -19,6 +19,7 @@ BLOCK = 1024 if backend.COMPILED else 64  # elements of a program in these tests
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
+SCALARS = frozenset({"step", "mu_product", "eta", "mu"})  # state of one number a tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)
 
 
@@ -102,6 +103,20 @@ CASES = (
         "Adamax",
         {"lr": 0.01, "betas": (0.3, 0.9), "eps": 0.1, "weight_decay": 0.1, "maximize": True},
     ),
+    Case("nadam", "NAdam", {"lr": 0.01}),
+    Case(
+        "nadam-all",
+        "NAdam",
+        {
+            "lr": 0.01,
+            "betas": (0.3, 0.99999),
+            "eps": 1e-3,
+            "weight_decay": 0.1,
+            "momentum_decay": 2.0,
+            "decoupled_weight_decay": True,
+            "maximize": True,
+        },
+    ),
     Case("radam", "RAdam", {"lr": 0.01, "betas": (0.9, 0.99999)}),
     Case(
         "radam-all",
@@ -120,6 +135,19 @@ CASES = (
         "adadelta-all",
         "Adadelta",
         {"lr": 0.5, "rho": 0.5, "eps": 1e-3, "weight_decay": 0.1, "maximize": True},
+    ),
+    Case("asgd", "ASGD", {"lr": 0.1}),
+    Case(
+        "asgd-all",
+        "ASGD",
+        {
+            "lr": 0.1,
+            "lambd": 0.1,
+            "alpha": 0.5,
+            "t0": 1.0,
+            "weight_decay": 0.1,
+            "maximize": True,
+        },
     ),
     Case("rprop", "Rprop", {"lr": 0.01}),
     Case(
@@ -258,8 +286,17 @@ def copies_of(params: Sequence[Parameter]) -> list[Parameter]:
 
 def main_state(case: Case) -> str:
     """The state tensor that every parameter of this optimizer has."""
-    names = {"SGD": "momentum_buffer", "Adagrad": "sum", "RMSprop": "square_avg"}
+    names = {"SGD": "momentum_buffer", "Adagrad": "sum", "RMSprop": "square_avg", "ASGD": "ax"}
     return names.get(case.optimizer, "exp_avg")
+
+
+def as_saved(optimizer: torch.optim.Optimizer) -> None:
+    """Bring scalars of torch's back to float32, which loading cast to float64 as parameters are.
+
+    Ours stay as they were saved, so that a resumed run is the one that was interrupted.
+    """
+    for state in optimizer.state.values():
+        state.update({name: state[name].float() for name in SCALARS & state.keys()})
 
 
 def scaled_step(optimizer: Any, found_inf: float, grad_scale: float | None = None) -> None:

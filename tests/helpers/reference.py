@@ -28,7 +28,7 @@ class Reference:
         self._is_decoupled = rule in ("AdamW", "Lion")
         self._rule = getattr(self, f"_{rule.lower()}")
         self._args = kwargs
-        self._step = 0
+        self._step, self._product = 0, np.float32(1)
         self._a = np.zeros_like(self.param) + kwargs.get("initial_accumulator_value", 0)
         self._b, self._c = np.zeros_like(self.param), np.zeros_like(self.param)
         if rule == "Rprop":
@@ -98,6 +98,24 @@ class Reference:
         self._a = beta1 * self._a + (1 - beta1) * g
         self._b = np.maximum(beta2 * self._b, np.abs(g) + eps)
         return lr * self._a / (1 - beta1**self._step) / self._b
+
+    def _nadam(
+        self, g: Array, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        momentum_decay: float = 4e-3, **_: Any,
+    ) -> Any:  # fmt: skip
+        (beta1, beta2), t = map(np.longdouble, betas), self._step
+        decay = np.longdouble("0.96")
+        mu, mu_next = (beta1 * (1 - decay ** (i * momentum_decay) / 2) for i in (t, t + 1))
+        self._product *= np.float32(mu)  # as torch keeps it
+        product = np.longdouble(self._product)
+        self._a = beta1 * self._a + (1 - beta1) * g
+        self._b = beta2 * self._b + (1 - beta2) * g * g
+        look = (1 - mu) * g / (1 - product) + mu_next * self._a / (1 - product * mu_next)
+        return lr * look / (np.sqrt(self._b / (1 - beta2**t)) + eps)
+
+    def _asgd(self, g: Array, lr: float, lambd: float = 1e-4, alpha: float = 0.75, **_: Any) -> Any:
+        eta = np.float32(lr / (1 + lambd * lr * (self._step - 1)) ** alpha)  # as torch keeps it
+        return np.longdouble(eta) * (g + np.longdouble(lambd) * self.param)
 
     def _radam(
         self, g: Array, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,

@@ -196,9 +196,11 @@ def _check_row_alignment(launch: RowLaunch) -> None:
 
 
 def _counts(arguments: dict[str, Any]) -> list[Span]:
-    """The step counts of a launch that counts."""
-    size = arguments["DTYPE"].primitive_bitwidth // 8
-    return _joined((start, start + size) for start in arguments["steps_ptr"].tolist())
+    """The step counts and other scalars of a launch that counts."""
+    n, addresses = arguments["n_tensors"], arguments["steps_ptr"].tolist()
+    sizes = [arguments[name].primitive_bitwidth // 8 for name in ("DTYPE", "SCALAR_DTYPE")]
+    starts = enumerate(addresses[: n * (1 + arguments["N_SCALARS"])])
+    return _joined((start, start + sizes[i >= n]) for i, start in starts)
 
 
 def _listed(arguments: dict[str, Any]) -> list[Span]:

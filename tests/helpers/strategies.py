@@ -58,6 +58,27 @@ GROUPS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
             "eps": st.sampled_from([1e-8, 1e-2]),
         }
     ),
+    "NAdam": st.fixed_dictionaries(
+        {
+            "lr": rates,
+            "betas": st.tuples(st.sampled_from([0.9, 0.3]), st.sampled_from([0.999, 0.9])),
+            "weight_decay": decays,
+            "maximize": st.booleans(),
+            "eps": st.sampled_from([1e-8, 1e-2]),
+            "momentum_decay": st.sampled_from([4e-3, 1.0]),
+            "decoupled_weight_decay": st.booleans(),
+        }
+    ),
+    "ASGD": st.fixed_dictionaries(
+        {
+            "lr": rates,
+            "lambd": st.sampled_from([1e-4, 0.1]),
+            "alpha": st.sampled_from([0.75, 0.5]),
+            "t0": st.sampled_from([1e6, 1.0]),
+            "weight_decay": decays,
+            "maximize": st.booleans(),
+        }
+    ),
     "RAdam": st.fixed_dictionaries(
         {
             "lr": rates,

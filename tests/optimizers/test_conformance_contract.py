@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from assertions import assert_same_bits
-from cases import new_param
+from cases import as_saved, new_param
 from paired_optimizers import Pair
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -145,4 +145,5 @@ def test_load_state_dict_hooks(case: Config) -> None:
         optimizer.register_load_state_dict_post_hook(halve)
         optimizer.load_state_dict(optimizer.state_dict())
         assert optimizer.param_groups[0]["lr"] == 0.375
+    as_saved(both.optimizers[1])
     both.step(2)

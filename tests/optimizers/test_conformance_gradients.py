@@ -11,7 +11,7 @@ import cases
 import pytest
 import torch
 from assertions import assert_same_bits
-from cases import DEVICE, Tensors, grad_of
+from cases import DEVICE, SCALARS, Tensors, grad_of
 from paired_optimizers import Pair
 from torch import Tensor
 from torch.nn import Parameter
@@ -106,7 +106,7 @@ def test_zero_gradients(case: Config) -> None:
     for _ in range(2):
         both.each(step)
         both.check()
-    if not both.optimizers[0].defaults.get("weight_decay"):
+    if not {"weight_decay", "lambd"} & {k for k, v in both.optimizers[0].defaults.items() if v}:
         assert_same_bits(both.tensors[0].params, before)
 
 
@@ -154,7 +154,9 @@ def test_differentiable_passes_gradcheck(case: Config) -> None:
     like = Parameter(torch.ones(3, dtype=torch.float64))
     like.grad = torch.ones_like(like)
     (theirs := case.theirs([like])).step()
-    states = [name for name in theirs.state.get(like, {}) if name != "step"]
+    made = theirs.state.get(like, {})
+    scalars = {name: value.detach() for name, value in made.items() if name in SCALARS}
+    states = [name for name in made if name not in SCALARS]
     hypers = ["lr", "weight_decay"] if case.optimizer == "SGD" else []
     for name in states:
         scale = 0.01 if name == "grad_avg" else 1.0  # its square is less than square_avg
@@ -169,7 +171,9 @@ def test_differentiable_passes_gradcheck(case: Config) -> None:
         optimizer = case.ours([param], differentiable=True, **kwargs)
         values = [value.clone() for value in others[:n]]
         state = optimizer.state[param] if states else {}
-        state.update(zip(states, values, strict=True), step=torch.zeros(()))
+        state.update(zip(states, values, strict=True))
+        state.update({name: value.clone() for name, value in scalars.items()})
+        state.update(step=torch.zeros(()))
         optimizer.step()
         return param, *(state[name] for name in states)
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from assertions import assert_no_worse, largest
-from cases import CASES, DEVICE, DTYPES, SPECS, Case, Tensors, double, each, grad_of
+from cases import CASES, DEVICE, DTYPES, SCALARS, SPECS, Case, Tensors, double, each, grad_of
 from reference import Reference
 from torch.nn import Parameter
 
@@ -43,7 +43,7 @@ def _compare(case: Case, dtype: torch.dtype) -> None:
     for param, state, their_state in zip(ours.params, *states[:2], strict=True):
         for key, value in state.items():
             assert value.dtype == their_state[key].dtype
-            assert key == "step" or value.stride() == param.stride()
+            assert key in SCALARS or value.stride() == param.stride()
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float64], ids=str)
@@ -97,7 +97,7 @@ def test_mixed_dtypes(
         tensors.train(opt, steps=1)
     for p, e in zip(ours.params, exact.params, strict=True):
         for key, value in optimizer.state[p].items():
-            if key != "step":
+            if key not in SCALARS:
                 optimizer.state[p][key] = value.to(state_dtype)
                 reference.state[e][key] = value.to(state_dtype).double().clone()
         e.data = p.data.double().clone()

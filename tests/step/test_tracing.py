@@ -77,7 +77,8 @@ def test_real_parameters_in_fake_mode(case: Case) -> None:
     torch.testing.assert_close(*params)
 
 
-@pytest.mark.parametrize("name", triton_optim.OPTIMIZERS)
+# torch's ASGD asks mu for its value, which a fake tensor has not.
+@pytest.mark.parametrize("name", [name for name in triton_optim.OPTIMIZERS if name != "ASGD"])
 def test_fake_parameters(name: str) -> None:
     with FakeTensorMode():
         param = Parameter(torch.ones(5, device=DEVICE))

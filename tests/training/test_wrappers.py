@@ -97,9 +97,11 @@ def test_rebuilt_from_its_defaults(name: str) -> None:
         "RMSprop": {"alpha": 0.5, "fused": True, **OPTIONS},
         "Adam": {"betas": (0.5, 0.9), "decoupled_weight_decay": True, **OPTIONS},
         "Adamax": {"betas": (0.5, 0.9), "fused": True, **OPTIONS},
+        "NAdam": {"momentum_decay": 0.5, **OPTIONS},
         "RAdam": {"decoupled_weight_decay": True, **OPTIONS},
         "Adadelta": {"rho": 0.5, **OPTIONS},
         "Rprop": {"etas": (0.5, 1.5), **OPTIONS},
+        "ASGD": {"alpha": 0.5, "fused": True, **OPTIONS},
         "RowwiseAdagrad": {"eps": 0.5, "decoupled_weight_decay": True},
     }
     optimizer = getattr(triton_optim, name)([new_param(3)], **arguments[name])

@@ -17,7 +17,7 @@ from .tuning import Config
 
 
 class _NoKernels:
-    """Stands in for kernels/rules.py where Triton is not installed."""
+    """Stands in for functions of kernels/ where Triton is not installed."""
 
     def __getattr__(self, name: str) -> None:
         return None
@@ -29,6 +29,7 @@ try:
 
     from ..kernels import chunks, flags, multi_tensor
     from ..kernels import rules as kernel_rules
+    from ..kernels import scalar_state as kernel_scalars
 except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] != "triton":
         raise
@@ -37,6 +38,7 @@ except ModuleNotFoundError as error:
     DEVICE_TYPE = None
     ROW_WIDTH = 0
     rules: Any = _NoKernels()
+    scalar_state: Any = _NoKernels()
 
     def flag(name: str) -> Any:
         """A flag of rules; there are none without Triton."""
@@ -46,7 +48,7 @@ else:
     COMPILED = isinstance(multi_tensor.multi_tensor_kernel, triton.runtime.JITFunction)
     DEVICE_TYPE = "cuda" if COMPILED else "cpu"
     ROW_WIDTH = chunks.ROW_WIDTH.value
-    rules, flag = kernel_rules, flags.flag
+    rules, scalar_state, flag = kernel_rules, kernel_scalars, flags.flag
 
 # Storage dtypes; a complex tensor is stored as pairs of the real dtype beside it.
 STORAGE_DTYPES = {
@@ -125,7 +127,7 @@ class Tables(NamedTuple):
     rows: Tensor  # int64 [tensors, ROW_WIDTH]
     grads: Tensor  # int64 [tensors]
     hypers: Tensor  # float64 [groups, hyperparameters]
-    steps: Tensor | None  # floating [tensors]
+    steps: Tensor | None  # float64 [tensors, scalars of each]
     max_norm: Tensor | None = None  # float64 []
     norm: Tensor | None = None  # float64 []
     step_status: Tensor | None = None  # float32 [2]: 1 if the step was taken, 1 if it was skipped
@@ -201,6 +203,7 @@ def constants(rule: Rule, variant: Variant, config: Config, n_hypers: int) -> di
     return {
         **rule_constants(rule, rule.function, variant.flags),
         "N_HYPERS": n_hypers,
+        "STEP_COLUMNS": rule.step_columns,
         "N_STATES": variant.n_states,
         "PARAM_DTYPE": getattr(tl, variant.param_dtype),
         "GRAD_DTYPE": getattr(tl, variant.grad_dtype),

@@ -20,7 +20,8 @@ class Buffer:
         device: where.
         n_grads: numbers that say where gradients are.
         n_hypers: hyperparameters of all groups.
-        n_steps: step counts, if the host knows them and a kernel reads them.
+        n_steps: step counts, or what a rule is given instead, if the host knows them and a kernel
+            reads them.
 
     Attributes:
         memory: int64, all of it.

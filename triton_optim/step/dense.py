@@ -24,7 +24,7 @@ from ..tensors.sharding import is_dtensor, local_of, redistribute_grad, same_sha
 from .conditions import StepConditions
 from .grad_norm import GradNorm
 from .launch_group import CurrentTensors, GradCopies, LaunchGroup, StepTensors, present_of
-from .state import get_step
+from .state import counters_of
 from .view import OptimizerView
 
 _grad_of = attrgetter("grad")
@@ -55,7 +55,7 @@ class DenseLaunchGroup(LaunchGroup):
         self, grads: Sequence[Tensor | None], params: Sequence[Tensor], states: Sequence[State]
     ) -> StepTensors:
         written = [*params, *self._holders.values(states)]
-        steps = [*map(get_step, states)] if self._rule.counts_step else []
+        steps = counters_of(self._rule, states)
         if not self._specs:
             return StepTensors(grads, self._all, params, written, (), steps)
         shards = [*map(local_of, written)]
@@ -154,7 +154,9 @@ class DenseLaunchGroup(LaunchGroup):
             for i, copy in copies:
                 addresses[i] = copy.data_ptr() or NOWHERE
             grad_column = column("q", addresses)
-        self._buffer.send(grad_column, hypers, max_norm or 0.0, self._steps_to_send(tensors))
+        self._buffer.send(
+            grad_column, hypers, max_norm or 0.0, self._steps_to_send(tensors, hypers)
+        )
         return copies
 
     def sum_squares(self, conditions: StepConditions) -> GradNorm:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from itertools import compress, repeat
+from itertools import compress, cycle, repeat
 from operator import is_not
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ from ..launch.pointer_tables import addresses_of, on_device
 from ..rule import State
 from ..tensors.layout import LayoutGuard, picker
 from .conditions import StepConditions
-from .state import Holders, bring_together, get_step, states_of
+from .host_scalars import HostScalars
+from .state import Holders, bring_together, counters_of, states_of
 from .step_counts import DeviceCounts, HostCounts, SeenCounts
 from .view import OptimizerView
 
@@ -46,13 +47,13 @@ class StepTensors(NamedTuple):
     shards: Sequence[Tensor]  # all parameters
     written: Sequence[Tensor]  # parameters that have a gradient, and their state
     dtensors: Sequence[Tensor]  # those of which `written` are shards
-    steps: Sequence[Tensor]  # all step counts
+    steps: Sequence[Tensor]  # all step counts, then each other scalar of all tensors
     ids: Sequence[Tensor] = ()  # int64 [1, rows], of sparse gradients
 
     @property
     def counted(self) -> Iterable[Tensor]:
-        """The step counts of parameters that have a gradient."""
-        return self.steps if 0 not in self.present else compress(self.steps, self.present)
+        """The step counts and other scalars of parameters that have a gradient."""
+        return self.steps if 0 not in self.present else compress(self.steps, cycle(self.present))
 
 
 class LaunchGroup:
@@ -88,11 +89,12 @@ class LaunchGroup:
         self._private: Tensor | None = None  # float64, counts that no state has
         self._may_have_skipped = False
         self._ids: dict[int, int] = {}  # where parameters stand in it
+        self._n_hypers = n_hypers // len(view.groups)
         counts = self._counts_of(view, planned, states)
         self._device_counts = counts if isinstance(counts, DeviceCounts) else None
         self._host_counts = None if isinstance(counts, DeviceCounts) else counts
         sends = self._reads_step(planned) and self._host_counts is not None
-        self._n_steps_sent = len(planned) if sends else 0
+        self._n_steps_sent = len(planned) * self._rule.step_columns if sends else 0
 
         grads, params = [item.grad for item in planned], [item.param for item in planned]
         tensors = self._tensors(grads, params, self._pick_stateful(states))
@@ -116,14 +118,18 @@ class LaunchGroup:
 
     def _counts_of(
         self, view: OptimizerView, planned: Sequence[PlannedParam], states: Sequence[State]
-    ) -> HostCounts | SeenCounts | DeviceCounts | None:
+    ) -> HostCounts | HostScalars | SeenCounts | DeviceCounts | None:
         reads_step, on_host = self._reads_step(planned), not view.counts_on_device
         if self._rule.counts_step:
-            steps = [*map(get_step, states)]
+            scalars, steps = self._rule.scalars, counters_of(self._rule, states)
             if on_host and all(step.is_cpu for step in steps):
-                return HostCounts(steps, view.counters)
-            bring_together(steps, self.device)
-            return DeviceCounts(steps, self.device, reads=reads_step)
+                if scalars is None:
+                    return HostCounts(steps, view.counters)
+                groups = [item.group for item in planned]
+                return HostScalars(scalars, steps, groups, view.counters)
+            bring_together(steps[: len(planned)], self.device)
+            bring_together(steps[len(planned) :], self.device)
+            return DeviceCounts(steps, self.device, reads=reads_step, scalars=scalars)
         if not reads_step:
             return None
         seen = [not new for new in self._new]
@@ -213,9 +219,15 @@ class LaunchGroup:
         """Bring the tables up to date; what the launches read instead of some gradients."""
         raise NotImplementedError
 
-    def _steps_to_send(self, tensors: StepTensors) -> Sequence[float]:
+    def _steps_to_send(
+        self, tensors: StepTensors, hypers: Sequence[float | Tensor]
+    ) -> Sequence[float]:
         counts = self._host_counts
-        return counts.values(tensors.steps) if counts is not None and self._n_steps_sent else ()
+        if counts is None or not self._n_steps_sent:
+            return ()
+        if isinstance(counts, HostScalars):
+            return counts.values(tensors.steps, hypers, self._n_hypers)
+        return counts.values(tensors.steps)
 
     def _launch(self, scalars: Mapping[str, Tensor], conditions: StepConditions) -> bool:
         """Launch the updates; False if there was nothing to launch."""

@@ -154,7 +154,7 @@ class RowWiseLaunchGroup(LaunchGroup):
         ids = [*addresses_of(tensors.ids), *[0] * (len(counts) - self._n_sparse)]
         rows = zip(counts, first, positions, ids, grad_addresses_of(values), strict=False)
         grads = column("q", [*chain.from_iterable(rows)])
-        self._buffer.send(grads, hypers, 0.0, self._steps_to_send(tensors))
+        self._buffer.send(grads, hypers, 0.0, self._steps_to_send(tensors, hypers))
         keys = self._sorted_keys(counts[: self._n_sparse])
         self._work = []
         for (variant, _), (n_programs, chunk) in zip(self._cuts, sizes, strict=True):

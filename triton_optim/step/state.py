@@ -16,8 +16,16 @@ from ..rule import RowWise, Rule, State
 from ..tensors.layout import picker
 from ..tensors.sharding import PLAIN_TYPES, local
 from .routing import is_traced, unsupported
-from .validation import check_no_overlap, check_row_state, check_shapes, check_state, check_step
+from .validation import (
+    check_counter,
+    check_no_overlap,
+    check_row_state,
+    check_shapes,
+    check_state,
+)
 from .view import OptimizerView
+
+_COUNTER_DTYPES = (torch.float32, torch.float64)
 
 get_step = itemgetter("step")
 
@@ -42,10 +50,13 @@ def states_of(
 def new_state(view: OptimizerView, param: Tensor, group: Group) -> State:
     """The state of a parameter before its first update."""
     rule, rows = view.rule, view.rule.row_wise
-    state: State = {"step": new_step(view, param, group)} if rule.counts_step else {}
+    state: State = {"step": new_counter(view, param, group)} if rule.counts_step else {}
     if rows is not None and rows.always and rows.state is not None:
         state[rows.state] = _new_row_state(rule, param, state, group)
     source = {**group, **view.defaults} if rule.eager_state else group
+    if rule.scalars is not None:
+        for name, initial in rule.scalars.initial.items():
+            state[name] = new_counter(view, param, group).fill_(float(initial(source)))
     for item in rule.states:
         if item.when is None or item.when(group):
             state[item.name] = item.new(param, source)
@@ -61,10 +72,10 @@ def _new_row_state(rule: Rule, param: Tensor, state: State, group: Group) -> Ten
     return made + state["step"].to(made.dtype) if rows.lazy and "step" in state else made
 
 
-def new_step(
+def new_counter(
     view: OptimizerView, param: Tensor, group: Group, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """A step counter at 0, where torch keeps it.
+    """A step counter at 0, or another scalar, where torch keeps it.
 
     Args:
         dtype: another than torch's. With lazy rows always float64: float32 stops counting at 2^24,
@@ -78,7 +89,7 @@ def new_step(
     dtype = dtype or step_dtype()
     if device.type != "cpu":
         return torch.zeros((), dtype=dtype, device=device)
-    return view.counters.take(dtype, lambda: sum(view.lengths))
+    return view.counters.take(dtype, lambda: len(view.rule.counters) * sum(view.lengths))
 
 
 def step_dtype() -> torch.dtype:
@@ -87,8 +98,17 @@ def step_dtype() -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
+def counters_of(rule: Rule, states: Sequence[State]) -> list[Tensor]:
+    """The step of every state, then each other scalar of all."""
+    counters = [*map(get_step, states)] if rule.counts_step else []
+    if rule.scalars is not None:
+        for name in rule.scalars.names:
+            counters += map(itemgetter(name), states)
+    return counters
+
+
 def adopt_steps(view: OptimizerView, *, replaces: bool) -> None:
-    """Put the step counts of new state where one operation counts them all.
+    """Put the step counts of new state, and other scalars, where one operation counts them all.
 
     Not those in shared memory, in which other processes count too.
 
@@ -99,14 +119,19 @@ def adopt_steps(view: OptimizerView, *, replaces: bool) -> None:
         return
     for group in view.groups:
         for param in group["params"]:
-            state = view.state.get(param, {})
-            step = state.get("step")
-            if _is_private(step):
-                new = new_step(view, param, group, step.dtype).copy_(step.view(()))
-                if replaces:
-                    state["step"] = new
-                else:
-                    step.data = new.view(step.shape)
+            for name in view.rule.counters:
+                _adopt(view, param, group, name, replaces=replaces)
+
+
+def _adopt(view: OptimizerView, param: Tensor, group: Group, name: str, *, replaces: bool) -> None:
+    state = view.state.get(param, {})
+    counter = state.get(name)
+    if _is_private(counter):
+        new = new_counter(view, param, group, counter.dtype).copy_(counter.view(()))
+        if replaces:
+            state[name] = new
+        else:
+            counter.data = new.view(counter.shape)
 
 
 def widen_steps(view: OptimizerView) -> None:
@@ -123,7 +148,7 @@ def _is_private(step: object) -> TypeGuard[Tensor]:
     """Whether it is a counter on the CPU that is in no other process."""
     return (
         type(step) is Tensor
-        and step.dtype in (torch.float32, torch.float64)
+        and step.dtype in _COUNTER_DTYPES
         and step.numel() == 1
         and step.is_cpu
         and not step.is_shared()
@@ -145,8 +170,8 @@ def check_state_of(
     if not kernels:
         return []
     check_state(param, state, names, where, follows=rule.eager_state)
-    if rule.counts_step:
-        check_step(state, where)
+    for counter in rule.counters if rule.counts_step else ():
+        check_counter(state, counter, where)
     return [(local(state[name]), f"state {name!r} of {where}") for name in held]
 
 
@@ -162,16 +187,24 @@ def check_loaded(view: OptimizerView) -> None:
     check_no_overlap(written)
 
 
-def restore_row_state(view: OptimizerView, loaded: Mapping[str, Any]) -> None:
-    """Load the state of rows once more: torch cast it to its parameter's dtype."""
-    rows = view.rule.row_wise
-    if rows is None or rows.state is None:
+def restore_uncast(view: OptimizerView, loaded: Mapping[str, Any]) -> None:
+    """Load the state of rows and scalars once more: torch cast it to its parameter's dtype."""
+    rule, rows = view.rule, view.rule.row_wise
+    if rule.row_state is None and rule.scalars is None:
         return
     ids = chain.from_iterable(group["params"] for group in loaded["param_groups"])
     for key, param in zip(ids, view.params, strict=True):
-        value = loaded["state"].get(key, {}).get(rows.state)
-        if isinstance(value, Tensor) and param in view.state:
-            view.state[param][rows.state] = value.to(param.device, rows.dtype(param))
+        entry, state = loaded["state"].get(key, {}), view.state.get(param, {})
+        for name in {rule.row_state, *rule.counters[1:]} & entry.keys() & state.keys():
+            value = entry[name]
+            if not isinstance(value, Tensor):
+                continue
+            if rows is not None and name == rows.state:
+                state[name] = value.to(param.device, rows.dtype(param))
+            else:
+                device = getattr(state.get("step"), "device", "cpu")
+                kept = value.dtype in _COUNTER_DTYPES or value.is_complex()  # which is refused
+                state[name] = value.to(device, value.dtype if kept else step_dtype())
 
 
 class Holders:

@@ -16,6 +16,7 @@ from ..launch.backend import Tables
 from ..launch.launcher import Launch
 from ..launch.pointer_tables import as_tensor, column, on_device
 from ..launch.row_launcher import dtype_name
+from ..scalar_state import ScalarState
 from ..tensors.layout import picker
 
 if backend.DEVICE_TYPE:
@@ -104,6 +105,15 @@ class HostCounts:
         if others := [steps[i] for i in self._others if present is None or present[i]]:
             torch._foreach_add_(others, 1)
 
+    def set(self, steps: Sequence[Tensor], values: Sequence[float]) -> None:
+        """Let each hold its value."""
+        for pack, indices, _, pick in self._packs:
+            typecode = "d" if pack.dtype == torch.float64 else "f"
+            new = torch.frombuffer(array(typecode, pick(values)), dtype=pack.dtype)
+            pack.index_copy_(0, indices, new)
+        for i in self._others:
+            steps[i].fill_(values[i])
+
 
 class SeenCounts:
     """For a rule that must know a tensor's first update and whose state has no counter.
@@ -132,17 +142,28 @@ class DeviceCounts:
     It runs before the update, and tells it what the counters held.
 
     Args:
-        steps: a counter a tensor, on one device and of one dtype. They are not kept.
+        steps: a counter a tensor, on one device and of one dtype. They are not kept. With
+            `scalars`, each of these of every tensor follows.
         device: theirs.
         reads: whether the update reads them.
+        scalars: the rule's.
     """
 
-    def __init__(self, steps: Sequence[Tensor], device: torch.device, *, reads: bool) -> None:
-        self._n = len(steps)
-        self._dtype = steps[0].dtype
+    def __init__(
+        self,
+        steps: Sequence[Tensor],
+        device: torch.device,
+        *,
+        reads: bool,
+        scalars: ScalarState | None = None,
+    ) -> None:
+        self._scalars, columns = scalars, 1 if scalars is None else scalars.reads
+        self._n = len(steps) if scalars is None else len(steps) // (1 + len(scalars.names))
+        self._dtype, self._scalar_dtype = steps[0].dtype, steps[-1].dtype
         addresses = column("q", [step.data_ptr() for step in steps])
         self._addresses = on_device(as_tensor(addresses), device)
-        self.column = torch.empty(self._n, dtype=torch.float64, device=device) if reads else None
+        n = self._n * columns
+        self.column = torch.empty(n, dtype=torch.float64, device=device) if reads else None
 
     def read(self, steps: Sequence[Tensor]) -> None:
         """Tell the update what the counters hold, and count nothing."""
@@ -154,14 +175,21 @@ class DeviceCounts:
 
         `grads` is int64 [tensors, columns], of which the last is a gradient's address, or 0.
         """
+        scalars = self._scalars
         arguments = {
             "steps_ptr": self._addresses,
             "grads_ptr": grads,
             "column_ptr": self.column,
+            "tensor_table_ptr": tables.rows if scalars else None,
+            "hyperparameters_ptr": tables.hypers if scalars else None,
             "found_inf_ptr": tables.step_status if "FOUND_INF" in enabled else None,
             "grad_norm_ptr": tables.norm if "SKIP_NONFINITE" in enabled else None,
             "n_tensors": self._n,
+            "ADVANCE": scalars and scalars.kernel,
+            "N_SCALARS": len(scalars.names) if scalars else 0,
+            "N_HYPERS": tables.hypers.shape[1] if scalars else 0,
             "DTYPE": backend.triton_dtype(dtype_name(self._dtype)),
+            "SCALAR_DTYPE": backend.triton_dtype(dtype_name(self._scalar_dtype)),
             "GRAD_COLUMNS": grads.shape[1],
             "SKIP_NONFINITE": "SKIP_NONFINITE" in enabled,
             "BLOCK_SIZE": COUNT_BLOCK,

@@ -211,11 +211,11 @@ def check_row_state(param: Tensor, state: State, name: str, dtype: torch.dtype, 
     raise _bad_state(name, where, found)
 
 
-def check_step(state: State, where: str) -> None:
-    """Refuse a step counter that is not one real number in a tensor."""
-    step = state.get("step")
-    if not isinstance(step, Tensor) or step.numel() != 1 or step.is_complex() or step.is_meta:
-        raise _bad_state("step", where, f"is {step!r}")
+def check_counter(state: State, name: str, where: str) -> None:
+    """Refuse a step counter, or another scalar, that is not one real number in a tensor."""
+    value = state.get(name)
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex() or value.is_meta:
+        raise _bad_state(name, where, f"is {value!r}")
 
 
 def check_values(state: Mapping[Any, Any]) -> None:
@@ -226,7 +226,7 @@ def check_values(state: Mapping[Any, Any]) -> None:
                 raise _bad_state(name, f"parameter {index}", "is on meta and has no values")
 
 
-def check_entries(state: Mapping[Any, Any], groups: Sequence[Group], *, counts_steps: bool) -> None:
+def check_entries(rule: Rule, state: Mapping[Any, Any], groups: Sequence[Group]) -> None:
     """Refuse a loaded state that is not that of the parameters at all.
 
     It is by parameter, or by index where no parameter has it. Older ones have a number as `step`.
@@ -244,9 +244,10 @@ def check_entries(state: Mapping[Any, Any], groups: Sequence[Group], *, counts_s
             if not isinstance(entry, Mapping):
                 where = describe(group, index, position)
                 raise RuntimeError(f"the state of {where} is {entry!r}; it must be a dict")
-            if entry and counts_steps and not hasattr(entry.get("step"), "__float__"):
-                where = describe(group, index, position)
-                raise _bad_state("step", where, f"is {entry.get('step')!r}")
+            for name in rule.counters if entry and rule.counts_step else ():
+                if not hasattr(entry.get(name), "__float__"):
+                    where = describe(group, index, position)
+                    raise _bad_state(name, where, f"is {entry.get(name)!r}")
 
 
 def check_groups(groups: Sequence[Group], names: Collection[str]) -> None:
@@ -316,6 +317,8 @@ def check_rule(rule: Rule, groups: Iterable[Group], known_flags: Collection[str]
             for state in rule.states:
                 if callable(state.initial):
                     state.initial(group)
+            for initial in rule.scalars.initial.values() if rule.scalars is not None else ():
+                initial(group)
             rule.state_names(group)
         except KeyError as error:
             raise TypeError(
