@@ -191,8 +191,8 @@ def nadam_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     DTYPE: tl.constexpr = param.dtype
     grad = objective_gradient(param, grad, weight_decay, FLAGS)
     exp_avg = lerp(state[0], grad, one_minus_beta1)
-    update = (lr * of_grad).to(DTYPE) * grad + (lr * of_avg).to(DTYPE) * exp_avg
-    exp_avg_sq = beta2.to(DTYPE) * state[1] + one_minus_beta2.to(DTYPE) * grad * grad
+    update = tl.fma((lr * of_grad).to(DTYPE), grad, (lr * of_avg).to(DTYPE) * exp_avg)
+    exp_avg_sq = tl.fma(beta2.to(DTYPE), state[1], one_minus_beta2.to(DTYPE) * grad * grad)
     update = div(update, sqrt(exp_avg_sq) * scale.to(DTYPE) + eps.to(DTYPE))
     return descend(param, update, lr, weight_decay, FLAGS), (exp_avg, exp_avg_sq)
 
@@ -204,7 +204,7 @@ def asgd_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     eta, mu = step
     grad = objective_gradient(param, grad, weight_decay, FLAGS)
     decay = tl.where(tl.abs(param) == float("inf"), 0.0, (eta * lambd).to(param.dtype) * param)
-    param = param - (decay + eta.to(param.dtype) * grad)
+    param = param - tl.fma(eta.to(param.dtype), grad, decay)
     average = state[0] + mu.to(param.dtype) * (param - state[0])
     return param, (tl.where(mu == 1, param, average),)
 
