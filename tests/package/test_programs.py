@@ -32,7 +32,7 @@ def test_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a newcomer runs it: without a GPU it asks for the interpreter itself."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     printed = _run("-m", "triton_optim")
-    assert "28 passed, 0 failed" in printed
+    assert f"{len(self_check.RULES)} passed, 0 failed" in printed
     assert f"torch {torch.__version__}" in printed
 
 
