@@ -57,8 +57,8 @@ def _patterns(kind: str, random: Random) -> list[int]:
 def _expected(op: str, operands: Sequence[int]) -> int | None:
     """The result's bits; None where any of several is right."""
     head, *middle, kind = op.split(".")
-    if op.startswith(("div.full", "ex2.approx")):
-        return None  # test_an_approximate_quotient, test_an_approximate_power
+    if op.startswith(("div.full", "ex2.approx", "rcp.approx")):
+        return None  # test_an_approximate_quotient, ..._power and ..._reciprocal
     if kind == "bf16" and head == "setp":
         numbers = [value_of(operand, kind) for operand in operands]
         return _float_result(head, middle, kind, numbers, operands)
@@ -269,3 +269,11 @@ def test_an_approximate_power() -> None:
     assert (floats.approximate_power_of_2(whole) == np.exp2(whole)).all()
     flush = OPERATIONS["ex2.approx.ftz.f32"].function
     assert flush(np.array([-130], np.float32).view(np.uint32))[0] == 0
+
+
+def test_an_approximate_reciprocal() -> None:
+    x = np.array([3.0, -7.0, 1e300, 2.0**-1040, np.inf, 0.0])
+    got = floats.approximate_reciprocal(x)
+    assert (np.abs(got[:3] * x[:3] - 1) < 2**-19).all()
+    assert (got[:3].view(np.uint64) % 2**32 == 0).all()
+    assert (got[3:] == [np.inf, 0, np.inf]).all()

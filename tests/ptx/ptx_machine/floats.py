@@ -70,6 +70,14 @@ def approximate_power_of_2(x: Array) -> Array:
     return np.where(x == np.rint(x), exact, _off_by_ulps(exact, mixed))
 
 
+def approximate_reciprocal(x: Array) -> Array:
+    """`rcp.approx.ftz.f64`: of the upper halves of bits alone, without subnormals."""
+    high = np.uint64(0xFFFFFFFF00000000)
+    with np.errstate(divide="ignore"):
+        result = 1 / flushed((x.view(np.uint64) & high).view(np.float64))
+    return flushed((result.view(np.uint64) & high).view(np.float64))
+
+
 def _off_by_ulps(exact: Array, mixed: Array) -> Array:
     """A number -2 to 2 ulp away, by some bits; not of tiny ones."""
     off = ((mixed >> np.uint32(7)) % np.uint32(5)).astype(np.int32) - 2

@@ -100,6 +100,7 @@ def _add_float_arithmetic() -> None:
     teach("ex2.approx.ftz.f32", _flushing(floats.approximate_power_of_2), "f32", "f32")
     teach("div.rn.ftz.f32", _flushing(np.divide), "f32 f32", "f32")
     teach("sqrt.rn.ftz.f32", _flushing(np.sqrt), "f32", "f32")
+    teach("rcp.approx.ftz.f64", floats.approximate_reciprocal, "f64", "f64")
     teach("abs.ftz.f32", _flushing(np.abs), "f32", "f32")
 
 
