@@ -83,7 +83,7 @@ def test_a_part_that_runs_out_of_time_is_killed_with_what_it_started(
 
 def test_at_its_limit_a_part_may_say_what_it_knows(tmp_path: Path) -> None:
     code = "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('3 failed so far')"
-    records = _report(tmp_path, _part("slow", code, 3 * SECONDS))
+    records = _report(tmp_path, _part("slow", code, 8 * SECONDS))
     assert (records["slow"]["outcome"], records["slow"]["detail"]) == (
         OUT_OF_TIME, "3 failed so far",
     )  # fmt: skip
