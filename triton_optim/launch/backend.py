@@ -242,6 +242,8 @@ def options(variant: Variant, config: Config, architecture: str) -> dict[str, An
         and config.blocks == 1
     ):
         more = 0 if variant.aligned else MISALIGNED_REGISTERS
+        if architecture == "sm_100" and variant.n_states == 2 and "DECOUPLED" in variant.flags:
+            more += 8  # where AdamW with bfloat16 parameters and float32 state spilled
         if variant.n_states in STATES_REGISTERS:
             chosen["maxnreg"] = STATES_REGISTERS[variant.n_states] + more
         elif variant.n_states == 1 and "DECOUPLED" in variant.flags:
