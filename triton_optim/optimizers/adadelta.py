@@ -43,13 +43,11 @@ class Adadelta(FusedOptimizer, torch.optim.Adadelta):
         rho: decay rate :math:`\rho` of both averages.
         eps: :math:`\epsilon`, inside the roots.
         weight_decay: L2 penalty :math:`\lambda`; a float or a one-element tensor.
-        foreach, differentiable: True takes torch's implementation.
         maximize: ascend.
-        fused, capturable, options: see `FusedOptimizer`.
+        foreach, differentiable, fused, capturable, options: see `FusedOptimizer`.
 
     Raises:
         ValueError: a negative argument, or a rho outside [0, 1].
-        RuntimeError: `fused` with `foreach` or with `differentiable`.
 
     Example:
         >>> optimizer = Adadelta(model.parameters(), rho=0.95)

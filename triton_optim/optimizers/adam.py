@@ -59,13 +59,11 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         amsgrad: divide by the root of the largest :math:`v` until now.
         decoupled_weight_decay: subtract :math:`\gamma\lambda\theta` from the parameter instead of
             adding to the gradient; without the rounding of :math:`1 - \gamma\lambda`.
-        foreach, differentiable: True takes torch's implementation.
         maximize: ascend.
-        fused, capturable, options: see `FusedOptimizer`.
+        foreach, differentiable, fused, capturable, options: see `FusedOptimizer`.
 
     Raises:
         ValueError: a negative argument, or a beta outside [0, 1).
-        RuntimeError: `fused` with `foreach` or with `differentiable`.
 
     Example:
         >>> optimizer = Adam(model.parameters(), lr=1e-3)

@@ -44,13 +44,11 @@ class Adamax(FusedOptimizer, torch.optim.Adamax):
         betas: :math:`\beta_1, \beta_2` in [0, 1).
         eps: :math:`\epsilon`.
         weight_decay: L2 penalty :math:`\lambda`; a float or a one-element tensor.
-        foreach, differentiable: True takes torch's implementation.
         maximize: ascend.
-        fused, capturable, options: see `FusedOptimizer`.
+        foreach, differentiable, fused, capturable, options: see `FusedOptimizer`.
 
     Raises:
         ValueError: a negative argument, or a beta outside [0, 1).
-        RuntimeError: `fused` with `foreach` or with `differentiable`.
 
     Example:
         >>> optimizer = Adamax(model.parameters(), lr=2e-3)

@@ -60,13 +60,11 @@ class ASGD(FusedOptimizer, torch.optim.ASGD):
         alpha: power :math:`\alpha`.
         t0: :math:`t_0`, the update from which on parameters are averaged.
         weight_decay: :math:`\lambda_2`, L2 penalty; a float or a one-element tensor.
-        foreach, differentiable: True takes torch's implementation.
         maximize: ascend.
-        capturable, fused, options: see `FusedOptimizer`.
+        foreach, differentiable, fused, capturable, options: see `FusedOptimizer`.
 
     Raises:
         ValueError: a negative learning rate or weight decay.
-        RuntimeError: `fused` with `foreach` or with `differentiable`.
 
     Example:
         >>> optimizer = ASGD(model.parameters(), lr=1e-2, t0=1000)

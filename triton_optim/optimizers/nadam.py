@@ -69,13 +69,11 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
         momentum_decay: :math:`\psi`.
         decoupled_weight_decay: subtract :math:`\gamma\lambda\theta` from the parameter instead of
             adding to the gradient; see `Adam`.
-        foreach, differentiable: True takes torch's implementation.
         maximize: ascend.
-        fused, capturable, options: see `FusedOptimizer`.
+        foreach, differentiable, fused, capturable, options: see `FusedOptimizer`.
 
     Raises:
         ValueError: a negative argument, or a beta outside [0, 1).
-        RuntimeError: `fused` with `foreach` or with `differentiable`.
 
     Example:
         >>> optimizer = NAdam(model.parameters(), lr=2e-3)

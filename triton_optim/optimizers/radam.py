@@ -58,13 +58,11 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
         weight_decay: :math:`\lambda`; a float or a one-element tensor.
         decoupled_weight_decay: subtract :math:`\gamma\lambda\theta` from the parameter instead of
             adding to the gradient; see `Adam`.
-        foreach, differentiable: True takes torch's implementation.
         maximize: ascend.
-        fused, capturable, options: see `FusedOptimizer`.
+        foreach, differentiable, fused, capturable, options: see `FusedOptimizer`.
 
     Raises:
         ValueError: a negative argument, or a beta outside [0, 1).
-        RuntimeError: `fused` with `foreach` or with `differentiable`.
 
     Example:
         >>> optimizer = RAdam(model.parameters(), lr=1e-3)

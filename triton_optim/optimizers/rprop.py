@@ -52,13 +52,11 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         lr: what :math:`s` starts from.
         etas: :math:`\eta_-` in (0, 1) and :math:`\eta_+` above 1.
         step_sizes: the least and the largest :math:`s`.
-        foreach, differentiable: True takes torch's implementation.
         maximize: ascend.
-        fused, capturable, options: see `FusedOptimizer`.
+        foreach, differentiable, fused, capturable, options: see `FusedOptimizer`.
 
     Raises:
         ValueError: a negative rate, or etas outside these bounds.
-        RuntimeError: `fused` with `foreach` or with `differentiable`.
 
     Example:
         >>> optimizer = Rprop(model.parameters(), lr=0.01)

@@ -137,16 +137,16 @@ class DenseLaunchGroup(LaunchGroup):
         specs = (s._replace(variant=s.variant._replace(conditions=enabled)) for s in self._updates)
         return [UpdateLaunch(self._rule, spec, tables) for spec in specs]
 
-    def grads_to_copy(self, tensors: StepTensors) -> list[int]:
-        return [i for i in self._reordered if tensors.grads[i] is not None]
+    def grads_to_copy(self, tensors: StepTensors) -> list[tuple[int, Tensor]]:
+        grads = ((i, tensors.grads[i]) for i in self._reordered)
+        return [(i, grad) for i, grad in grads if grad is not None]
 
     def upload(
         self, tensors: StepTensors, hypers: list[float | Tensor], max_norm: float | None
     ) -> GradCopies:
         copies = [
             (i, torch.empty_like(tensors.shards[i], dtype=grad.dtype).copy_(grad))
-            for i in self._reordered
-            if (grad := tensors.grads[i]) is not None
+            for i, grad in self.grads_to_copy(tensors)
         ]
         grad_column = self._grad_column
         if copies:

@@ -193,8 +193,8 @@ class LaunchGroup:
         """
         raise NotImplementedError
 
-    def grads_to_copy(self, tensors: StepTensors) -> list[int]:
-        """Indices of gradients that lie in another order than their parameters."""
+    def grads_to_copy(self, tensors: StepTensors) -> list[tuple[int, Tensor]]:
+        """The gradients that lie in another order than their parameters, with their indices."""
         raise NotImplementedError
 
     def compile(self, enabled: frozenset[str]) -> None:

@@ -26,7 +26,7 @@ from ..rule import State
 from ..tensors.layout import Layout, LayoutGuard, is_contiguous_resolved
 from .conditions import StepConditions
 from .launch_group import CurrentTensors, GradCopies, LaunchGroup, StepTensors, present_of
-from .state import get_step
+from .state import counters_of
 from .validation import check_indices
 from .view import OptimizerView
 
@@ -70,7 +70,7 @@ class RowWiseLaunchGroup(LaunchGroup):
         ids = [none if grad is None else grad._indices().contiguous() for grad in sparse]
         values = [*(grad if grad is None else grad._values() for grad in sparse), *dense]
         written = [*params, *self._holders.values(states)]
-        steps = [*map(get_step, states)] if self._rule.counts_step else []
+        steps = counters_of(self._rule, states)
         return StepTensors(values, self._all, params, written, (), steps, ids)
 
     def _layout_guard(self, planned: Sequence[PlannedParam], tensors: StepTensors) -> LayoutGuard:
@@ -123,9 +123,9 @@ class RowWiseLaunchGroup(LaunchGroup):
         cuts = ((v._replace(conditions=enabled), tensors) for v, tensors in self._cuts)
         return [RowLaunch(self._rule, v, self.tables, mine, self._key_dtype) for v, mine in cuts]
 
-    def grads_to_copy(self, tensors: StepTensors) -> list[int]:
+    def grads_to_copy(self, tensors: StepTensors) -> list[tuple[int, Tensor]]:
         return [
-            i
+            (i, values)
             for i, values in enumerate(tensors.grads)
             if values is not None and not is_contiguous_resolved(values)
         ]
@@ -134,9 +134,7 @@ class RowWiseLaunchGroup(LaunchGroup):
         self, tensors: StepTensors, hypers: list[float | Tensor], max_norm: float | None
     ) -> GradCopies:
         values, copies = [*tensors.grads], []
-        for i in self.grads_to_copy(tensors):
-            grad = tensors.grads[i]
-            assert grad is not None
+        for i, grad in self.grads_to_copy(tensors):
             copy = torch.empty(grad.shape, dtype=grad.dtype, device=self.device).copy_(grad)
             values[i] = copy
             copies.append((i, copy))

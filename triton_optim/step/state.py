@@ -236,7 +236,7 @@ class Holders:
         return b"".join([present, *(bytes(pick(present)) for pick in self._pick_holders)])
 
     def values(self, states: Sequence[State]) -> list[Tensor]:
-        """All state tensors that rules update, by name, from the planned of `stateful`."""
+        """All state tensors that rules update, by name, from the entries of `stateful`."""
         return [*chain.from_iterable(map(get, pick(states)) for get, pick in self._names)]
 
 

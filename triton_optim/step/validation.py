@@ -85,11 +85,10 @@ def _is_expanded(tensor: Tensor) -> bool:
     return tensor.numel() > 0 and any(stride == 0 and size > 1 for stride, size in strides)
 
 
-def check_unscaling(grads: Sequence[Tensor | None], copied: Iterable[int]) -> None:
+def check_unscaling(grads: Sequence[Tensor | None], copied: Iterable[tuple[int, Tensor]]) -> None:
     """Refuse gradients that cannot be unscaled in place, or in the copy that some have."""
-    for i in copied:
-        grad = grads[i]
-        if grad is not None and _is_expanded(grad):
+    for _, grad in copied:
+        if _is_expanded(grad):
             raise RuntimeError(
                 f"a gradient of shape {tuple(grad.shape)} is expanded: several of its elements "
                 "share one place in memory, so that it cannot be unscaled there; clone() it"
