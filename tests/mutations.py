@@ -50,8 +50,8 @@ def _each_rule(name: str, old: str, new: str, test_file: str, test: str) -> list
 MUTATIONS = [
     _rule(
         "SGD: sign", "sgd",
-        "param - lr.to(param.dtype) * update, state",
-        "param + lr.to(param.dtype) * update, state",
+        "lr.to(param.dtype) * update, lr, weight_decay, FLAGS), state",
+        "-lr.to(param.dtype) * update, lr, weight_decay, FLAGS), state",
     ),
     # SGD has no eps. Dampening comes nearest: a scalar beside the gradient, 0 by default.
     _rule(
@@ -64,7 +64,11 @@ MUTATIONS = [
         "tl.where(step == 0, update, one_minus_dampening.to(grad.dtype) * update)",
         "one_minus_dampening.to(grad.dtype) * update",
     ),
-    _rule("Adagrad: sign", "adagrad", "param -= lr", "param += lr"),
+    _rule(
+        "Adagrad: sign", "adagrad",
+        "descend(param, update, lr, weight_decay, FLAGS), (sum,)",
+        "descend(param, -update, lr, weight_decay, FLAGS), (sum,)",
+    ),
     _rule(
         "Adagrad: eps inside the root", "adagrad-eps",
         "sqrt(sum) + eps.to(param.dtype)",
@@ -73,8 +77,8 @@ MUTATIONS = [
     _rule("Adagrad: first step", "adagrad-lr_decay", "step * lr_decay", "(step + 1) * lr_decay"),
     _rule(
         "RMSprop: sign", "rmsprop",
-        "param - lr.to(param.dtype) * update, new_state",
-        "param + lr.to(param.dtype) * update, new_state",
+        "lr.to(param.dtype) * update, lr, weight_decay, FLAGS), new_state",
+        "-lr.to(param.dtype) * update, lr, weight_decay, FLAGS), new_state",
     ),
     _rule(
         "RMSprop: eps inside the root", "rmsprop-eps",
@@ -95,10 +99,10 @@ MUTATIONS = [
     ),
     _rule("Adam: first step", "adam", "(step + 1) * log2_beta1", "(step + 2) * log2_beta1"),
     _rule("Adam: largest", "adam-amsgrad", "tl.maximum(state[2], exp", "tl.minimum(state[2], exp"),
-    _rule("AdamW: decay left out", "adamw", "rate * param + update", "update"),
+    _rule("AdamW: decay left out", "adamw", "tl.fma(rate, param, update)", "update"),
     _rule("Adamax: eps left out", "adamax-all", "tl.abs(grad) + eps.to(DTYPE)", "tl.abs(grad)"),
     _rule("NAdam: no look ahead", "nadam", "(lr * of_avg)", "(lr * of_grad)"),
-    _rule("ASGD: decay left out", "asgd-all", "(decay + eta.to", "(0 * decay + eta.to"),
+    _rule("ASGD: decay left out", "asgd-all", "grad, decay)", "grad, 0 * decay)"),
     Mutation("NAdam: the device advances otherwise", "(step + 2) * momentum_decay * LOG2_096",
              "(step + 1) * momentum_decay * LOG2_096", "test_scalar_state.py", "device_counts_as"),
     Mutation("scalars advance in a skipped step", "new[i].to(SCALAR_DTYPE), mask=counted",
@@ -114,7 +118,7 @@ MUTATIONS = [
     _rule("Rprop: a turned gradient is kept", "rprop", "tl.where(turned < 0, 0.0, grad)", "grad"),
     Mutation("Lion: sign", "descend(param, update, lr, weight_decay, DECOUPLED)",
              "descend(param, -update, lr, weight_decay, DECOUPLED)", "test_lion.py", "equation"),
-    Mutation("AdamW: decay with a bias", "rate * param + update",
+    Mutation("AdamW: decay with a bias", "tl.fma(rate, param, update)",
              "(1 - (1 - rate)) * param + update", "test_adam.py", "no_bias"),
     Mutation("bias corrections cancel", "-y * series", "1 - tl.exp2(x.to(DTYPE))",
              "test_kernels.py", "bias"),
@@ -140,17 +144,20 @@ MUTATIONS = [
              "test_validation.py", "forced_through_data"),
     Mutation("layouts are not compared", "return self._check(*tensors)", "return True",
              "test_validation.py", "shrinks"),
-    Mutation("addresses are not compared", "[*found.written, *found.steps]) != self._addresses",
-             "[*found.written, *found.steps]) is None", "test_step.py", "param_data_reassigned"),
-    Mutation("alignment is not looked at again", "address and is_aligned != was_aligned",
-             "False and is_aligned != was_aligned", "test_routing.py", "loses_its_alignment"),
+    Mutation("addresses are not compared",
+             "[*tensors.written, *tensors.steps]) != self._addresses",
+             "[*tensors.written, *tensors.steps]) is None", "test_step.py", "param_data_reassigned"),
+    Mutation("alignment is not looked at again", "address and is_now != was for",
+             "False and is_now != was for", "test_routing.py", "loses_its_alignment"),
     Mutation("what changed is not sent again", "content != self._sent or", "self._sent is None or",
              "test_step.py", "hyperparameters_change"),
     Mutation("what a replay sent is not sent over", "self._sent or self._captured:", "self._sent:",
              "test_cuda_graphs.py", "where_they_were"),
     Mutation("steps are not counted", "pack.index_add_(0, indices, ones)", "pass",
              "test_plan.py", "step_counters"),
-    Mutation("autograd is not told", "[*found.written, *found.wrappers, *found.counted]", "[]",
+    Mutation("autograd is not told", "increment_version([*tensors.written, *tensors.dtensors, "
+             "*tensors.counted])\n"
+             "        self._may", "self._may",
              "test_step.py", "autograd_sees"),
     Mutation("a missing gradient is updated from", "tl.where(grad_address == 0, 0, remaining)\n"
              "    if step_status_ptr", "remaining\n    if step_status_ptr",
