@@ -58,6 +58,16 @@ def test_betas_and_weight_decay_as_tensors(shape: tuple[int, ...]) -> None:
     pair.step(2)
 
 
+def test_betas_in_a_list_that_is_edited() -> None:
+    pair = Pair(ADAMW)
+    for optimizer in pair.optimizers:
+        optimizer.param_groups[0]["betas"] = [0.8, 0.99]
+    pair.step(2)
+    for optimizer in pair.optimizers:
+        optimizer.param_groups[0]["betas"][0] = 0.3
+    pair.step(2)
+
+
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 @pytest.mark.parametrize("by", ["ours", "theirs"])
 def test_checkpoints_of_a_fused_step(name: str, by: str) -> None:

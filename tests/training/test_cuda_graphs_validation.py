@@ -117,6 +117,20 @@ def test_what_a_replay_would_not_see(change: Callable[..., None], message: str) 
 
 
 @pytest.mark.usefixtures("cuda")
+def test_a_list_that_is_edited() -> None:
+    """It is the object that was captured, but a replay would not see its new value."""
+    params = [new_param(5)]
+    optimizer = triton_optim.AdamW(params, torch.tensor(0.1), capturable=True)
+    betas = optimizer.param_groups[0]["betas"] = [0.9, 0.99]
+    optimizer.step()
+    step = GraphedStep(optimizer)
+    step()
+    betas[1] = 0.5
+    with raises("make a new GraphedStep", optimizer, params):
+        step()
+
+
+@pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("name", triton_optim.OPTIMIZERS)
 @pytest.mark.parametrize(
     ("kwargs", "stepped", "message"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch.autograd.graph import increment_version
 
 from ..launch import backend
 from ..optimizer import FusedOptimizer
-from ..step.plan import UNWATCHED
+from ..step.plan import UNWATCHED, not_identical
 from ..tensors.sharding import local
 
 
@@ -48,7 +50,7 @@ class GraphedStep:
         self._plan, self._options = stepper.plan, stepper.options
         self._addresses = self._gradients()
         self._values = [
-            {name: group[name] for name in group.keys() - UNWATCHED}
+            {name: _contents(group[name]) for name in group.keys() - UNWATCHED}
             for group in optimizer.param_groups
         ]
 
@@ -57,14 +59,14 @@ class GraphedStep:
 
         Raises:
             RuntimeError: a tensor is not where it was captured, or a value in the groups was
-                replaced. Nothing has been replayed then.
+                replaced, also within a list. Nothing has been replayed then.
         """
         plan, stepper, view = self._plan, self._optimizer._stepper, self._optimizer._fused_view()
         replaced = (
             name
             for group, values in zip(view.groups, self._values, strict=False)
-            for name, value in values.items()
-            if group.get(name) is not value
+            for name, contents in values.items()
+            if not_identical(_contents(group.get(name)), contents)
         )
         if stepper.options is not self._options or any(replaced):
             raise RuntimeError(
@@ -87,3 +89,10 @@ class GraphedStep:
         """Their addresses; 0 of one that is missing."""
         grads = (param.grad for param in self._optimizer._fused_view().params)
         return [0 if grad is None else local(grad).data_ptr() for grad in grads]
+
+
+def _contents(value: object) -> list[object]:
+    """The value, or those in a list or tuple: a list can change while it is the same object."""
+    if isinstance(value, list | tuple):
+        return [*chain.from_iterable(map(_contents, value))]
+    return [value]
