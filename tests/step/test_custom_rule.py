@@ -157,6 +157,29 @@ def test_a_fallback_leaves_the_groups_alone() -> None:
     assert len(optimizer.state) == 4
 
 
+def test_a_fallback_that_raises_counts_nothing() -> None:
+    """The reference sees the count of the update that it makes."""
+    seen: list[float] = []
+
+    def reference(param: Any, grad: Any, state: Any, group: Any) -> None:
+        seen.append(float(state["step"]))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        lion_reference(param, grad, state, group)
+
+    class Failing(FusedOptimizer):
+        rule = replace(Lion.rule, reference=reference)
+
+    param = new_param(3)
+    optimizer = Failing([param], fused=False)
+    optimizer.step()
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    optimizer.step()
+    assert seen == [1, 2, 2]
+    assert optimizer.state[param]["step"] == 2
+
+
 def test_copies_and_defaults() -> None:
     param = new_param(5)
     optimizer = Lion([param], lr=0.5, max_grad_norm=2.0)

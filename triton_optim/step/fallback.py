@@ -22,10 +22,16 @@ def reference_step(view: OptimizerView, groups: Iterable[Group]) -> None:
     """Step these groups' parameters with the rule's reference."""
     reference = view.rule.reference
     assert reference is not None
+    counts_step = view.rule.counts_step
     for param, grad, state, group in _with_state(view, groups):
-        if view.rule.counts_step:
-            state["step"] += 1
-        reference(param, grad, state, group)
+        if counts_step:
+            state["step"] += 1  # which the reference may read
+        try:
+            reference(param, grad, state, group)
+        except BaseException:
+            if counts_step:
+                state["step"] -= 1
+            raise
         if state:
             view.state[param] = state
 
