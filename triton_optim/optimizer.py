@@ -174,10 +174,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         of_torch = self.defaults.keys() - self._stepper.option_names
         if misplaced := sorted((Options.OF_THE_WHOLE & param_group.keys()) - of_torch):
-            raise ValueError(
-                f"{misplaced[0]} is for the whole optimizer and not for a group; give it to "
-                f"{type(self).__name__}(params, ...)"
+            option, name = misplaced[0], type(self).__name__
+            taken = option in self._stepper.option_names
+            remedy = (
+                f"give it to {name}(params, ...)" if taken else f"{name} takes none; leave it out"
             )
+            raise ValueError(f"{option} is for the whole optimizer and not for a group; {remedy}")
         from_defaults = self._stepper.option_names - param_group.keys()
         super().add_param_group(param_group)
         for name in from_defaults:

@@ -114,9 +114,24 @@ def test_groups_and_schedulers() -> None:
         ({"weight_decay": float("nan")}, "Invalid weight_decay value: nan"),
         ({"betas": (0.9, 1.0)}, "Invalid beta parameter at index 1: 1.0"),
         ({"betas": (0.9,)}, "two betas"),
+        ({"lr": torch.ones(2)}, "lr has 2 elements; give it a number, or a tensor of one element"),
+        ({"weight_decay": torch.ones(0)}, "weight_decay has 0 elements; give it a number"),
     ],
     ids=str,
 )
 def test_mistakes(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         triton_optim.Lion([new_param(2)], **kwargs)
+
+
+def test_decay_is_always_decoupled() -> None:
+    message = "Lion's weight decay is always decoupled; leave decoupled_weight_decay out"
+    group: dict[str, Any] = {"params": [new_param(2)], "decoupled_weight_decay": False}
+    with pytest.raises(TypeError, match=message):
+        triton_optim.Lion(group["params"], decoupled_weight_decay=True)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match=message):
+        triton_optim.Lion([group])
+    optimizer = Lion([new_param(3)])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1

@@ -187,6 +187,17 @@ def test_a_rate_that_is_no_number(case: Case, value: Any, stepped: bool) -> None
         optimizer.step()
 
 
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_rate_of_two_elements(fused: bool | None) -> None:
+    param = new_param(5)
+    optimizer = triton_optim.SGD([{"params": [new_param(3)]}, {"params": [param]}], fused=fused)
+    optimizer.param_groups[1]["lr"] = torch.ones(2)
+    before = param.detach().clone()
+    with pytest.raises(ValueError, match="lr of group 1 has 2 elements; give it a number, or a"):
+        optimizer.step()
+    assert_same_bits(param.detach(), before)
+
+
 @pytest.mark.parametrize(
     ("option", "name"), [({"momentum": 0.9}, "momentum_buffer"), ({"centered": True}, "grad_avg")]
 )

@@ -131,3 +131,9 @@ def test_a_group_cannot_have_an_option_of_the_whole(option: str) -> None:
     with pytest.raises(ValueError, match=f"{option} is for the whole optimizer"):
         optimizer.add_param_group(group)
     assert len(optimizer.param_groups) == 1
+
+
+def test_a_group_with_an_option_that_the_class_does_not_take() -> None:
+    group = {"params": [new_param(3)], "decoupled_weight_decay": True}
+    with pytest.raises(ValueError, match="Adamax takes none; leave it out"):
+        triton_optim.Adamax([group])

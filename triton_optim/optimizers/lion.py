@@ -13,6 +13,8 @@ from ..options import CommonOptions, Group
 from ..rule import RowWise, Rule, Scalars, State
 from .betas import beta_scalars
 
+_ALWAYS_DECOUPLED = "Lion's weight decay is always decoupled; leave decoupled_weight_decay out"
+
 
 def _hyperparameters(group: Group) -> Scalars:
     (_, one_minus_beta1, _), (_, one_minus_beta2, _) = beta_scalars(group)
@@ -71,7 +73,8 @@ class Lion(FusedOptimizer):
         options: see `FusedOptimizer`.
 
     Raises:
-        ValueError: a negative argument, or a beta outside [0, 1).
+        TypeError: `decoupled_weight_decay`, which Lion always has.
+        ValueError: a negative argument, one of several elements, or a beta outside [0, 1).
 
     Example:
         >>> optimizer = Lion(model.parameters(), lr=1e-4, weight_decay=0.1)
@@ -94,9 +97,23 @@ class Lion(FusedOptimizer):
         fused: bool | None = None,
         **options: Unpack[CommonOptions],
     ) -> None:
+        if "decoupled_weight_decay" in options:
+            raise TypeError(_ALWAYS_DECOUPLED)
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(
+                    f"{name} has {value.numel()} elements; give it a number, or a tensor of one "
+                    "element"
+                )
         if not lr >= 0.0:
             raise ValueError(f"Invalid learning rate: {lr}")
         if not weight_decay >= 0.0:
             raise ValueError(f"Invalid weight_decay value: {weight_decay}")
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults, fused=fused, **options)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters; see `FusedOptimizer.add_param_group`."""
+        if "decoupled_weight_decay" in param_group:
+            raise ValueError(_ALWAYS_DECOUPLED)
+        super().add_param_group(param_group)

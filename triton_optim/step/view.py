@@ -91,6 +91,7 @@ class OptimizerView(NamedTuple):
 
         Raises:
             TypeError: there is one, such as a learning rate that is a string.
+            ValueError: a tensor of several elements.
         """
         numbers = [
             name
@@ -101,11 +102,13 @@ class OptimizerView(NamedTuple):
         numbers += [] if callable(known) else known
         for index, group in enumerate(self.groups):
             for name in numbers:
-                if not hasattr(group.get(name, 0), "__float__"):
-                    raise TypeError(
-                        f"{name} of group {index} is {group[name]!r}; give it a number, or a "
-                        "tensor of one element"
-                    )
+                value = group.get(name, 0)
+                remedy = "give it a number, or a tensor of one element"
+                if not hasattr(value, "__float__"):
+                    raise TypeError(f"{name} of group {index} is {value!r}; {remedy}")
+                if isinstance(value, Tensor) and value.numel() != 1:
+                    found = f"has {value.numel()} elements"
+                    raise ValueError(f"{name} of group {index} {found}; {remedy}")
 
 
 def as_scalar(value: float | Tensor) -> float | Tensor:
