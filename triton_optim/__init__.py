@@ -25,6 +25,7 @@ from .optimizers.rowwise_adagrad import RowwiseAdagrad
 from .optimizers.rprop import Rprop
 from .optimizers.sgd import SGD
 from .rule import RowWise, Rule, StateTensor
+from .scalar_state import ScalarState
 from .training.clip_grad import clip_grad_norm_
 from .training.cuda_graphs import GraphedStep
 from .training.in_backward import step_in_backward
@@ -48,6 +49,7 @@ __all__ = [
     "RowwiseAdagrad",
     "Rprop",
     "Rule",
+    "ScalarState",
     "StateTensor",
     "clip_grad_norm_",
     "flag",

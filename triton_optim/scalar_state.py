@@ -20,11 +20,11 @@ class ScalarState:
 
     Args:
         initial: by name, the value before the first update of a parameter group's tensors.
-        reads: how many float64 scalars the function is given, as a tuple.
+        reads: how many float64 scalars the function is given: one, or a tuple of several.
         advance: `(step, values, hyper, rounded)`, where the host counts: how many updates there
             were before this one, the values, the group's `hyper`, and what rounds to the dtype in
             which the values are kept. Returns what the function is given, and the values after the
-            update.
+            update, as tuples.
         kernel: the same as a `@triton.jit` function `(step, values, hyper, DTYPE)`, where the
             device counts: of float64 blocks, and the dtype in which the values are kept. None where
             Triton is not installed.

@@ -28,7 +28,7 @@ DOCUMENTS = sorted(
 
 
 def _blocks() -> list[str]:
-    """The Python blocks of "Your own rule": Lion, its use, Signum, the test."""
+    """The Python blocks of "Your own rule": Lion, its use, Signum, AveragedSGD, the test."""
     section = re.split(r"^## ", GUIDE.read_text(), flags=re.MULTILINE)
     (rule,) = [text for text in section if text.startswith("Your own rule\n")]
     return re.findall(r"```python\n(.*?)```", rule, re.DOTALL)
@@ -50,9 +50,9 @@ def _code(source: str) -> str:
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """A file with the rules of the guide: Triton reads a function's source."""
-    lion, _, signum, _ = _blocks()
+    lion, _, signum, averaged, _ = _blocks()
     path = tmp_path_factory.mktemp("guide") / "shown_rules.py"
-    path.write_text(f"{lion}\n{signum}")
+    path.write_text(f"{lion}\n{signum}\n{averaged}")
     spec = importlib.util.spec_from_file_location("shown_rules", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -81,7 +81,7 @@ def test_lion_is_checked_as_shown(
     monkeypatch.setattr(triton_optim.testing, "check", check)
     monkeypatch.setattr(backend, "INTERPRETED_BLOCK_SIZES", (4096,))
     names = {"Lion": shown.Lion, "triton_optim": triton_optim}
-    exec(_blocks()[3], names)
+    exec(_blocks()[4], names)
     names["test_lion"]()
     assert "Lion(lr=0.001, weight_decay=0.1): largest error" in capsys.readouterr().out
 
@@ -102,6 +102,29 @@ def test_signum(shown: ModuleType) -> None:
     assert table.tolist() == [[1.0, 1.0], [0.5, 0.5], [0.75, 0.75]]
     assert [*optimizer.state[averaged]] == ["step", "exp_avg"]
     assert [*optimizer.state[table]] == ["step"]
+
+
+@pytest.mark.parametrize("option", ["host", "device"])
+def test_averaged_sgd(shown: ModuleType, option: str) -> None:
+    """The averages of a loop in Python, whoever counts; a parameter without a gradient waits."""
+    params = [Parameter(torch.full((3,), value, device=DEVICE)) for value in (4.0, 8.0)]
+    options = {"max_grad_norm": 1e9, "skip_nonfinite": True} if option == "device" else {}
+    optimizer = shown.AveragedSGD([{"params": [param]} for param in params], fused=True, **options)
+    values, averages, total = [4.0, 8.0], [0.0, 0.0], [0.0, 0.0]
+    for rate in (0.5, 0.25, 1.0):
+        for i, group in enumerate(optimizer.param_groups):
+            group["lr"] = rate * (i + 1)
+            params[i].grad = None if i == 1 and rate == 0.25 else torch.ones_like(params[i])
+            if params[i].grad is not None:
+                total[i] += group["lr"]
+                values[i] -= group["lr"]
+                averages[i] += group["lr"] / total[i] * (values[i] - averages[i])
+        optimizer.step()
+    for i, param in enumerate(params):
+        state = optimizer.state[param]
+        assert param.tolist() == [values[i]] * 3
+        assert state["average"].tolist() == pytest.approx([averages[i]] * 3, rel=1e-6)
+        assert float(state["sum_of_rates"]) == total[i]
 
 
 def _anchors(path: Path) -> set[str]:
