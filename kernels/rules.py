@@ -44,7 +44,7 @@ def objective_gradient(param, grad, weight_decay, FLAGS: tl.constexpr):
     if DECOUPLED & FLAGS:
         return grad
     else:
-        return tl.where(weight_decay == 0, grad, grad + weight_decay.to(grad.dtype) * param)
+        return tl.where(weight_decay == 0, grad, tl.fma(weight_decay.to(grad.dtype), param, grad))
 
 
 @triton.jit
