@@ -97,7 +97,11 @@ MUTATIONS = [
         "sqrt(largest) * scale + eps.to(DTYPE)",
         "sqrt(largest + eps.to(DTYPE)) * scale",
     ),
-    _rule("Adam: first step", "adam", "(step + 1) * log2_beta1", "(step + 2) * log2_beta1"),
+    _rule(
+        "Adam: first step", "adam",
+        "correction1 = one_minus_exp2((step + 1)",
+        "correction1 = one_minus_exp2((step + 2)",
+    ),
     _rule("Adam: largest", "adam-amsgrad", "tl.maximum(state[2], exp", "tl.minimum(state[2], exp"),
     _rule("AdamW: decay left out", "adamw", "tl.fma(rate, param, update)", "update"),
     _rule("Adamax: eps left out", "adamax-all", "tl.abs(grad) + eps.to(DTYPE)", "tl.abs(grad)"),
