@@ -52,8 +52,11 @@ def count_kernel(
     tl.store(step_ptr, step + 1, mask=counted)
     if ADVANCE is not None:
         group = tl.load(tensor_table_ptr + tensor * ROW_WIDTH + GROUP, mask=mask, other=0)
-        hyper = scalars(hyperparameters_ptr + group * N_HYPERS, N_HYPERS)
-        ptrs, values = (), ()
+        first = scalars(hyperparameters_ptr, N_HYPERS)  # so that no lane divides by zero
+        hyper, ptrs, values = (), (), ()
+        for i in tl.static_range(N_HYPERS):
+            hyper_ptr = hyperparameters_ptr + group * N_HYPERS + i
+            hyper = hyper + (tl.load(hyper_ptr, mask=mask, other=first[i]),)
         for i in tl.static_range(N_SCALARS):
             address = tl.load(steps_ptr + (1 + i) * n_tensors + tensor, mask=mask, other=0)
             ptrs = ptrs + (address.to(tl.pointer_type(SCALAR_DTYPE)),)

@@ -43,11 +43,6 @@ BATCH = 12  # kernels that are disassembled together
 DENSE, ROWS = KINDS = ("dense", "rows")
 
 
-# Where the device counts, the launch that advances their scalars loads 16 KB of hyperparameters
-# beside the few tensors of a measured step, more than is allowed.
-NOT_YET = ("NAdam", "ASGD")
-
-
 def main() -> int:
     """Print the rows and what is wrong with them; 1 if anything is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -113,7 +108,7 @@ def _dense(pool: ProcessPoolExecutor, architectures: Sequence[str]) -> dict[str,
     cuts = {a: tuple(tuning.config(a, half=half).chunk for half in (False, True)) for a in GPUS}
     first = {cuts[a]: a for a in reversed(architectures)}
     # Adam for AdamW too, whose rule is the same.
-    optimizers = [n for n in (*triton_optim.OPTIMIZERS, "Lion") if n not in NOT_YET]
+    optimizers = [*triton_optim.OPTIMIZERS, "Lion"]
     names = {getattr(triton_optim, n).rule.name: n for n in reversed(optimizers)}.values()
     tasks = {a: [pool.submit(kernels_of, a, name) for name in names] for a in first.values()}
     found = {a: [kernel for task in of for kernel in task.result()] for a, of in tasks.items()}

@@ -29,7 +29,7 @@ STORAGES = (
 )
 # Where a GradScaler, clipping and skipping meet in one kernel: the most that it can be asked.
 GATED_STORAGES = (STORAGES[0], STORAGES[4])
-CHUNKS = 2  # of a tensor, whole ones
+CHUNKS = 4  # of a tensor, whole ones
 TENSORS = 2  # a group each
 
 
