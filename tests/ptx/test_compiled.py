@@ -31,8 +31,8 @@ pytestmark = pytest.mark.ptx
 COUNTS = Path(__file__).parents[2] / "perf/results/executed.json"  # beside audit.json
 COUNTED = (
     "sgd", "sgd-momentum", "sgd-nesterov", "adagrad", "rmsprop", "rmsprop-momentum",
-    "rmsprop-centered", "rmsprop-all", "adam", "adam-amsgrad", "adamw", "adamax", "radam",
-    "adadelta", "rprop",
+    "rmsprop-centered", "rmsprop-all", "adam", "adam-amsgrad", "adamw", "adamax", "nadam", "radam",
+    "adadelta", "rprop", "asgd",
 )  # fmt: skip
 CHUNKS = 2
 
