@@ -13,6 +13,11 @@ STATES = tl.constexpr(5)
 MAX_STATES = tl.constexpr(3)
 ROW_WIDTH = tl.constexpr(8)
 
+# Columns of a row of the table of formats.
+REMAINDER = tl.constexpr(0)  # address
+RANDOM = tl.constexpr(1)  # offset, columns, pitch and key; see random_bits.py
+FORMAT_WIDTH = tl.constexpr(6)
+
 
 @triton.jit
 def pointer(address, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):

@@ -3,8 +3,21 @@
 import triton
 import triton.language as tl
 
-from .chunks import FIRST, GROUP, PARAM, STATES, find_chunk, in_dtype, pointer, scalars
+from .chunks import (
+    FIRST,
+    FORMAT_WIDTH,
+    GROUP,
+    PARAM,
+    RANDOM,
+    REMAINDER,
+    STATES,
+    find_chunk,
+    in_dtype,
+    pointer,
+    scalars,
+)
 from .conditions import clip_coef, inv_scale, step_is_taken
+from .formats import FLOAT64, load, store, stored_pointer
 from .numerics import decode, encode
 
 
@@ -16,17 +29,22 @@ def _launch_metadata(grid, metadata, args):
 @triton.jit
 def _update_block(
     param_ptr,
+    remainder_ptr,
     grad_ptr,
     state_ptrs,
+    first,
     start,
     remaining,
     hyper,
     step,
+    random,
     unscale,
     clip,
     RULE: tl.constexpr,
     FLAGS: tl.constexpr,
+    FORMATS: tl.constexpr,
     N_STATES: tl.constexpr,
+    SHARDING: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     EVICTION: tl.constexpr,
     MASKED: tl.constexpr,
@@ -36,7 +54,7 @@ def _update_block(
     )
     offsets = start + tl.arange(0, BLOCK_SIZE)
     mask = offsets < remaining if MASKED else None
-    param = decode(tl.load(param_ptr + offsets, mask=mask), COMPUTE_DTYPE)
+    param = load(param_ptr, remainder_ptr, offsets, mask, FORMATS & 15, COMPUTE_DTYPE)
     grad = tl.load(grad_ptr + offsets, mask=mask, eviction_policy=EVICTION)
     grad = decode(grad, COMPUTE_DTYPE)
     if unscale is not None:
@@ -46,21 +64,28 @@ def _update_block(
         grad = grad * clip
     state = ()
     for i in tl.static_range(N_STATES):
-        value = tl.load(state_ptrs[i] + offsets, mask=mask, eviction_policy=EVICTION)
-        state = state + (decode(value, COMPUTE_DTYPE),)
+        value = load(
+            state_ptrs[i], None, offsets, mask, FORMATS >> 4 * (i + 1) & 15, COMPUTE_DTYPE, EVICTION
+        )
+        state = state + (value,)
     param, state = RULE(param, grad, state, hyper, step, FLAGS)
     tl.static_assert(len(state) == N_STATES, "a rule returns as many states as it has")
-    tl.store(param_ptr + offsets, encode(param, param_ptr.dtype.element_ty), mask=mask)
+    first += start
+    store(
+        param_ptr, remainder_ptr, offsets, mask, param, random, first, 0, FORMATS & 15, SHARDING
+    )  # fmt: skip
     for i in tl.static_range(N_STATES):
-        ptr = state_ptrs[i] + offsets
-        value = encode(state[i], ptr.dtype.element_ty)
-        tl.store(ptr, value, mask=mask, eviction_policy=EVICTION)
+        store(
+            state_ptrs[i], None, offsets, mask, state[i], random, first, i + 1,
+            FORMATS >> 4 * (i + 1) & 15, SHARDING, EVICTION,
+        )  # fmt: skip
 
 
 @triton.jit(launch_metadata=_launch_metadata)
 def multi_tensor_kernel(
     block_to_tensor_ptr,
     tensor_table_ptr,
+    format_table_ptr,
     grads_ptr,
     hyperparameters_ptr,
     steps_ptr,
@@ -75,13 +100,14 @@ def multi_tensor_kernel(
     N_HYPERS: tl.constexpr,
     STEP_COLUMNS: tl.constexpr,
     N_STATES: tl.constexpr,
-    PARAM_DTYPE: tl.constexpr,
+    FORMATS: tl.constexpr,
+    SHARDING: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
-    STATE_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr,
     DOUBLES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    TAIL_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     EVICTION: tl.constexpr,
@@ -95,10 +121,12 @@ def multi_tensor_kernel(
     - block_to_tensor_ptr: int32, one a program: its tensor. The programs of a tensor follow one
       another, as many as it has chunks;
     - tensor_table_ptr: int64 [tensors, ROW_WIDTH], the columns of chunks.py;
+    - format_table_ptr: int64 [tensors, FORMAT_WIDTH], the columns there, of which SHARDING says how
+      to read RANDOM; None where no format of FORMATS has a remainder or is stochastic;
     - grads_ptr: int64 [tensors], addresses of gradients; a tensor at 0 is left alone;
     - hyperparameters_ptr: float64 [groups, N_HYPERS];
-    - steps_ptr: float64 [tensors, STEP_COLUMNS], or None where RULE reads no step; it is given a
-      tuple of several;
+    - steps_ptr: float64 [tensors, STEP_COLUMNS], the last how often a tensor was updated, or None
+      where nothing reads it; of several RULE is given the others;
     - found_inf_ptr, grad_scale_ptr, grad_norm_ptr, max_norm_ptr: see conditions.py. A skipped step
       writes nothing; gradients are divided by the scale in memory too, and are not clipped there;
     - step_status_ptr: float32 [2], or None; becomes (1, 0) or, of a skipped step, (0, 1);
@@ -120,7 +148,7 @@ def multi_tensor_kernel(
     if step_status_ptr is not None:
         taken = step_is_taken(found_inf_ptr, grad_norm_ptr, SKIP_NONFINITE)
         remaining = tl.where(taken, remaining, 0)
-    COMPUTE_DTYPE: tl.constexpr = tl.float64 if PARAM_DTYPE == tl.float64 else tl.float32
+    COMPUTE_DTYPE: tl.constexpr = tl.float64 if FORMATS & 15 == FLOAT64 else tl.float32
     unscale = None
     if grad_scale_ptr is not None:
         unscale = inv_scale(grad_scale_ptr, COMPUTE_DTYPE)
@@ -129,37 +157,47 @@ def multi_tensor_kernel(
         clip = clip_coef(grad_norm_ptr, max_norm_ptr, COMPUTE_DTYPE)
 
     hyper = scalars(hyperparameters_ptr + tl.load(row_ptr + GROUP) * N_HYPERS, N_HYPERS)
-    step = None
+    step, random, remainder_ptr = None, None, None
     if steps_ptr is not None:
         if STEP_COLUMNS == 1:
             step = tl.load(steps_ptr + tensor).to(tl.float64)
         else:
-            step = scalars(steps_ptr + tensor * STEP_COLUMNS, STEP_COLUMNS)
+            step = scalars(steps_ptr + tensor * STEP_COLUMNS, STEP_COLUMNS - 1)
+    if format_table_ptr is not None:
+        format_ptr = format_table_ptr + tensor * FORMAT_WIDTH
+        address = tl.load(format_ptr + REMAINDER)
+        remainder_ptr = pointer(address, start, tl.int16, ALIGNED)
+        if steps_ptr is not None:
+            updates = tl.load(steps_ptr + (tensor + 1) * STEP_COLUMNS - 1).to(tl.int64)
+            random = scalars(format_ptr + RANDOM, 4) + (updates,)
     if not DOUBLES:
         hyper = in_dtype(hyper, COMPUTE_DTYPE)
         if step is not None:
             step = step.to(COMPUTE_DTYPE) if STEP_COLUMNS == 1 else in_dtype(step, COMPUTE_DTYPE)
 
-    param_ptr = pointer(tl.load(row_ptr + PARAM), start, PARAM_DTYPE, ALIGNED)
+    param_ptr = stored_pointer(tl.load(row_ptr + PARAM), start, FORMATS & 15, ALIGNED)
     grad_ptr = pointer(grad_address, start, GRAD_DTYPE, ALIGNED)
     state_ptrs = ()
     for i in tl.static_range(N_STATES):
         address = tl.load(row_ptr + STATES + i)
-        state_ptrs = state_ptrs + (pointer(address, start, STATE_DTYPE, ALIGNED),)
+        ptr = stored_pointer(address, start, FORMATS >> 4 * (i + 1) & 15, ALIGNED)
+        state_ptrs = state_ptrs + (ptr,)
 
     # A mask that is not known at compile time costs the vector loads: only the last chunk has one.
     if remaining >= CHUNK:
         for block in tl.range(0, BLOCKS, num_stages=NUM_STAGES):
             _update_block(
-                param_ptr, grad_ptr, state_ptrs, block * BLOCK_SIZE, remaining, hyper, step,
-                unscale, clip, RULE, FLAGS, N_STATES, BLOCK_SIZE, EVICTION, MASKED=False,
+                param_ptr, remainder_ptr, grad_ptr, state_ptrs, start, block * BLOCK_SIZE,
+                remaining, hyper, step, random, unscale, clip, RULE, FLAGS, FORMATS, N_STATES,
+                SHARDING, BLOCK_SIZE, EVICTION, MASKED=False,
             )  # fmt: skip
     else:
         rest = remaining.to(tl.int32)
-        for block in tl.range(0, tl.cdiv(rest, BLOCK_SIZE) if BLOCKS > 1 else 1):
+        for block in tl.range(0, tl.cdiv(rest, TAIL_SIZE) if CHUNK > TAIL_SIZE else 1):
             _update_block(
-                param_ptr, grad_ptr, state_ptrs, block * BLOCK_SIZE, rest, hyper, step,
-                unscale, clip, RULE, FLAGS, N_STATES, BLOCK_SIZE, EVICTION, MASKED=True,
+                param_ptr, remainder_ptr, grad_ptr, state_ptrs, start, block * TAIL_SIZE,
+                rest, hyper, step, random, unscale, clip, RULE, FLAGS, FORMATS, N_STATES,
+                SHARDING, TAIL_SIZE, EVICTION, MASKED=True,
             )  # fmt: skip
 
     # Last: after a store, AMD's compiler takes addresses that are loaded for a thread's own.

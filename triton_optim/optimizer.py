@@ -24,9 +24,11 @@ from .rule import Rule
 from .step.catch_up import caught_up
 from .step.conditions import StepConditions, is_scaled_through_wrapper
 from .step.fallback import decays, make_missing_state, reference_step
-from .step.state import (
+from .step.loading import (
     adopt_steps,
     check_loaded,
+    count_from_here,
+    remake_state,
     restore_uncast,
     widen_steps,
 )
@@ -100,6 +102,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         reasons = [*filter(None, map(self._stepper.options.unsupported, self.param_groups))]
         if self._stepper.options.capturable and reasons:
             raise RuntimeError(f"`capturable` does not support {reasons[0]}")
+        names = [item.name for item in rule.states]
+        self._stepper.options.check_used(self._fused_view().params, names)
+        remake_state(self._fused_view(), self.param_groups)
         adopt_steps(self._fused_view(), replaces=False)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -142,8 +147,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _current_rule(self) -> Rule:
         """The class's; an option may choose another."""
-        rule = type(self).rule
-        return rule.decoupled if self._stepper.options.decoupled_weight_decay else rule
+        rule, options = type(self).rule, self._stepper.options
+        rule = rule.decoupled if options.decoupled_weight_decay else rule
+        return rule.counting if options.may_round else rule
 
     def _fused_view(
         self,
@@ -163,6 +169,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             stepper.counters,
             stepper.may_skip,
             rule.reference is not None or self._torch_class is not None,
+            stepper.remainders,
         )
 
     def add_param_group(self, param_group: Group) -> None:
@@ -185,6 +192,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name in from_defaults:
             param_group.pop(name, None)  # groups are torch's, and so are state dicts
         try:
+            self._stepper.options.check_params(self.param_groups[-1]["params"])
             self._current_rule().check_group(self.param_groups[-1], self._stepper.options)
         except ValueError:
             del self.param_groups[-1]
@@ -371,6 +379,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 group.setdefault("fused", None)  # torch sets False, which would refuse the kernels
         if loads:
             view = self._fused_view(state["param_groups"], state["state"])
+            view.remainders.forget()
+            if view.rule.counts_step and not type(self).rule.counts_step:
+                count_from_here(view)
             check_entries(view.rule, state["state"], view.groups)
             if "_loaded" in vars(self):
                 restore_uncast(view, vars(self)["_loaded"])

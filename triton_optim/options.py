@@ -9,24 +9,32 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, TypedDict
 
+import torch
+
+from .storage import StorageOptions
+
 Group = dict[str, Any]
 
 
-class ClippingOptions(TypedDict, total=False):
+class BaseOptions(TypedDict, total=False):
     """Keyword arguments of every optimizer; see `FusedOptimizer`."""
 
     max_grad_norm: float | None
     error_if_nonfinite: bool
     skip_nonfinite: bool
+    master_weight_bits: int | None
+    stochastic_rounding: bool | None
+    rounding_seed: int
+    state_dtype: torch.dtype | Mapping[str, torch.dtype] | None
 
 
-class CommonOptions(ClippingOptions, total=False):
+class CommonOptions(BaseOptions, total=False):
     """Those of an optimizer whose torch class takes no `capturable`."""
 
     capturable: bool
 
 
-class DecayOptions(ClippingOptions, total=False):
+class DecayOptions(BaseOptions, total=False):
     """Those of one whose torch class knows L2 alone: SGD, Adagrad, RMSprop."""
 
     decoupled_weight_decay: bool
@@ -37,7 +45,7 @@ class CommonDecayOptions(CommonOptions, DecayOptions, total=False):
 
 
 @dataclass
-class Options:
+class Options(StorageOptions):
     """Options that torch's optimizers lack.
 
     They belong to the optimizer and not to its groups, so that state dicts stay torch's.
@@ -53,6 +61,7 @@ class Options:
             "skip_nonfinite",
             "sparse",
             "decoupled_weight_decay",
+            *(field.name for field in fields(StorageOptions)),
         }
     )
 
@@ -65,6 +74,7 @@ class Options:
     decoupled_weight_decay: bool = False  # for a class whose groups have no such flag
 
     def __post_init__(self) -> None:
+        self._check_storage()
         if self.sparse not in (None, "lazy"):
             raise ValueError(f"Invalid sparse value: {self.sparse!r}; give 'lazy' or None")
         if self.max_grad_norm is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .options import Group, Options
 from .scalar_state import ScalarState
+from .storage import REMAINDER
 
 State = dict[str, Any]
 Scalars = tuple[float | Tensor, ...]
@@ -23,7 +24,7 @@ MAX_ROW_STATES = 2  # of that for rows: kernels/keys.py
 
 @dataclass(frozen=True)
 class StateTensor:
-    """A state of the parameter's shape, dtype and memory format.
+    """A state of the parameter's shape and memory format, and of its dtype if not said otherwise.
 
     Args:
         name: its key in `optimizer.state[param]`.
@@ -36,12 +37,13 @@ class StateTensor:
     initial: float | Callable[[Group], float] = 0.0
     when: Callable[[Group], bool] | None = None
 
-    def new(self, param: Tensor, group: Group) -> Tensor:
+    def new(self, param: Tensor, group: Group, dtype: torch.dtype | None = None) -> Tensor:
         """It, of a parameter before its first update."""
         value = self.initial(group) if callable(self.initial) else self.initial
         if value == 0:
-            return torch.zeros_like(param)
-        return torch.full_like(param, complex(value, value) if param.is_complex() else value)
+            return torch.zeros_like(param, dtype=dtype)
+        fill = complex(value, value) if param.is_complex() else value
+        return torch.full_like(param, fill, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,10 @@ class Rule:
             )
         names = [state.name for state in self.states]
         every = [*names, *self.counters, *([] if self.row_state is None else [self.row_state])]
-        if len(names) > MAX_STATES or len({*every}) < len(every):
+        if len(names) > MAX_STATES or len({*every, REMAINDER}) <= len(every):
             raise ValueError(
                 f"a Rule has the states {every}; it takes up to {MAX_STATES}, each named once, and "
-                "none of them 'step'"
+                f"none of them 'step' or {REMAINDER!r}"
             )
         if (self.reads_step is True or self.scalars) and not self.counts_step:
             raise ValueError("reads_step=True needs counts_step=True, which makes the step")
@@ -143,6 +145,11 @@ class Rule:
     def decoupled(self) -> Rule:
         """It, with weight decay that is not part of the gradient in every group."""
         return replace(self, flags={**self.flags, "DECOUPLED": lambda group: True})
+
+    @cached_property
+    def counting(self) -> Rule:
+        """It, with every update counted in the state."""
+        return replace(self, counts_step=True)
 
     @property
     def name(self) -> str:
@@ -173,8 +180,8 @@ class Rule:
 
     @property
     def step_columns(self) -> int:
-        """How many scalars the function is given as its step."""
-        return 1 if self.scalars is None else self.scalars.reads
+        """What a kernel reads of each tensor: scalars that the function is given, and the step."""
+        return 1 if self.scalars is None else self.scalars.reads + 1
 
     def reads_step_under(self, flags: frozenset[str]) -> bool:
         if isinstance(self.reads_step, bool):
@@ -212,9 +219,9 @@ class Rule:
         return self.row_wise.unsupported(group, options)
 
     def has_state(self, state: State) -> bool:
-        """Whether a parameter with this state has been set up."""
+        """Whether a parameter with this state has what the function updates."""
         if self.counts_step:
-            return bool(state)
+            return not state.keys() <= {REMAINDER}
         return any(state.get(item.name) is not None for item in self.states)
 
     def has_row_state(self, state: State) -> bool:

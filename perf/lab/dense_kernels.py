@@ -54,7 +54,7 @@ class Kernel(NamedTuple):
         config = tuning.config(architecture, half=variant.half)
         elements = config.chunk // (config.num_warps * gpu.warp_size)  # a thread
         sizes = backend.ITEM_SIZES
-        written = sizes[variant.param_dtype] + variant.n_states * sizes[variant.state_dtype]
+        written = sum(sizes[name] for name in variant.written)
         written += sizes[variant.grad_dtype] if "UNSCALE" in variant.conditions else 0
         path = Code(code).main_path(elements * written) or MainPath(0, 0, (), (), 0)
         if path.stores and sum(path.loads) < elements * (variant.bytes_per_element - written):
@@ -64,7 +64,7 @@ class Kernel(NamedTuple):
         measures = {
             "alignment": backend.ALIGNMENT
             if variant.aligned
-            else min(sizes[d] for d in self.storage),
+            else min(sizes[name] for name in (variant.grad_dtype, *variant.written)),
             "registers": usage.registers,
             "spills": usage.spills,
             "shared": shared,

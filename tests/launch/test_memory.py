@@ -87,7 +87,7 @@ def test_beyond_two_to_the_31_elements(dtype: torch.dtype) -> None:
     expected = [m.clone() for m in memory]
     addresses = [m.data_ptr() - first * BLOCK * dtype.itemsize for m in memory]
     name = backend.STORAGE_DTYPES[dtype]
-    variant = backend.Variant(frozenset(), 1, name, name, name, aligned=True, reads_step=False)
+    variant = backend.Variant(frozenset(), name, name, (name,), aligned=True, reads_step=False)
     tables = backend.Tables(
         rows=torch.tensor(backend.row(numel, 0, -first, [addresses[0], addresses[2]])),
         grads=torch.tensor([addresses[1]]),

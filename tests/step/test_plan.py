@@ -174,7 +174,7 @@ def test_interpreted_block_size_weighs_programs_against_padding(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.undo()
-    variant = backend.Variant(frozenset(), 0, "float32", "float32", "float32", True, False)
+    variant = backend.Variant(frozenset(), "float32", "float32", (), True, False)
     for numels, sizes in (
         ([10] * 100, {1024}),
         ([10**7], {2**18}),

@@ -195,10 +195,10 @@ def test_unscaled_by_hand(case: Case) -> None:
 
 def test_a_scale_whose_squares_overflow() -> None:
     """The norm is that of unscaled gradients, on both routes."""
-    for kwargs in ({}, {"fused": False}):
+    for fused in (None, False):
         param = Parameter(torch.ones(4, device=DEVICE))
         param.grad = torch.tensor([1.0, 2.0, 3.0, 4.0], device=DEVICE) * 2.0**70
-        optimizer = triton_optim.SGD([param], lr=1.0, max_grad_norm=1.0, **kwargs)
+        optimizer = triton_optim.SGD([param], lr=1.0, max_grad_norm=1.0, fused=fused)
         scaled_step(optimizer, 0.0, 2.0**70)
         torch.testing.assert_close(float(optimizer.grad_norm or 0), 30**0.5)
         expected = 1 - torch.tensor([1.0, 2.0, 3.0, 4.0], device=DEVICE) / 30**0.5

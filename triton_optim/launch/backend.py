@@ -27,7 +27,7 @@ try:
     import triton
     import triton.language as tl
 
-    from ..kernels import chunks, flags, multi_tensor
+    from ..kernels import chunks, flags, formats, multi_tensor
     from ..kernels import rules as kernel_rules
     from ..kernels import scalar_state as kernel_scalars
 except ModuleNotFoundError as error:
@@ -36,7 +36,7 @@ except ModuleNotFoundError as error:
     # Triton has no wheel for this platform: every parameter falls back to torch's implementation.
     COMPILED = False
     DEVICE_TYPE = None
-    ROW_WIDTH = 0
+    ROW_WIDTH = FORMAT_WIDTH = 0
     rules: Any = _NoKernels()
     scalar_state: Any = _NoKernels()
 
@@ -47,7 +47,7 @@ else:
     # A kernel reads addresses from a table, so an interpreted one must not be given a GPU's.
     COMPILED = isinstance(multi_tensor.multi_tensor_kernel, triton.runtime.JITFunction)
     DEVICE_TYPE = "cuda" if COMPILED else "cpu"
-    ROW_WIDTH = chunks.ROW_WIDTH.value
+    ROW_WIDTH, FORMAT_WIDTH = chunks.ROW_WIDTH.value, chunks.FORMAT_WIDTH.value
     rules, scalar_state, flag = kernel_rules, kernel_scalars, flags.flag
 
 # Storage dtypes; a complex tensor is stored as pairs of the real dtype beside it.
@@ -60,7 +60,9 @@ STORAGE_DTYPES = {
     torch.complex128: "float64",
 }
 
-ITEM_SIZES = {n: d.itemsize for d, n in STORAGE_DTYPES.items() if not d.is_complex}  # bytes
+# Bytes of an element in each format, of kernels/formats.py.
+ITEM_SIZES = {n: d.itemsize for d, n in STORAGE_DTYPES.items() if not d.is_complex}
+ITEM_SIZES |= {"bfloat16_stochastic": 2, "float16_stochastic": 2, "bfloat16_remainder": 4}
 
 CAPTURABLE_DEVICE_TYPES = frozenset({"cuda"})  # where there are CUDA graphs, or HIP's
 
@@ -75,6 +77,8 @@ MISALIGNED_REGISTERS = 16  # more, where elements are loaded one by one
 GATED_REGISTERS = 64
 FEW_ELEMENTS = 256  # that a warp holds at once; with more, or in a loop, these are too few
 
+TAIL_SIZE = 256  # of the last blocks of a tensor, where masks cost a format registers
+
 # An interpreted program costs about as much as 40,000 of its elements.
 INTERPRETED_BLOCK_SIZES = tuple(1 << k for k in range(10, 19))
 INTERPRETED_OVERHEAD = 40_000
@@ -84,13 +88,32 @@ class Variant(NamedTuple):
     """What a compiled kernel depends on: never a size, a count, a rate or a step."""
 
     flags: frozenset[str]
-    n_states: int
-    param_dtype: str
+    param_dtype: str  # with its format, as those of states
     grad_dtype: str
-    state_dtype: str  # the parameter's where there is no state
+    state_dtypes: tuple[str, ...]
     aligned: bool
     reads_step: bool
     conditions: frozenset[str] = frozenset()  # see StepConditions.enabled
+    sharding: int = 0  # see kernels/random_bits.py
+
+    @property
+    def n_states(self) -> int:
+        return len(self.state_dtypes)
+
+    @property
+    def state_dtype(self) -> str:
+        """Of all states, for tables: the parameter's dtype where there is none."""
+        return "+".join(dict.fromkeys(self.state_dtypes)) or self.param_dtype
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Formats of the parameter and its states."""
+        return self.param_dtype, *self.state_dtypes
+
+    @property
+    def has_formats(self) -> bool:
+        """Whether anything is stored in another format than a dtype of torch."""
+        return any("_" in name for name in self.written)
 
     @property
     def bytes_per_element(self) -> int:
@@ -98,9 +121,9 @@ class Variant(NamedTuple):
 
         And the gradient written once, where it is unscaled.
         """
-        states = self.n_states * ITEM_SIZES[self.state_dtype]
         grads = 2 if "UNSCALE" in self.conditions else 1
-        return 2 * (ITEM_SIZES[self.param_dtype] + states) + grads * ITEM_SIZES[self.grad_dtype]
+        written = sum(ITEM_SIZES[name] for name in self.written)
+        return 2 * written + grads * ITEM_SIZES[self.grad_dtype]
 
     @property
     def may_skip(self) -> bool:
@@ -110,8 +133,7 @@ class Variant(NamedTuple):
     @property
     def half(self) -> bool:
         """Whether everything that is updated is of 16 bits."""
-        dtypes = (self.param_dtype, self.grad_dtype, self.state_dtype)
-        return all(ITEM_SIZES[dtype] == 2 for dtype in dtypes)
+        return all(ITEM_SIZES[name] == 2 for name in (*self.written, self.grad_dtype))
 
 
 class GradVariant(NamedTuple):
@@ -128,6 +150,7 @@ class Tables(NamedTuple):
     grads: Tensor  # int64 [tensors]
     hypers: Tensor  # float64 [groups, hyperparameters]
     steps: Tensor | None  # float64 [tensors, scalars of each]
+    formats: Tensor | None = None  # int64 [tensors, FORMAT_WIDTH]
     max_norm: Tensor | None = None  # float64 []
     norm: Tensor | None = None  # float64 []
     step_status: Tensor | None = None  # float32 [2]: 1 if the step was taken, 1 if it was skipped
@@ -205,22 +228,29 @@ def constants(rule: Rule, variant: Variant, config: Config, n_hypers: int) -> di
         "N_HYPERS": n_hypers,
         "STEP_COLUMNS": rule.step_columns,
         "N_STATES": variant.n_states,
-        "PARAM_DTYPE": getattr(tl, variant.param_dtype),
+        "FORMATS": sum(_format(name) << 4 * i for i, name in enumerate(variant.written)),
+        "SHARDING": variant.sharding,
         "GRAD_DTYPE": getattr(tl, variant.grad_dtype),
-        "STATE_DTYPE": getattr(tl, variant.state_dtype),
         "ALIGNED": variant.aligned,
         "SKIP_NONFINITE": "SKIP_NONFINITE" in variant.conditions,
         "BLOCK_SIZE": config.block_size,
+        "TAIL_SIZE": TAIL_SIZE if COMPILED and variant.has_formats else config.block_size,
         "BLOCKS": config.blocks,
         "NUM_STAGES": config.num_stages,
         "EVICTION": config.eviction,
     }
 
 
+def _format(name: str) -> int:
+    number: int = getattr(formats, name.upper()).value
+    return number
+
+
 def unused_pointers(variant: Variant) -> list[str]:
     """The update kernel's pointers that are None."""
     enabled = variant.conditions
     used = {
+        "format_table_ptr": variant.has_formats,
         "steps_ptr": variant.reads_step,
         "found_inf_ptr": "FOUND_INF" in enabled,
         "grad_scale_ptr": "UNSCALE" in enabled,

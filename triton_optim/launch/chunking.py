@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..options import Options
 from ..rule import Rule, State
+from ..storage import REMAINDER
 from ..tensors.layout import Layout
 from ..tensors.sharding import ReduceGroups, local
 from . import backend
 from .backend import GradVariant
+from .formats import Stored
 from .launcher import LaunchSpec
 from .pointer_tables import (
     addresses_of,
@@ -60,12 +63,15 @@ class PlannedParam(NamedTuple):
     state_names: tuple[str, ...]
     reordered: bool = False  # gradients must be copied into the parameter's memory order first
     row_state: str | None = None  # name of the state that has one number a row
+    keeps_remainder: bool = False
+    place: tuple[int, int] = (0, 0)  # its group and where it stands there, by which it is random
     where: str = ""  # the parameter in words
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Keys of all the state that the rule updates."""
-        return self.state_names if self.row_state is None else (*self.state_names, self.row_state)
+        """Keys of all the state that the kernels update."""
+        more = () if self.row_state is None else (self.row_state,)
+        return (*self.state_names, *more, *((REMAINDER,) if self.keeps_remainder else ()))
 
 
 MAX_PROGRAMS = 16384  # that one tensor or many are cut into: the last program adds all their sums
@@ -82,15 +88,16 @@ class GradLaunchSpec(NamedTuple):
 
 
 class ChunkedTensors(NamedTuple):
-    """The table of rows, on the host, and the launches that read it."""
+    """The tables of rows and of formats, on the host, and the launches that read them."""
 
     rows: Tensor
+    formats: Tensor | None
     updates: list[LaunchSpec]
     grads: list[GradLaunchSpec]
 
 
 def chunk_tensors(
-    rule: Rule, planned: Sequence[PlannedParam], states: Sequence[State]
+    rule: Rule, planned: Sequence[PlannedParam], states: Sequence[State], options: Options
 ) -> ChunkedTensors:
     """Chunk the parameters of one device."""
     device = planned[0].shard.device
@@ -99,10 +106,14 @@ def chunk_tensors(
         [local(s[name]) for name in p.state_names] for p, s in zip(planned, states, strict=True)
     ]
     addresses = [addresses_of([p.shard, *u]) for p, u in zip(planned, updated, strict=True)]
+    stored = [
+        Stored.of(p.param, s, p.state_names, p.place, options)
+        for p, s in zip(planned, states, strict=True)
+    ]
     members: dict[backend.Variant, list[int]] = defaultdict(list)
     for i, item in enumerate(planned):
         if numels[i]:
-            members[_variant(rule, item, updated[i], addresses[i])].append(i)
+            members[_variant(rule, item, stored[i], addresses[i])].append(i)
     first = [0] * len(planned)
     updates = []
     for variant, indices in members.items():
@@ -117,7 +128,14 @@ def chunk_tensors(
     rows: list[int] = []
     for i, item in enumerate(planned):
         rows += backend.row(numels[i], item.group, first[i], addresses[i], norm_first[i])
-    return ChunkedTensors(as_tensor(column("q", rows)).view(-1, backend.ROW_WIDTH), updates, grads)
+    formats = None
+    if any(variant.has_formats for variant in members):
+        formats = _table(chain.from_iterable(item.row for item in stored), backend.FORMAT_WIDTH)
+    return ChunkedTensors(_table(rows, backend.ROW_WIDTH), formats, updates, grads)
+
+
+def _table(values: Iterable[int], width: int) -> Tensor:
+    return as_tensor(column("q", [*values])).view(-1, width)
 
 
 def chunk_grads(
@@ -161,17 +179,18 @@ def assign_programs(
 
 
 def _variant(
-    rule: Rule, item: PlannedParam, states: Sequence[Tensor], addresses: Sequence[int]
+    rule: Rule, item: PlannedParam, stored: Stored, addresses: Sequence[int]
 ) -> backend.Variant:
-    grad = _grad_variant(item)
+    grad, (param_dtype, *state_dtypes) = _grad_variant(item), stored.formats
+    rounds = any(name.endswith("_stochastic") for name in stored.formats)
     return backend.Variant(
         flags=item.flags,
-        n_states=len(states),
-        param_dtype=backend.STORAGE_DTYPES[item.shard.dtype],
+        param_dtype=param_dtype,
         grad_dtype=grad.dtype,
-        state_dtype=backend.STORAGE_DTYPES[(states[0] if states else item.shard).dtype],
-        aligned=grad.aligned and is_aligned(addresses),
-        reads_step=rule.reads_step_under(item.flags),
+        state_dtypes=tuple(state_dtypes),
+        aligned=grad.aligned and is_aligned([*addresses, stored.row[0]]),
+        reads_step=rounds or rule.reads_step_under(item.flags),
+        sharding=stored.sharding,
     )
 
 

@@ -147,6 +147,7 @@ class UpdateLaunch(RuleLaunch):
         arguments = {
             "block_to_tensor_ptr": spec.block_to_tensor,
             "tensor_table_ptr": tables.rows,
+            "format_table_ptr": tables.formats,
             "grads_ptr": tables.grads,
             "hyperparameters_ptr": tables.hypers,
             "steps_ptr": tables.steps,

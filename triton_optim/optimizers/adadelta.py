@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from ..launch.backend import rules
 from ..optimizer import FusedOptimizer
-from ..options import ClippingOptions, Group
+from ..options import BaseOptions, Group
 from ..rule import Rule, Scalars
 
 
@@ -72,7 +72,7 @@ class Adadelta(FusedOptimizer, torch.optim.Adadelta):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        **options: Unpack[ClippingOptions],
+        **options: Unpack[BaseOptions],
     ) -> None:
         super().__init__(
             params, lr, rho, eps, weight_decay, foreach, capturable=capturable, maximize=maximize,

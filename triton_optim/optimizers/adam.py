@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from ..launch.backend import rules
 from ..optimizer import FusedOptimizer
-from ..options import ClippingOptions, Group
+from ..options import BaseOptions, Group
 from ..rule import Rule, Scalars, StateTensor
 from .betas import beta_scalars
 
@@ -91,7 +91,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        **options: Unpack[ClippingOptions],
+        **options: Unpack[BaseOptions],
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize,

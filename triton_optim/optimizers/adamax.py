@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from ..launch.backend import rules
 from ..optimizer import FusedOptimizer
-from ..options import ClippingOptions, Group
+from ..options import BaseOptions, Group
 from ..rule import Rule, Scalars
 from .betas import beta_scalars
 
@@ -73,7 +73,7 @@ class Adamax(FusedOptimizer, torch.optim.Adamax):
         differentiable: bool = False,
         capturable: bool = False,
         fused: bool | None = None,
-        **options: Unpack[ClippingOptions],
+        **options: Unpack[BaseOptions],
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, foreach, maximize=maximize,

@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from ..optimizer import FusedOptimizer
-from ..options import ClippingOptions
+from ..options import BaseOptions
 from .adam import RULE
 
 
@@ -48,7 +48,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        **options: Unpack[ClippingOptions],
+        **options: Unpack[BaseOptions],
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach,

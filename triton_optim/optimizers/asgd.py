@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from ..launch.backend import rules, scalar_state
 from ..optimizer import FusedOptimizer
-from ..options import ClippingOptions
+from ..options import BaseOptions
 from ..rule import Rule
 from ..scalar_state import Numbers, Rounding, ScalarState
 
@@ -90,7 +90,7 @@ class ASGD(FusedOptimizer, torch.optim.ASGD):
         capturable: bool = False,
         *,
         fused: bool | None = None,
-        **options: Unpack[ClippingOptions],
+        **options: Unpack[BaseOptions],
     ) -> None:
         super().__init__(
             params, lr, lambd, alpha, t0, weight_decay, foreach, maximize, differentiable,

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from ..launch.backend import rules, scalar_state
 from ..optimizer import FusedOptimizer
-from ..options import ClippingOptions, Group
+from ..options import BaseOptions, Group
 from ..rule import Rule, Scalars
 from ..scalar_state import Numbers, Rounding, ScalarState
 from .betas import beta_scalars
@@ -100,7 +100,7 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        **options: Unpack[ClippingOptions],
+        **options: Unpack[BaseOptions],
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, momentum_decay, decoupled_weight_decay,

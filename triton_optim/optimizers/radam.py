@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from ..launch.backend import rules
 from ..optimizer import FusedOptimizer
-from ..options import ClippingOptions, Group
+from ..options import BaseOptions, Group
 from ..rule import Rule, Scalars
 from .betas import beta_scalars
 
@@ -88,7 +88,7 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        **options: Unpack[ClippingOptions],
+        **options: Unpack[BaseOptions],
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, decoupled_weight_decay, foreach=foreach,

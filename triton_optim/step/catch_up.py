@@ -28,7 +28,7 @@ def catch_up(view: OptimizerView, since: list[float]) -> None:
     rule, rows = view.rule, view.rule.row_wise
     assert rows is not None and rows.lazy is not None
     planned: dict[torch.device, list[PlannedParam]] = defaultdict(list)
-    for _, param, index, group, where in view.named():
+    for _, param, index, group, where, _ in view.named():
         state = view.state.get(param, {})
         if rows.state not in state:
             continue

@@ -49,17 +49,20 @@ class DenseLaunchGroup(LaunchGroup):
         self._keep_grads(grad_addresses_of(self.first_inputs.grads))
 
     def _reads_step(self, planned: Iterable[PlannedParam]) -> bool:
-        return any(self._rule.reads_step_under(item.flags) for item in planned)
+        reads = any(self._rule.reads_step_under(item.flags) for item in planned)
+        return reads or self._options.may_round
 
     def _tensors(
         self, grads: Sequence[Tensor | None], params: Sequence[Tensor], states: Sequence[State]
     ) -> StepTensors:
         written = [*params, *self._holders.values(states)]
         steps = counters_of(self._rule, states)
+        shards = [*map(local_of, written)] if self._specs else written
+        remainders = [(shards[i], shards[place]) for i, place in self._holders.remainders]
         if not self._specs:
-            return StepTensors(grads, self._all, params, written, (), steps)
-        shards = [*map(local_of, written)]
-        return StepTensors(grads, self._all, shards[: len(params)], shards, written, steps)
+            return StepTensors(grads, self._all, params, written, (), steps, (), remainders)
+        params, dtensors = shards[: len(params)], written
+        return StepTensors(grads, self._all, params, shards, dtensors, steps, (), remainders)
 
     def _layout_guard(self, planned: Sequence[PlannedParam], tensors: StepTensors) -> LayoutGuard:
         looks = [*(p.signature.grad for p in planned), *(p.signature.param for p in planned)]
@@ -67,8 +70,9 @@ class DenseLaunchGroup(LaunchGroup):
         return LayoutGuard([*(x for x in looks if x is not None), *state], self._holders.rows)
 
     def _chunk(self, planned: Sequence[PlannedParam], states: Sequence[State]) -> Tensor:
-        chunked = chunk_tensors(self._rule, planned, states)
+        chunked = chunk_tensors(self._rule, planned, states, self._options)
         self._updates, self._grad_specs = chunked.updates, chunked.grads
+        self._formats = chunked.formats
         return chunked.rows
 
     def read(self, current: CurrentTensors) -> StepTensors | None:

@@ -49,6 +49,7 @@ class StepTensors(NamedTuple):
     dtensors: Sequence[Tensor]  # those of which `written` are shards
     steps: Sequence[Tensor]  # all step counts, then each other scalar of all tensors
     ids: Sequence[Tensor] = ()  # int64 [1, rows], of sparse gradients
+    remainders: Sequence[tuple[Tensor, Tensor]] = ()  # written parameters, and theirs
 
     @property
     def counted(self) -> Iterable[Tensor]:
@@ -69,6 +70,7 @@ class LaunchGroup:
 
     first_inputs: StepTensors  # what `read` would return at the first step
     step_status: Tensor | None = None  # float32 [2]: 1 if it was taken, 1 if skipped
+    _formats: Tensor | None = None  # the table of formats, on the host
     _grad_columns = 1  # of the table of gradients; the last is an address
 
     def __init__(
@@ -78,7 +80,8 @@ class LaunchGroup:
         planned: Sequence[PlannedParam],
         n_hypers: int,
     ) -> None:
-        self.device, self._rule = device, view.rule
+        self.device, self._rule, self._options = device, view.rule, view.options
+        self._remainders = view.remainders
         self._pick = picker([item.position for item in planned])
         self._pick_states: Callable[[Sequence[Any]], Sequence[Any]] | None = None
         self._states, self._new = states_of(view, planned)
@@ -110,6 +113,7 @@ class LaunchGroup:
             grads=buffer.grads,
             hypers=buffer.hypers.view(len(view.groups), -1),
             steps=buffer.steps if sends else on_device_steps,
+            formats=None if self._formats is None else on_device(self._formats, device),
             max_norm=buffer.max_norm,
         )
         self._launches: dict[frozenset[str], list[Any]] = {}
@@ -168,7 +172,11 @@ class LaunchGroup:
             return tensors
         mask = self._holders.written(present)
         written, dtensors = compress(tensors.written, mask), compress(tensors.dtensors, mask)
-        return tensors._replace(present=present, written=[*written], dtensors=[*dtensors])
+        pairs = zip(self._holders.remainders, tensors.remainders, strict=False)
+        remainders = [pair for (i, _), pair in pairs if present[i]]
+        return tensors._replace(
+            present=present, written=[*written], dtensors=[*dtensors], remainders=remainders
+        )
 
     def _mine(self, current: CurrentTensors) -> tuple[Sequence[Tensor], Sequence[State]]:
         """Parameters, and the state of those that have any.
@@ -241,6 +249,7 @@ class LaunchGroup:
         """Launch the updates, and count the steps."""
         if not (conditions.enabled or 1 in tensors.present):
             return
+        self.drop_stale(tensors)
         scalars = conditions.kernel_args(self.device) if conditions.enabled else {}
         if self._device_counts is not None:
             launch = self._count_launches[conditions.enabled]
@@ -259,9 +268,19 @@ class LaunchGroup:
                 assert grad is not None
                 grad.copy_(copy)
             increment_version([grad for grad in tensors.grads if grad is not None])
-        increment_version([*tensors.written, *tensors.dtensors, *tensors.counted])
+        self.bump_versions(tensors)
         self._may_have_skipped |= conditions.may_skip
         self._outlive_the_stream()
+
+    def drop_stale(self, tensors: StepTensors) -> None:
+        """Let parameters that were written since their latest update have no remainder."""
+        if stale := self._remainders.stale(tensors.remainders):
+            torch._foreach_zero_(stale)
+
+    def bump_versions(self, tensors: StepTensors) -> None:
+        """Tell torch what was written."""
+        increment_version([*tensors.written, *tensors.dtensors, *tensors.counted])
+        self._remainders.keep(tensors.remainders)
 
     def _is_taken(self, conditions: StepConditions) -> Tensor:
         taken = torch.ones((), dtype=torch.bool, device=self.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..launch import backend
 from ..launch.chunking import GradSignature, PlannedParam
 from ..rule import State
+from ..storage import REMAINDER
 from ..tensors.layout import Layout, strides_agree
 from ..tensors.sharding import PLAIN_TYPES, is_dtensor, local, redistribute_grad, reduce_groups
 from .capture import check_capturable
@@ -155,17 +156,19 @@ class Planning:
             check_state_of(view, param, group, "", kernels=True)
         except RuntimeError:
             return False
-        return not misplaced(param, state, names)
+        return not misplaced(param, state, _held(state, names))
 
     def _add_fused(self, item: NamedParam) -> None:
         view, param, where = self._view, item.param, item.where
         (names, flags), state = self._facts[item.group_index], view.state.get(param, {})
         shard, grad = local(param), None if param.grad is None else local(param.grad)
-        written = [(shard, where)]
+        keeps_remainder, written = view.options.keeps_remainder(shard), [(shard, where)]
         if view.rule.has_state(state):
             check_requested(state, names, flags, where)
+        if view.rule.has_state(state) or (keeps_remainder and REMAINDER in state):
             written += check_state_of(view, param, item.group, where, kernels=True)
-            self._misplaced += ((param, state, name) for name in misplaced(param, state, names))
+            held = _held(state, names)
+            self._misplaced += ((param, state, name) for name in misplaced(param, state, held))
         signature = self._signatures[item.position]
         if grad is not None:
             row_wise = view.rule.is_row_wise(grad, state)
@@ -174,7 +177,7 @@ class Planning:
         assert signature is not None
         row_wise, reordered = signature.kind is not None, False
         if row_wise and grad is not None:
-            check_row_wise(view.options, grad, item.group, where)
+            check_row_wise(view.options, param, grad, item.group, names, where)
         elif signature.grad is not None:
             agree = strides_agree(shard.shape, shard.stride(), signature.grad.stride)
             reordered = signature.grad.is_lazy or not agree
@@ -182,7 +185,7 @@ class Planning:
             PlannedParam(
                 item.position, param, shard, grad, signature, reduce_groups(param),
                 item.group_index, flags, names, reordered,
-                view.rule.row_state if row_wise else None, where,
+                view.rule.row_state if row_wise else None, keeps_remainder, item.place, where,
             )
         )  # fmt: skip
         (self._written if grad is not None else self._written_later).extend(written)
@@ -197,7 +200,7 @@ class Planning:
                     f"no kernel can step {where}: {reason}; give Rule.reference, which steps it in "
                     "torch's operations"
                 )
-            check_fallback(view.options, grad, group, where, reason)
+            check_fallback(view.options, param, grad, group, names, where, reason)
             if view.rule.row_wise is not None:
                 view.rule.row_wise.check_fallback(grad, state, where, reason)
             if view.options.is_fused(group):
@@ -231,6 +234,11 @@ class Planning:
                 self._planned[key] = [p for p in planned if p.grad is not None]
                 if not self._planned[key]:
                     del self._planned[key]
+
+
+def _held(state: State, names: Iterable[str]) -> list[str]:
+    """Of these states, and of the remainder, those that there are."""
+    return [name for name in (*names, REMAINDER) if name in state]
 
 
 def _check_insisting(param: Tensor, where: str, reason: str) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from operator import itemgetter
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,19 +13,16 @@ from torch import Tensor
 from ..launch.chunking import PlannedParam
 from ..options import Group
 from ..rule import RowWise, Rule, State
+from ..storage import REMAINDER
 from ..tensors.layout import picker
-from ..tensors.sharding import PLAIN_TYPES, local
-from .routing import is_traced, unsupported
+from ..tensors.sharding import local
 from .validation import (
     check_counter,
-    check_no_overlap,
     check_row_state,
     check_shapes,
     check_state,
 )
 from .view import OptimizerView
-
-_COUNTER_DTYPES = (torch.float32, torch.float64)
 
 get_step = itemgetter("step")
 
@@ -44,6 +41,8 @@ def states_of(
         if item.row_state is not None and item.row_state not in {**state, **new[-1]}:
             group = view.groups[item.group]
             new[-1][item.row_state] = _new_row_state(rule, param, state, group)
+        if item.keeps_remainder and REMAINDER not in state:
+            new[-1][REMAINDER] = torch.zeros_like(param, dtype=torch.int16)
     return states, new
 
 
@@ -59,7 +58,8 @@ def new_state(view: OptimizerView, param: Tensor, group: Group) -> State:
             state[name] = new_counter(view, param, group).fill_(float(initial(source)))
     for item in rule.states:
         if item.when is None or item.when(group):
-            state[item.name] = item.new(param, source)
+            dtype = view.options.dtype_of(item.name, param)
+            state[item.name] = item.new(param, source, dtype)
     return state
 
 
@@ -107,104 +107,28 @@ def counters_of(rule: Rule, states: Sequence[State]) -> list[Tensor]:
     return counters
 
 
-def adopt_steps(view: OptimizerView, *, replaces: bool) -> None:
-    """Put the step counts of new state, and other scalars, where one operation counts them all.
-
-    Not those in shared memory, in which other processes count too.
-
-    Args:
-        replaces: whether the state gets other tensors, and a checkpoint keeps its own.
-    """
-    if not view.rule.counts_step or is_traced():
-        return
-    for group in view.groups:
-        for param in group["params"]:
-            for name in view.rule.counters:
-                _adopt(view, param, group, name, replaces=replaces)
-
-
-def _adopt(view: OptimizerView, param: Tensor, group: Group, name: str, *, replaces: bool) -> None:
-    state = view.state.get(param, {})
-    counter = state.get(name)
-    if _is_private(counter):
-        new = new_counter(view, param, group, counter.dtype).copy_(counter.view(()))
-        if replaces:
-            state[name] = new
-        else:
-            counter.data = new.view(counter.shape)
-
-
-def widen_steps(view: OptimizerView) -> None:
-    """Let counters of lazy rows be float64, whatever was loaded."""
-    if view.rule.row_wise is None or view.rule.row_wise.lazy is None:
-        return
-    for values in view.state.values():
-        step = values.get("step")
-        if isinstance(step, Tensor) and step.dtype != torch.float64:
-            step.data = step.double()
-
-
-def _is_private(step: object) -> TypeGuard[Tensor]:
-    """Whether it is a counter on the CPU that is in no other process."""
-    return (
-        type(step) is Tensor
-        and step.dtype in _COUNTER_DTYPES
-        and step.numel() == 1
-        and step.is_cpu
-        and not step.is_shared()
-    )
-
-
 def check_state_of(
     view: OptimizerView, param: Tensor, group: Group, where: str, *, kernels: bool
 ) -> list[tuple[Tensor, str]]:
     """Refuse bad state. Returns the tensors that the kernels will write, with their names."""
     rule, state = view.rule, view.state[param]
-    names: Sequence[str] = rule.state_names(group)
+    is_new = state.keys() <= {REMAINDER}
+    names = () if is_new else rule.state_names(group)
+    if view.options.keeps_remainder(param) and REMAINDER in state:
+        names = (*names, REMAINDER)
     check_shapes(param, state, names, where)
-    held = names
+    held: Sequence[str] = names
     if rule.row_wise is not None and rule.row_wise.state is not None and rule.has_row_state(state):
         name = rule.row_wise.state
         check_row_state(param, state, name, rule.row_wise.dtype(param), where)
         held = (*names, name)
     if not kernels:
         return []
-    check_state(param, state, names, where, follows=rule.eager_state)
-    for counter in rule.counters if rule.counts_step else ():
+    dtypes = {name: view.options.dtype_of(name, param) for name in names}
+    check_state(param, state, dtypes, where, follows=rule.eager_state)
+    for counter in rule.counters if rule.counts_step and not is_new else ():
         check_counter(state, counter, where)
     return [(local(state[name]), f"state {name!r} of {where}") for name in held]
-
-
-def check_loaded(view: OptimizerView) -> None:
-    """Refuse loaded state with which a step would fail."""
-    written: list[tuple[Tensor, str]] = []
-    for _, param, _, group, where in view.named():
-        state = view.state.get(param, {})
-        foreign = any(isinstance(value, Tensor) for value in state.values())
-        if type(param) in PLAIN_TYPES and (view.rule.has_state(state) or foreign):
-            kernels = unsupported(view, param, param, group) is None
-            written += check_state_of(view, param, group, where, kernels=kernels)
-    check_no_overlap(written)
-
-
-def restore_uncast(view: OptimizerView, loaded: Mapping[str, Any]) -> None:
-    """Load the state of rows and scalars once more: torch cast it to its parameter's dtype."""
-    rule, rows = view.rule, view.rule.row_wise
-    if rule.row_state is None and rule.scalars is None:
-        return
-    ids = chain.from_iterable(group["params"] for group in loaded["param_groups"])
-    for key, param in zip(ids, view.params, strict=True):
-        entry, state = loaded["state"].get(key, {}), view.state.get(param, {})
-        for name in {rule.row_state, *rule.counters[1:]} & entry.keys() & state.keys():
-            value = entry[name]
-            if not isinstance(value, Tensor):
-                continue
-            if rows is not None and name == rows.state:
-                state[name] = value.to(param.device, rows.dtype(param))
-            else:
-                device = getattr(state.get("step"), "device", "cpu")
-                kept = value.dtype in _COUNTER_DTYPES or value.is_complex()  # which is refused
-                state[name] = value.to(device, value.dtype if kept else step_dtype())
 
 
 class Holders:
@@ -214,17 +138,22 @@ class Holders:
         stateful: indices of the parameters that have an entry.
         rows: of each parameter, the indices of its gradient, itself and its state among all
             gradients, all parameters and what `values` returns, one after another.
+        remainders: of each parameter that has one, its index, and where the remainder stands among
+            all parameters and what `values` returns.
     """
 
     def __init__(self, planned: Sequence[PlannedParam], *, counts_steps: bool) -> None:
         self.stateful = [i for i, item in enumerate(planned) if item.names or counts_steps]
         places = {i: place for place, i in enumerate(self.stateful)}
         self.rows = [[i, len(planned) + i] for i in range(len(planned))]
+        self.remainders: list[tuple[int, int]] = []
         self._pick_holders: list[Callable[[Sequence[int]], Sequence[int]]] = []
         self._names: list[tuple[Callable[[State], Any], Callable[[Sequence[State]], Any]]] = []
         n = 2 * len(planned)
         for name in dict.fromkeys(chain.from_iterable(item.names for item in planned)):
             holders = [i for i, item in enumerate(planned) if name in item.names]
+            if name == REMAINDER:
+                self.remainders = [(i, n - len(planned) + k) for k, i in enumerate(holders)]
             for place, i in enumerate(holders, start=n):
                 self.rows[i].append(place)
             n += len(holders)

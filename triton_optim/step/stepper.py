@@ -14,6 +14,7 @@ from .catch_up import catch_up
 from .conditions import StepConditions
 from .plan import Plan
 from .planning import Planning
+from .remainders import Remainders
 from .routing import is_traced
 from .step_counts import StepPool
 from .view import OptimizerView
@@ -44,11 +45,12 @@ class Stepper:
     skipped: Tensor | None = None  # float32 [], how many steps were
     may_skip: bool = False  # whether a step may have been skipped by the device
     amp_scaling: bool = True  # what was assigned to `_step_supports_amp_scaling`
+    remainders: Remainders = field(default_factory=Remainders)
     lazy_values: list[float] | None = None  # of the steps that rows may have been left out of
 
     def part(self) -> Stepper:
         """For a part of the optimizer's parameters."""
-        return Stepper(self.options, self.option_names, self.counters)
+        return Stepper(self.options, self.option_names, self.counters, remainders=self.remainders)
 
     def step(
         self, view: OptimizerView, conditions: StepConditions, fallback: Fallback, name: str

@@ -32,9 +32,15 @@ def describe(group: Group, index: int, position: int) -> str:
     """A parameter in words: where it stands, and its name if it has one."""
     names = group.get("param_names")
     name = f" ({names[position]!r})" if names and position < len(names) else ""
-    if "_places" in group:  # that of a GradBucket: where it stands in the whole optimizer
-        index, position = group["_places"][position]
+    index, position = place_of(group, index, position)
     return f"parameter {position}{name} of group {index}"
+
+
+def place_of(group: Group, index: int, position: int) -> tuple[int, int]:
+    """The group of a parameter in the whole optimizer, and where it stands there."""
+    if "_places" in group:  # that of a GradBucket
+        index, position = group["_places"][position]
+    return index, position
 
 
 def check_tensors(param: Tensor, grad: Tensor, where: str) -> None:
@@ -157,18 +163,24 @@ def check_shapes(param: Tensor, state: State, names: Iterable[str], where: str) 
 
 
 def check_state(
-    param: Tensor, state: State, names: Iterable[str], where: str, *, follows: bool
+    param: Tensor,
+    state: State,
+    dtypes: Mapping[str, torch.dtype | None],
+    where: str,
+    *,
+    follows: bool,
 ) -> None:
     """Refuse state that the kernels could not use, as a wrong checkpoint brings it.
 
     Args:
         param: a parameter that the kernels take.
         state: its entry of `optimizer.state`; `check_shapes` has passed.
-        names: the tensors that the rule updates.
+        dtypes: by name, of the tensors that the kernels update; None: one dtype of a parameter,
+            the same for all of these.
         follows: whether state on another device is moved instead of refused.
     """
-    dtypes = set()
-    for name in names:
+    found_dtypes = set()
+    for name, dtype in dtypes.items():
         value, shard = local(state[name]), local(param)
         if is_dtensor(state[name]) != is_dtensor(param) or (
             is_dtensor(param) and not same_sharding(spec_of(state[name]), spec_of(param))
@@ -178,18 +190,22 @@ def check_state(
             found = f"has a shard of {tuple(value.shape)}, the parameter of {tuple(shard.shape)}"
         elif value.layout != torch.strided:
             found = f"is {value.layout}"
-        elif value.dtype not in backend.STORAGE_DTYPES or value.is_complex() != param.is_complex():
+        elif dtype is not None and value.dtype != dtype:
+            found = f"is {value.dtype}, and the optimizer's options ask for {dtype}"
+        elif dtype is None and (
+            value.dtype not in backend.STORAGE_DTYPES or value.is_complex() != param.is_complex()
+        ):
             found = f"is {value.dtype}, the parameter {param.dtype}"
         elif value.is_meta or (value.device != shard.device and not follows):
             found = f"is on {value.device}, the parameter on {shard.device}"
         elif type(value) not in PLAIN_TYPES or value.is_conj() or value.is_neg():
             found = f"is a {type(value).__name__} that has no memory of its own"
         else:
-            dtypes.add(value.dtype)
+            found_dtypes |= {value.dtype} if dtype is None else set()
             continue
         raise _bad_state(name, where, found)
-    if len(dtypes) > 1:
-        raise _bad_state(", ".join(names), where, f"mixes {sorted(map(str, dtypes))}")
+    if len(found_dtypes) > 1:
+        raise _bad_state(", ".join(dtypes), where, f"mixes {sorted(map(str, found_dtypes))}")
 
 
 def check_row_state(param: Tensor, state: State, name: str, dtype: torch.dtype, where: str) -> None:
@@ -266,16 +282,33 @@ def _bad_state(name: str, where: str, found: str) -> RuntimeError:
     )
 
 
-def check_fallback(options: Options, grad: Tensor, group: Group, where: str, reason: str) -> None:
+def check_fallback(
+    options: Options,
+    param: Tensor,
+    grad: Tensor,
+    group: Group,
+    names: Iterable[str],
+    where: str,
+    reason: str,
+) -> None:
     """Refuse torch's implementation for a parameter where it does not do what was asked for."""
+    if option := options.beyond_torch(param, names, by_rows=False):
+        raise RuntimeError(f"{option}, but the kernels cannot take {where}: {reason}")
     if options.is_capturable(group) and "capturable" not in group:
         raise RuntimeError(f"capturable=True, but the kernels cannot take {where}: {reason}")
     if grad.layout != torch.strided:
         _check_has_norm(options, grad, where)
 
 
-def check_row_wise(options: Options, grad: Tensor, group: Group, where: str) -> None:
+def check_row_wise(
+    options: Options, param: Tensor, grad: Tensor, group: Group, names: Iterable[str], where: str
+) -> None:
     """Refuse to update row by row where that does not do what was asked for."""
+    if option := options.beyond_torch(param, names, by_rows=True):
+        raise RuntimeError(
+            f"{option}, but {where} is updated by rows; make its gradient dense, or give it an "
+            "optimizer of its own"
+        )
     if options.is_capturable(group):
         raise RuntimeError(
             f"capturable=True, but {where} is updated by rows, of which a capture would repeat "

@@ -13,8 +13,9 @@ from torch import Tensor
 from ..launch import backend
 from ..options import Group, Options
 from ..rule import Rule, State
+from .remainders import Remainders
 from .step_counts import StepPool
-from .validation import describe
+from .validation import describe, place_of
 
 _PARAMS = itemgetter("params")
 
@@ -27,6 +28,7 @@ class NamedParam(NamedTuple):
     group_index: int
     group: Group
     where: str  # the parameter in words
+    place: tuple[int, int]  # its group in the whole optimizer, and where it stands there
 
 
 class OptimizerView(NamedTuple):
@@ -41,6 +43,7 @@ class OptimizerView(NamedTuple):
     counters: StepPool
     may_skip: bool  # whether a step may have been skipped by the device
     has_reference: bool  # whether anything but kernels can step its parameters
+    remainders: Remainders
 
     @property
     def params(self) -> Iterable[Tensor]:
@@ -61,7 +64,8 @@ class OptimizerView(NamedTuple):
         position = 0
         for index, group in enumerate(self.groups):
             for i, param in enumerate(group["params"]):
-                yield NamedParam(position, param, index, group, describe(group, index, i))
+                where, place = describe(group, index, i), place_of(group, index, i)
+                yield NamedParam(position, param, index, group, where, place)
                 position += 1
 
     def structure_key(self) -> list[tuple[object, ...]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from math import prod
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -74,3 +75,50 @@ def reduce_groups(tensor: Tensor) -> ReduceGroups:
 def device_types(tensors: Iterable[Tensor]) -> set[str]:
     """Of the meshes of those that are DTensors."""
     return {spec_of(t).mesh.device_type for t in tensors if is_dtensor(t)}
+
+
+CONSECUTIVE, EIGHTS, SINGLY = range(3)  # of kernels/random_bits.py
+
+
+class GlobalIndex(NamedTuple):
+    """Where the elements that a rank holds lie in the whole tensor, both in memory order.
+
+    The rank's are cut into rows of `columns`, which begin `pitch` elements after one another.
+    """
+
+    sharding: int = CONSECUTIVE
+    offset: int = 0
+    columns: int = 1
+    pitch: int = 1
+
+
+def global_index(param: Tensor) -> GlobalIndex:
+    """Of a parameter, which may be a DTensor.
+
+    Raises:
+        RuntimeError: its shards lie in more than two levels of rows.
+    """
+    if not is_dtensor(param):
+        return GlobalIndex()
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    spec, shard = spec_of(param), local_of(param)
+    _, starts = compute_local_shape_and_global_offset(param.shape, spec.mesh, spec.placements)
+    dims = [*range(shard.ndim)]
+    if not shard.is_contiguous():
+        dims.sort(key=shard.stride().__getitem__, reverse=True)
+    held, whole = [shard.shape[d] for d in dims], [param.shape[d] for d in dims]
+    cut = [i for i in range(len(held)) if held[i] != whole[i]]
+    last = cut[-1] if cut else 0
+    if any(0 < i < last for i in cut):
+        raise RuntimeError(
+            f"stochastic rounding of a tensor {tuple(param.shape)} that is placed as "
+            f"{spec.placements}: shards of two dims beside the first one are not supported"
+        )
+    offset = sum(starts[d] * prod(whole[i + 1 :]) for i, d in enumerate(dims))
+    columns, pitch = prod(held[last:]), prod(whole[last:])
+    if prod(held[:last]) == 1:
+        columns = pitch = max(shard.numel(), 1)
+        return GlobalIndex(SINGLY if offset % 8 else CONSECUTIVE, offset, columns, pitch)
+    in_eights = not (offset % 8 or columns % 8 or pitch % 8)
+    return GlobalIndex(EIGHTS if in_eights else SINGLY, offset, columns, pitch)

@@ -32,7 +32,7 @@ ARGUMENTS = {
     name: kind
     for kind, names in {
         "*i32": "block_to_tensor_ptr keys_ptr arrival_count_ptr arrival_counts_ptr",
-        "*i64": "tensor_table_ptr tensors_ptr grads_ptr permutation_ptr",
+        "*i64": "tensor_table_ptr format_table_ptr tensors_ptr grads_ptr permutation_ptr",
         "*fp32": "found_inf_ptr grad_scale_ptr step_status_ptr",
         "*fp64": "hyperparameters_ptr steps_ptr sum_ptr norm_ptr grad_norm_ptr max_norm_ptr",
         "i32": "blocks first_tensor n_tensors chunk",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import chain
 
 import torch
-from torch.autograd.graph import increment_version
 
 from ..launch import backend
 from ..optimizer import FusedOptimizer
@@ -81,9 +80,12 @@ class GraphedStep:
                 "that a replay would use stale memory; keep gradients in place with "
                 "zero_grad(set_to_none=False), or make a new GraphedStep"
             )
+        launch_groups = [*zip(plan.launch_groups, inputs, strict=True)]
+        for group, tensors in launch_groups:
+            group.drop_stale(tensors)
         self._graph.replay()
-        for tensors in inputs:
-            increment_version([*tensors.written, *tensors.dtensors, *tensors.counted])
+        for group, tensors in launch_groups:
+            group.bump_versions(tensors)
 
     def _gradients(self) -> list[int]:
         """Their addresses; 0 of one that is missing."""

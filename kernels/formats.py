@@ -1,0 +1,131 @@
+"""How tensors are stored: what a block is decoded from, and encoded to.
+
+A format is a number of four bits; FORMATS has the parameter's in its lowest four, and each state's
+above. Rules know nothing of it: they compute in arithmetic precision.
+"""
+
+import triton
+import triton.language as tl
+
+from .chunks import pointer
+from .numerics import decode, encode
+from .random_bits import random_bits
+
+FLOAT32 = tl.constexpr(0)
+BFLOAT16 = tl.constexpr(1)
+FLOAT16 = tl.constexpr(2)
+FLOAT64 = tl.constexpr(3)
+BFLOAT16_STOCHASTIC = tl.constexpr(4)
+FLOAT16_STOCHASTIC = tl.constexpr(5)
+BFLOAT16_REMAINDER = tl.constexpr(6)  # a float32, rounded, and in another tensor what that lost
+
+LARGEST_BFLOAT16 = tl.constexpr(3.3895313892515355e38)
+LARGEST_FLOAT16 = tl.constexpr(65504.0)
+SMALLEST_NORMAL_FLOAT16 = tl.constexpr(2.0**-14)
+
+
+@triton.jit
+def stored_pointer(address, start, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointer to element `start` of a tensor of this format."""
+    if FORMAT == FLOAT32:
+        return pointer(address, start, tl.float32, ALIGNED)
+    elif FORMAT == FLOAT64:
+        return pointer(address, start, tl.float64, ALIGNED)
+    elif (FORMAT == FLOAT16) | (FORMAT == FLOAT16_STOCHASTIC):
+        return pointer(address, start, tl.float16, ALIGNED)
+    else:
+        return pointer(address, start, tl.bfloat16, ALIGNED)
+
+
+@triton.jit
+def join_remainder(x, remainder):
+    """The float32 that was split. x: a block of bfloat16; remainder: of int16."""
+    high = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+    low = remainder.to(tl.int32).to(tl.uint32, bitcast=True)
+    return (high + low).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def split_remainder(x):
+    """x as bfloat16, to nearest with ties away from zero, and what is missing from it as int16.
+
+    NaN has none: of its two halves one might look like a number.
+    """
+    bits = x.to(tl.uint32, bitcast=True)
+    high = tl.where(x == x, (bits + 0x8000) >> 16, 0x7FC0)
+    low = tl.where(x == x, bits, 0)
+    rounded = high.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return rounded, low.to(tl.uint16).to(tl.int16, bitcast=True)
+
+
+@triton.jit
+def round_stochastically(x, noise, FORMAT: tl.constexpr):
+    """x rounded to one of its neighbours, to the nearer more often: right in the mean.
+
+    What is infinite, NaN or larger than any finite value of the format is rounded to nearest.
+
+    Args:
+        x: a block of float32.
+        noise: of uint32, below 2^16, each equally likely.
+    """
+    if FORMAT == BFLOAT16_STOCHASTIC:
+        bits = x.to(tl.uint32, bitcast=True) + noise
+        rounded = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return tl.where(tl.abs(x) < LARGEST_BFLOAT16, rounded, encode(x, tl.bfloat16))
+    else:
+        # Below the normal values of float16 neighbours are as far apart as at the smallest of them.
+        subnormal = tl.abs(x) < SMALLEST_NORMAL_FLOAT16
+        sign = x.to(tl.uint32, bitcast=True) & 0x80000000
+        shifted = tl.abs(x) + tl.where(subnormal, SMALLEST_NORMAL_FLOAT16, 0.0)
+        bits = (shifted.to(tl.uint32, bitcast=True) + (noise >> 3)) & 0xFFFFE000
+        size = bits.to(tl.float32, bitcast=True)
+        size = size - tl.where(subnormal, SMALLEST_NORMAL_FLOAT16, 0.0)
+        rounded = (size.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+        return tl.where(tl.abs(x) < LARGEST_FLOAT16, rounded, x).to(tl.float16)
+
+
+@triton.jit
+def load(
+    ptr,
+    remainder_ptr,
+    offsets,
+    mask,
+    FORMAT: tl.constexpr,
+    COMPUTE_DTYPE: tl.constexpr,
+    EVICTION: tl.constexpr = "",
+):
+    """A block in arithmetic precision, exactly what is stored."""
+    x = tl.load(ptr + offsets, mask=mask, eviction_policy=EVICTION)
+    if FORMAT == BFLOAT16_REMAINDER:
+        return join_remainder(x, tl.load(remainder_ptr + offsets, mask=mask))
+    else:
+        return decode(x, COMPUTE_DTYPE)
+
+
+@triton.jit
+def store(
+    ptr,
+    remainder_ptr,
+    offsets,
+    mask,
+    x,
+    random,
+    start,
+    SLOT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SHARDING: tl.constexpr,
+    EVICTION: tl.constexpr = "",
+):
+    """Store a block whose first element is number `start` of those that this rank holds.
+
+    random, SLOT, SHARDING: see `random_bits`; None where no format is stochastic.
+    """
+    if FORMAT == BFLOAT16_REMAINDER:
+        stored, remainder = split_remainder(x)
+        tl.store(remainder_ptr + offsets, remainder, mask=mask)
+    elif (FORMAT == BFLOAT16_STOCHASTIC) | (FORMAT == FLOAT16_STOCHASTIC):
+        noise = random_bits(start, random, SLOT, x.shape[0], SHARDING)
+        stored = round_stochastically(x, noise, FORMAT)
+    else:
+        stored = encode(x, ptr.dtype.element_ty)
+    tl.store(ptr + offsets, stored, mask=mask, eviction_policy=EVICTION)

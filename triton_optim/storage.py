@@ -1,0 +1,135 @@
+"""How an optimizer stores parameters and state where that is not as torch does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+REMAINDER = "param_remainder"  # a state: int16, what a bfloat16 parameter lacks of a float32
+HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})
+STATE_DTYPES = frozenset({torch.float32, *HALF_DTYPES})
+
+
+@dataclass
+class StorageOptions:
+    """Options of every optimizer; see `FusedOptimizer`.
+
+    Raises:
+        TypeError: `rounding_seed` is no int.
+        ValueError: an invalid value, or options that exclude each other.
+    """
+
+    master_weight_bits: int | None = None
+    stochastic_rounding: bool | None = None
+    rounding_seed: int = 0
+    state_dtype: torch.dtype | Mapping[str, torch.dtype] | None = None
+
+    def _check_storage(self) -> None:
+        if self.master_weight_bits not in (None, 32):
+            raise ValueError(
+                f"Invalid master_weight_bits value: {self.master_weight_bits!r}; 32 keeps float32 "
+                "values of bfloat16 parameters, None does not"
+            )
+        if self.master_weight_bits and self.stochastic_rounding:
+            raise ValueError(
+                "master_weight_bits=32 rounds no parameter, and stochastic_rounding=True asks for "
+                "it; choose. State of 16 bits that state_dtype asks for is rounded stochastically "
+                "without being told"
+            )
+        if not isinstance(self.rounding_seed, int) or isinstance(self.rounding_seed, bool):
+            raise TypeError(f"rounding_seed is {self.rounding_seed!r}; give an int")
+        if self.rounding_seed and not self.may_round:
+            raise ValueError(
+                f"rounding_seed={self.rounding_seed}, but nothing is rounded stochastically; give "
+                "stochastic_rounding=True, or leave it out"
+            )
+        for dtype in self._given_dtypes:
+            if dtype not in STATE_DTYPES:
+                names = ", ".join(sorted(map(str, STATE_DTYPES)))
+                raise ValueError(f"Invalid state_dtype value: {dtype!r}; give one of {names}")
+
+    @property
+    def _given_dtypes(self) -> Iterable[torch.dtype]:
+        if isinstance(self.state_dtype, Mapping):
+            return self.state_dtype.values()
+        return () if self.state_dtype is None else (self.state_dtype,)
+
+    @property
+    def may_round(self) -> bool:
+        """Whether anything may be rounded stochastically: then every step is counted."""
+        if self.stochastic_rounding is None:
+            return not HALF_DTYPES.isdisjoint(self._given_dtypes)
+        return self.stochastic_rounding
+
+    def keeps_remainder(self, param: Tensor) -> bool:
+        """Whether a parameter has float32 values, of which the state has a part."""
+        return self.master_weight_bits is not None and param.dtype == torch.bfloat16
+
+    def dtype_of(self, name: str, param: Tensor) -> torch.dtype | None:
+        """That in which a state is kept; None: the parameter's, or what was loaded."""
+        dtype = self.state_dtype
+        if isinstance(dtype, Mapping):
+            dtype = dtype.get(name)
+        if name == REMAINDER:
+            dtype = torch.int16
+        return torch.float32 if dtype is None and self.keeps_remainder(param) else dtype
+
+    def rounds_param(self, param: Tensor) -> bool:
+        """Whether a parameter is rounded stochastically."""
+        return bool(self.stochastic_rounding) and param.dtype in HALF_DTYPES
+
+    def rounds_state(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether a state that is kept in this dtype is rounded stochastically."""
+        if dtype not in HALF_DTYPES or self.stochastic_rounding is not None:
+            return dtype in HALF_DTYPES and bool(self.stochastic_rounding)
+        return not isinstance(self.state_dtype, Mapping) or name in self.state_dtype
+
+    def beyond_torch(self, param: Tensor, names: Iterable[str], *, by_rows: bool) -> str | None:
+        """The option for which a parameter with these states needs the dense kernels, or None.
+
+        Args:
+            by_rows: whether kernels that update rows are to step it; otherwise torch.
+        """
+        if self.keeps_remainder(param):
+            return "master_weight_bits=32"
+        if self.rounds_param(param):
+            return "stochastic_rounding=True"
+        dtypes = {name: self.dtype_of(name, param) or param.dtype for name in names}
+        if any(self.rounds_state(name, dtype) for name, dtype in dtypes.items()):
+            return f"state_dtype={self.state_dtype}" if self.state_dtype else "stochastic_rounding"
+        plain = len({*dtypes.values()}) < 2 if by_rows else {*dtypes.values()} <= {param.dtype}
+        return None if plain else f"state_dtype={self.state_dtype}"
+
+    def check_params(self, params: Iterable[Tensor]) -> None:
+        """Refuse parameters that cannot be stored so."""
+        for position, param in enumerate(params):
+            where = f"parameter {position} of the group is {param.dtype}"
+            if self.master_weight_bits and param.dtype == torch.float16:
+                raise ValueError(
+                    f"{where}, and master_weight_bits=32 takes bfloat16: 16 bits beside a float16 "
+                    "do not tell all float32 values apart; convert it, or give "
+                    "stochastic_rounding=True"
+                )
+            if self.state_dtype is not None and param.is_complex():
+                raise ValueError(f"{where}; state_dtype takes real ones: leave it out")
+
+    def check_used(self, params: Iterable[Tensor], names: Iterable[str]) -> None:
+        """Refuse options that do nothing for these parameters and states."""
+        if isinstance(self.state_dtype, Mapping) and (unknown := {*self.state_dtype} - {*names}):
+            raise ValueError(
+                f"state_dtype names {sorted(unknown)[0]!r}, and the state has {sorted(names)}"
+            )
+        dtypes = {param.dtype for param in params}
+        if self.master_weight_bits and torch.bfloat16 not in dtypes:
+            raise ValueError(
+                "master_weight_bits=32, but no parameter is bfloat16: float32 ones are exact "
+                "without it; leave it out, or convert the model with .to(torch.bfloat16)"
+            )
+        if self.stochastic_rounding and HALF_DTYPES.isdisjoint({*dtypes, *self._given_dtypes}):
+            raise ValueError(
+                "stochastic_rounding=True, but no parameter is bfloat16 or float16, nor does "
+                "state_dtype ask for either; leave it out, or convert the model with .to(torch.bfloat16)"
+            )
