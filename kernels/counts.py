@@ -36,7 +36,7 @@ def count_kernel(
       steps of DTYPE, then scalars of SCALAR_DTYPE;
     - grads_ptr: int64 [n_tensors, GRAD_COLUMNS]; the last is 0 where there is no gradient;
     - column_ptr: float64 [n_tensors], given the steps of before, or None; with ADVANCE
-      [n_tensors, as many as it returns], given these;
+      [n_tensors, one more than it returns], given what it returns before them;
     - tensor_table_ptr, hyperparameters_ptr: see multi_tensor.py; None without ADVANCE;
     - found_inf_ptr, grad_norm_ptr: see conditions.py.
     """
@@ -62,7 +62,9 @@ def count_kernel(
             ptrs = ptrs + (address.to(tl.pointer_type(SCALAR_DTYPE)),)
             values = values + (tl.load(ptrs[i], mask=mask, other=0.0),)
         read, new = ADVANCE(step.to(tl.float64), in_dtype(values, tl.float64), hyper, SCALAR_DTYPE)
+        column_ptr = column_ptr + tensor * (len(read) + 1)
         for i in tl.static_range(len(read)):
-            tl.store(column_ptr + tensor * len(read) + i, read[i], mask=mask)
+            tl.store(column_ptr + i, read[i], mask=mask)
+        tl.store(column_ptr + len(read), step.to(tl.float64), mask=mask)
         for i in tl.static_range(N_SCALARS):
             tl.store(ptrs[i], new[i].to(SCALAR_DTYPE), mask=counted)

@@ -1,27 +1,31 @@
 """Loads, stores and roots that give the same bits compiled and interpreted.
 
-Arithmetic is float32, or float64 for float64 parameters; square root and division are IEEE.
+Arithmetic is float32, or float64 for float64 parameters. Square root and division are IEEE, but not
+with the flag APPROXIMATE: where everything that a rule writes is rounded stochastically.
 """
 
 import triton
 import triton.language as tl
 
+from .flags import flag
+
+APPROXIMATE = flag("APPROXIMATE")
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def sqrt(x):
+def sqrt(x, FLAGS: tl.constexpr = 0):
     """Square root, correctly rounded. x: a float32 or float64 block."""
-    if x.dtype == tl.float64:
+    if x.dtype == tl.float64 or APPROXIMATE & FLAGS:
         return tl.sqrt(x)
     else:
         return tl.sqrt_rn(x)
 
 
 @triton.jit
-def div(x, y):
+def div(x, y, FLAGS: tl.constexpr = 0):
     """x / y, correctly rounded. x, y: blocks of one dtype, float32 or float64."""
-    if x.dtype == tl.float64:
+    if x.dtype == tl.float64 or APPROXIMATE & FLAGS:
         return x / y
     else:
         return tl.div_rn(x, y)

@@ -87,7 +87,7 @@ def adagrad_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
         lr = lr * reciprocal(1 + step * lr_decay)
     grad = objective_gradient(param, grad, weight_decay, FLAGS)
     sum = state[0] + grad * grad
-    update = lr.to(param.dtype) * div(grad, sqrt(sum) + eps.to(param.dtype))
+    update = lr.to(param.dtype) * div(grad, sqrt(sum, FLAGS) + eps.to(param.dtype), FLAGS)
     return descend(param, update, lr, weight_decay, FLAGS), (sum,)
 
 
@@ -110,7 +110,7 @@ def rmsprop_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
         variance = square_avg - grad_avg * grad_avg
         # Never negative but for rounding, as that of an average which was stored as 0.
         variance = tl.maximum(variance, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    update = div(grad, sqrt(variance) + eps.to(grad.dtype))
+    update = div(grad, sqrt(variance, FLAGS) + eps.to(grad.dtype), FLAGS)
     if MOMENTUM & FLAGS:
         update = momentum.to(grad.dtype) * state[1] + update
         new_state = new_state + (update,)
@@ -139,8 +139,9 @@ def adam_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     if AMSGRAD & FLAGS:
         largest = tl.maximum(state[2], exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
         new_state = new_state + (largest,)
-    denominator = sqrt(largest) * scale + eps.to(DTYPE)
-    return descend(param, step_size * div(exp_avg, denominator), lr, weight_decay, FLAGS), new_state
+    denominator = sqrt(largest, FLAGS) * scale + eps.to(DTYPE)
+    update = step_size * div(exp_avg, denominator, FLAGS)
+    return descend(param, update, lr, weight_decay, FLAGS), new_state
 
 
 @triton.jit
@@ -161,8 +162,8 @@ def radam_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     length, longest = tl.where(tractable, length, 6.0), tl.where(tractable, longest, 6.0)
     ratio = div((length - 4) * (length - 2) * longest, (longest - 4) * (longest - 2) * length)
     step_size *= tl.where(tractable, sqrt(ratio * correction2), 1.0)
-    denominator = tl.where(tractable, sqrt(exp_avg_sq) + eps.to(DTYPE), 1.0)
-    update = step_size * div(exp_avg, denominator)
+    denominator = tl.where(tractable, sqrt(exp_avg_sq, FLAGS) + eps.to(DTYPE), 1.0)
+    update = step_size * div(exp_avg, denominator, FLAGS)
     return descend(param, update, lr, weight_decay, FLAGS), (exp_avg, exp_avg_sq)
 
 
@@ -193,7 +194,8 @@ def nadam_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     exp_avg = lerp(state[0], grad, one_minus_beta1)
     update = tl.fma((lr * of_grad).to(DTYPE), grad, (lr * of_avg).to(DTYPE) * exp_avg)
     exp_avg_sq = tl.fma(beta2.to(DTYPE), state[1], one_minus_beta2.to(DTYPE) * grad * grad)
-    update = div(update, sqrt(exp_avg_sq) * scale.to(DTYPE) + eps.to(DTYPE))
+    denominator = sqrt(exp_avg_sq, FLAGS) * scale.to(DTYPE) + eps.to(DTYPE)
+    update = div(update, denominator, FLAGS)
     return descend(param, update, lr, weight_decay, FLAGS), (exp_avg, exp_avg_sq)
 
 
@@ -221,7 +223,7 @@ def adamax_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     exp_avg = lerp(state[0], grad, one_minus_beta1)
     decayed, norm = beta2.to(DTYPE) * state[1], tl.abs(grad) + eps.to(DTYPE)
     exp_inf = tl.maximum(decayed, norm, propagate_nan=tl.PropagateNan.ALL)
-    return param - step_size * div(exp_avg, exp_inf), (exp_avg, exp_inf)
+    return param - step_size * div(exp_avg, exp_inf, FLAGS), (exp_avg, exp_inf)
 
 
 @triton.jit
@@ -234,7 +236,7 @@ def adadelta_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     rho, one_minus_rho, eps = rho.to(DTYPE), one_minus_rho.to(DTYPE), eps.to(DTYPE)
     grad = objective_gradient(param, grad, weight_decay, FLAGS)
     square_avg = tl.fma(rho, state[0], one_minus_rho * grad * grad)
-    delta = div(sqrt(state[1] + eps), sqrt(square_avg + eps)) * grad
+    delta = div(sqrt(state[1] + eps, FLAGS), sqrt(square_avg + eps, FLAGS), FLAGS) * grad
     acc_delta = tl.fma(rho, state[1], one_minus_rho * delta * delta)
     return param - lr.to(DTYPE) * delta, (square_avg, acc_delta)
 

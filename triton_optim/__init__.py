@@ -29,6 +29,7 @@ from .scalar_state import ScalarState
 from .training.clip_grad import clip_grad_norm_
 from .training.cuda_graphs import GraphedStep
 from .training.in_backward import step_in_backward
+from .training.master_weights import fp32_state_dict, load_fp32_state_dict
 
 __version__ = "0.1.0"
 __all__ = [
@@ -53,6 +54,8 @@ __all__ = [
     "StateTensor",
     "clip_grad_norm_",
     "flag",
+    "fp32_state_dict",
+    "load_fp32_state_dict",
     "step_in_backward",
     "testing",
 ]

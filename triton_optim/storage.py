@@ -41,6 +41,8 @@ class StorageOptions:
             )
         if not isinstance(self.rounding_seed, int) or isinstance(self.rounding_seed, bool):
             raise TypeError(f"rounding_seed is {self.rounding_seed!r}; give an int")
+        if not -(2**63) <= self.rounding_seed < 2**63:
+            raise ValueError(f"rounding_seed={self.rounding_seed} has more than 64 bits")
         if self.rounding_seed and not self.may_round:
             raise ValueError(
                 f"rounding_seed={self.rounding_seed}, but nothing is rounded stochastically; give "
@@ -83,9 +85,11 @@ class StorageOptions:
 
     def rounds_state(self, name: str, dtype: torch.dtype) -> bool:
         """Whether a state that is kept in this dtype is rounded stochastically."""
-        if dtype not in HALF_DTYPES or self.stochastic_rounding is not None:
-            return dtype in HALF_DTYPES and bool(self.stochastic_rounding)
-        return not isinstance(self.state_dtype, Mapping) or name in self.state_dtype
+        asked = (
+            name in self.state_dtype if isinstance(self.state_dtype, Mapping) else self.state_dtype
+        )
+        rounds = asked if self.stochastic_rounding is None else self.stochastic_rounding
+        return bool(rounds) and dtype in HALF_DTYPES
 
     def beyond_torch(self, param: Tensor, names: Iterable[str], *, by_rows: bool) -> str | None:
         """The option for which a parameter with these states needs the dense kernels, or None.
@@ -131,5 +135,6 @@ class StorageOptions:
         if self.stochastic_rounding and HALF_DTYPES.isdisjoint({*dtypes, *self._given_dtypes}):
             raise ValueError(
                 "stochastic_rounding=True, but no parameter is bfloat16 or float16, nor does "
-                "state_dtype ask for either; leave it out, or convert the model with .to(torch.bfloat16)"
+                "state_dtype ask for either; leave it out, or convert the model with "
+                ".to(torch.bfloat16)"
             )

@@ -97,6 +97,10 @@ class Variant(NamedTuple):
     sharding: int = 0  # see kernels/random_bits.py
 
     @property
+    def all_flags(self) -> frozenset[str]:
+        return self.flags | ({"APPROXIMATE"} if self.is_approximate else frozenset())
+
+    @property
     def n_states(self) -> int:
         return len(self.state_dtypes)
 
@@ -109,6 +113,16 @@ class Variant(NamedTuple):
     def written(self) -> tuple[str, ...]:
         """Formats of the parameter and its states."""
         return self.param_dtype, *self.state_dtypes
+
+    @property
+    def rounds(self) -> bool:
+        """Whether anything is rounded stochastically."""
+        return any(name.endswith("_stochastic") for name in self.written)
+
+    @property
+    def is_approximate(self) -> bool:
+        """Whether everything that is written is rounded so."""
+        return all(name.endswith("_stochastic") for name in self.written)
 
     @property
     def has_formats(self) -> bool:
@@ -224,7 +238,7 @@ def rule_constants(rule: Rule, function: Any, names: Iterable[str]) -> dict[str,
 def constants(rule: Rule, variant: Variant, config: Config, n_hypers: int) -> dict[str, Any]:
     """The kernel's compile-time arguments, by name."""
     return {
-        **rule_constants(rule, rule.function, variant.flags),
+        **rule_constants(rule, rule.function, variant.all_flags),
         "N_HYPERS": n_hypers,
         "STEP_COLUMNS": rule.step_columns,
         "N_STATES": variant.n_states,

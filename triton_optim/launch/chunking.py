@@ -182,16 +182,16 @@ def _variant(
     rule: Rule, item: PlannedParam, stored: Stored, addresses: Sequence[int]
 ) -> backend.Variant:
     grad, (param_dtype, *state_dtypes) = _grad_variant(item), stored.formats
-    rounds = any(name.endswith("_stochastic") for name in stored.formats)
-    return backend.Variant(
+    variant = backend.Variant(
         flags=item.flags,
         param_dtype=param_dtype,
         grad_dtype=grad.dtype,
         state_dtypes=tuple(state_dtypes),
         aligned=grad.aligned and is_aligned([*addresses, stored.row[0]]),
-        reads_step=rounds or rule.reads_step_under(item.flags),
+        reads_step=rule.reads_step_under(item.flags),
         sharding=stored.sharding,
     )
+    return variant._replace(reads_step=variant.reads_step or variant.rounds)
 
 
 def _grad_variant(item: PlannedParam) -> GradVariant:

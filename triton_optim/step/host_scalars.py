@@ -48,7 +48,7 @@ class HostScalars:
     def values(
         self, counters: Sequence[Tensor], hypers: Sequence[float | Tensor], n_hypers: int
     ) -> Sequence[float]:
-        """What a rule's function is given, tensor by tensor.
+        """What a rule's function is given, and the step, tensor by tensor.
 
         Args:
             hypers: of all groups, `n_hypers` each.
@@ -62,7 +62,8 @@ class HostScalars:
             hyper = hypers[group * n_hypers : (group + 1) * n_hypers]
             results += self._advanced([column[start:stop] for column in columns], hyper)
         self._new = [*chain.from_iterable(zip(*map(_after, results), strict=True))]
-        return [*chain.from_iterable(map(_read, results))]
+        read = zip(map(_read, results), columns[0], strict=True)
+        return [*chain.from_iterable((*scalars, step) for scalars, step in read)]
 
     def _advanced(
         self, columns: Sequence[Sequence[float]], hyper: Sequence[float | Tensor]

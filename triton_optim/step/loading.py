@@ -103,8 +103,9 @@ def _restore(view: OptimizerView, param: Tensor, state: State, name: str, value:
         state[name] = value.to(device, value.dtype if kept else step_dtype())
     elif name == REMAINDER:
         state[name] = value.to(param.device)
-    elif dtype := view.options.dtype_of(name, param):
-        state[name] = value.to(param.device, dtype)
+    elif name in [item.name for item in rule.states]:
+        if dtype := view.options.dtype_of(name, param):
+            state[name] = value.to(param.device, dtype)
 
 
 def count_from_here(view: OptimizerView) -> None:

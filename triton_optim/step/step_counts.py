@@ -157,7 +157,7 @@ class DeviceCounts:
         reads: bool,
         scalars: ScalarState | None = None,
     ) -> None:
-        self._scalars, columns = scalars, 1 if scalars is None else scalars.reads
+        self._scalars, columns = scalars, 1 if scalars is None else scalars.reads + 1
         self._n = len(steps) if scalars is None else len(steps) // (1 + len(scalars.names))
         self._dtype, self._scalar_dtype = steps[0].dtype, steps[-1].dtype
         addresses = column("q", [step.data_ptr() for step in steps])

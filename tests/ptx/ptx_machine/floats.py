@@ -70,6 +70,16 @@ def approximate_power_of_2(x: Array) -> Array:
     return np.where(x == np.rint(x), exact, _off_by_ulps(exact, mixed))
 
 
+def approximate_root(x: Array) -> Array:
+    """`sqrt.approx`, which may err by 2^-23 of itself: the root, or one of its neighbours."""
+    mixed = x.view(np.uint32) * np.uint32(2654435761)
+    with np.errstate(invalid="ignore"):
+        root = np.sqrt(x)
+    off = ((mixed >> np.uint32(7)) % np.uint32(3)).astype(np.int32) - 1
+    moved = (root.view(np.int32) + off.astype(np.int32)).view(np.float32)
+    return np.where(np.isfinite(root) & (root > 1e-30), moved, root)
+
+
 def approximate_reciprocal(x: Array) -> Array:
     """`rcp.approx.ftz.f64`: of the upper halves of bits alone, without subnormals."""
     high = np.uint64(0xFFFFFFFF00000000)

@@ -45,8 +45,11 @@ class Operands:
         self._kernel = kernel
         self.constants: dict[str, Array] = {}
 
-    def read(self, operand: Operand, kind: str) -> str:
+    def read(self, operand: Operand, kind: str, *, wider: bool = False) -> str:
         """The register that holds an operand of this type.
+
+        Args:
+            wider: whether it may be the lowest bits of a register, as those of 8 bits always are.
 
         Raises:
             UnknownPTX: it is of another width, or none that is known.
@@ -55,7 +58,7 @@ class Operands:
         if isinstance(operand, Register):
             if not SPECIAL.match(operand.name):
                 held = self._kernel.registers[operand.name]
-                if held != bits and not (bits == 8 and held > 8):
+                if held != bits and not ((wider or bits == 8) and held > bits):
                     raise UnknownPTX(f"%{operand.name} of {held} bits as {kind}")
             return operand.name
         if isinstance(operand, Immediate):

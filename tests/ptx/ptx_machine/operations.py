@@ -96,6 +96,8 @@ def _add_float_arithmetic() -> None:
     teach("min.NaN.f32", floats.minimum_or_nan, "f32 f32", "f32")
     teach("max.NaN.f32", floats.maximum_or_nan, "f32 f32", "f32")
     teach("div.full.f32", floats.approximate_quotient, "f32 f32", "f32")
+    teach("sqrt.approx.f32", floats.approximate_root, "f32", "f32")
+    teach("sqrt.approx.ftz.f32", _flushing(floats.approximate_root), "f32", "f32")
     teach("ex2.approx.f32", floats.approximate_power_of_2, "f32", "f32")
     teach("ex2.approx.ftz.f32", _flushing(floats.approximate_power_of_2), "f32", "f32")
     teach("div.rn.ftz.f32", _flushing(np.divide), "f32 f32", "f32")

@@ -194,8 +194,8 @@ def _operand(text: str) -> Operand:
         return Address(base, int(found[2] or "0", 0))
     if re.match(r"%[A-Za-z_]\w*(\.[xyz])?$", text):
         return Register(text[1:])
-    if re.match(r"-?\d+$|0[fFdDxX][0-9A-Fa-f]+$", text):
-        return Immediate(text)
+    if re.match(r"-?\d+U?$|0[fFdD][0-9A-Fa-f]+$|0[xX][0-9A-Fa-f]+U?$", text):
+        return Immediate(text.removesuffix("U"))
     if re.match(r"[A-Za-z_$][\w$]*$", text):
         return Symbol(text)
     raise UnknownPTX(f"the operand {text}")

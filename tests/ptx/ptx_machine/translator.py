@@ -6,10 +6,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from . import transfers
 from .floats import Array
+from .integers import UNSIGNED
 from .operands import Operands, Registers, Step, name_of
 from .operations import OPERATIONS
 from .parser import Immediate, Instruction, Kernel, UnknownPTX, Vector, bits_of
@@ -92,13 +91,18 @@ def _step(instruction: Instruction, operands: Operands) -> Step:
 def _compute(instruction: Instruction, operands: Operands) -> Step:
     function, kinds, result = OPERATIONS[instruction.op]
     dest, *given = instruction.operands
-    sources = [operands.read(operand, kind) for operand, kind in zip(given, kinds, strict=True)]
-    narrow = [bits_of(kind) == 8 for kind in kinds]  # in a wider register
+    converts = instruction.op.startswith("cvt.")
+    sources = [
+        operands.read(operand, kind, wider=converts)
+        for operand, kind in zip(given, kinds, strict=True)
+    ]
 
     def value(registers: Registers) -> Array:
         return function(*[registers[source] for source in sources])
 
-    def narrowed(registers: Registers) -> Array:
-        return function(*[registers[source].astype(np.uint8) for source in sources])
+    narrow = UNSIGNED[bits_of(kinds[0])] if converts or bits_of(kinds[0]) == 8 else None
 
-    return operands.setting(instruction, dest, result, narrowed if all(narrow) else value)
+    def narrowed(registers: Registers) -> Array:
+        return function(*[registers[source].astype(narrow, copy=False) for source in sources])
+
+    return operands.setting(instruction, dest, result, value if narrow is None else narrowed)

@@ -1,0 +1,103 @@
+"""The float32 weights of a model whose bfloat16 parameters have remainders in an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from ..optimizer import FusedOptimizer
+from ..storage import REMAINDER
+from ..tensors.sharding import is_dtensor, local, local_of, spec_of
+
+
+def fp32_state_dict(model: Module, optimizer: FusedOptimizer) -> dict[str, Any]:
+    """`model.state_dict()` with the float32 values of its bfloat16 parameters.
+
+    Args:
+        model: any; parameters may be DTensors, whose shards are given.
+        optimizer: over all or some of its parameters, made with `master_weight_bits=32`. A
+            parameter without a remainder there has the value that it shows.
+
+    Returns:
+        Copies of bfloat16 parameters as float32; everything else as `model.state_dict()` has it.
+    """
+    state_dict: dict[str, Any] = model.state_dict(keep_vars=True)
+    for name, value in state_dict.items():
+        if isinstance(value, Parameter) and value.dtype == torch.bfloat16:
+            state_dict[name] = _float32(optimizer, value)
+        elif isinstance(value, Tensor):
+            state_dict[name] = value.detach()
+    return state_dict
+
+
+def load_fp32_state_dict(
+    model: Module, optimizer: FusedOptimizer, state_dict: Mapping[str, Any], strict: bool = True
+) -> Any:
+    """Load float32 weights into bfloat16 parameters and their remainders: `fp32_state_dict` back.
+
+    Args:
+        model: as `fp32_state_dict` takes it.
+        optimizer: likewise; what else it has of these parameters stays as it is.
+        state_dict: by name; values of bfloat16 parameters may be of any real dtype.
+        strict: see `torch.nn.Module.load_state_dict`.
+
+    Returns:
+        What `model.load_state_dict` does.
+
+    Raises:
+        RuntimeError: names or shapes differ; see `torch.nn.Module.load_state_dict`. No remainder
+            has been written then.
+    """
+    view, params = optimizer._fused_view(), model.state_dict(keep_vars=True)
+    ids = {id(param) for param in view.params if view.options.keeps_remainder(param)}
+    rounded, remainders = dict(state_dict), []
+    for name, value in state_dict.items():
+        if id(params.get(name)) in ids and isinstance(value, Tensor):
+            rounded[name] = _shardwise(lambda x: _split(x)[0], value)
+            remainders.append((params[name], _shardwise(lambda x: _split(x)[1], value)))
+    outcome = model.load_state_dict(rounded, strict)
+    for param, remainder in remainders:
+        state = optimizer.state[param]
+        if REMAINDER not in state:
+            state[REMAINDER] = torch.empty_like(param, dtype=torch.int16, requires_grad=False)
+        state[REMAINDER].copy_(remainder)
+        view.remainders.keep([(local(param), local(state[REMAINDER]))])
+    return outcome
+
+
+def _float32(optimizer: FusedOptimizer, param: Tensor) -> Tensor:
+    remainder = optimizer.state.get(param, {}).get(REMAINDER)
+    pairs = [] if remainder is None else [(local(param), local(remainder))]
+    if remainder is None or optimizer._stepper.remainders.stale(pairs):
+        return param.detach().float()
+    return _shardwise(_joined, param.detach(), remainder)
+
+
+def _joined(param: Tensor, remainder: Tensor) -> Tensor:
+    return ((param.view(torch.int16).int() << 16) + remainder).view(torch.float32)
+
+
+def _split(value: Tensor) -> tuple[Tensor, Tensor]:
+    """As kernels/formats.py does."""
+    value = value.float()
+    bits, is_nan = value.view(torch.int32), value.isnan()
+    high = ((bits + 0x8000) >> 16).to(torch.int16).masked_fill_(is_nan, 0x7FC0)
+    low = (bits << 16 >> 16).to(torch.int16).masked_fill_(is_nan, 0)
+    return high.view(torch.bfloat16), low
+
+
+def _shardwise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """What it returns of their elements; of DTensors, of their shards."""
+    if not is_dtensor(tensors[0]):
+        return function(*tensors)
+    from torch.distributed.tensor import DTensor
+
+    whole, spec = tensors[0], spec_of(tensors[0])
+    return DTensor.from_local(
+        function(*map(local_of, tensors)), spec.mesh, spec.placements, run_check=False,
+        shape=whole.shape, stride=whole.stride(),
+    )  # fmt: skip
