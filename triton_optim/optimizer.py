@@ -58,11 +58,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         error_if_nonfinite: raise where that norm is infinite or NaN; waits for the device.
         skip_nonfinite: leave everything as it was where that norm is infinite or NaN, and count it
             in `skipped_steps`.
+        master_weight_bits: 32 lets bfloat16 parameters have float32 values: they are these,
+            rounded, and the state has the other 16 bits as `param_remainder`. State is float32.
+        stochastic_rounding: True rounds parameters and state of 16 bits to either neighbour, right
+            in the mean; every parameter's state then has `step`. False rounds all to nearest. None
+            does so but for state of 16 bits that `state_dtype` asks for.
+        rounding_seed: of the random numbers, which depend on it, on a parameter's place in the
+            groups, its step, and the place of an element in the whole tensor: on nothing else.
+        state_dtype: float32, bfloat16 or float16, in which state of the parameters' shape is kept,
+            or a dict of them by name. None keeps it as torch does, in the parameter's.
 
     Raises:
         TypeError: an argument that there is not.
         ValueError: an option that is for the whole optimizer in a group, or options that exclude
-            one another.
+            one another or do nothing.
         RuntimeError: `fused` with `foreach` or with `differentiable`.
 
     Example:

@@ -61,7 +61,7 @@ class Options(StorageOptions):
             "skip_nonfinite",
             "sparse",
             "decoupled_weight_decay",
-            *(field.name for field in fields(StorageOptions)),
+            *StorageOptions.__annotations__,
         }
     )
 
@@ -72,9 +72,13 @@ class Options(StorageOptions):
     skip_nonfinite: bool = False
     sparse: str | None = None  # "lazy": see RMSprop
     decoupled_weight_decay: bool = False  # for a class whose groups have no such flag
+    master_weight_bits: int | None = None
+    stochastic_rounding: bool | None = None
+    rounding_seed: int = 0
+    state_dtype: torch.dtype | Mapping[str, torch.dtype] | None = None
 
     def __post_init__(self) -> None:
-        self._check_storage()
+        self.check_storage()
         if self.sparse not in (None, "lazy"):
             raise ValueError(f"Invalid sparse value: {self.sparse!r}; give 'lazy' or None")
         if self.max_grad_norm is not None:

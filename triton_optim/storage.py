@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,21 +12,21 @@ HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})
 STATE_DTYPES = frozenset({torch.float32, *HALF_DTYPES})
 
 
-@dataclass
 class StorageOptions:
-    """Options of every optimizer; see `FusedOptimizer`.
+    """What follows from those of `Options` that say how parameters and state are stored."""
 
-    Raises:
-        TypeError: `rounding_seed` is no int.
-        ValueError: an invalid value, or options that exclude each other.
-    """
+    master_weight_bits: int | None
+    stochastic_rounding: bool | None
+    rounding_seed: int
+    state_dtype: torch.dtype | Mapping[str, torch.dtype] | None
 
-    master_weight_bits: int | None = None
-    stochastic_rounding: bool | None = None
-    rounding_seed: int = 0
-    state_dtype: torch.dtype | Mapping[str, torch.dtype] | None = None
+    def check_storage(self) -> None:
+        """Refuse what contradicts itself.
 
-    def _check_storage(self) -> None:
+        Raises:
+            TypeError: `rounding_seed` is no int.
+            ValueError: an invalid value, or options that exclude each other.
+        """
         if self.master_weight_bits not in (None, 32):
             raise ValueError(
                 f"Invalid master_weight_bits value: {self.master_weight_bits!r}; 32 keeps float32 "

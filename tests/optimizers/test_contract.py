@@ -166,7 +166,13 @@ def test_constructor_is_torchs(name: str) -> None:
     signature, expected = inspect.signature(ours), inspect.signature(theirs)
     found = [(p.name, p.kind, p.default) for p in signature.parameters.values()]
     torchs = [(p.name, p.kind, p.default) for p in expected.parameters.values()]
-    own = {"max_grad_norm": None, "error_if_nonfinite": False, "skip_nonfinite": False}
+    own: dict[str, object] = {
+        "max_grad_norm": None,
+        "error_if_nonfinite": False,
+        "skip_nonfinite": False,
+    }
+    own |= {"master_weight_bits": None, "stochastic_rounding": None, "state_dtype": None}
+    own |= {"rounding_seed": 0}
     own |= {
         k: v for k, v in (("fused", None), ("capturable", False)) if k not in expected.parameters
     }

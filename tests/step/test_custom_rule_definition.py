@@ -155,9 +155,10 @@ def test_classes_that_users_make() -> None:
     own = Own([new_param(3)], 0.5, momentum=0.9)
     own.step()
     assert own._step == 0
-    assert [*own.defaults][-5:] == [
+    assert [*own.defaults][-9:] == [
         "capturable", "max_grad_norm", "error_if_nonfinite", "skip_nonfinite",
-        "decoupled_weight_decay",
+        "decoupled_weight_decay", "master_weight_bits", "stochastic_rounding", "rounding_seed",
+        "state_dtype",
     ]  # fmt: skip
     expected = ["params", "lr", "beta1", "beta2", "weight_decay", "fused", "capturable"]
     assert [*inspect.signature(Lion).parameters][:7] == expected

@@ -104,8 +104,8 @@ def _restore(view: OptimizerView, param: Tensor, state: State, name: str, value:
     elif name == REMAINDER:
         state[name] = value.to(param.device)
     elif name in [item.name for item in rule.states]:
-        if dtype := view.options.dtype_of(name, param):
-            state[name] = value.to(param.device, dtype)
+        dtype = view.options.dtype_of(name, param)
+        state[name] = state[name] if dtype is None else value.to(param.device, dtype)
 
 
 def count_from_here(view: OptimizerView) -> None:
