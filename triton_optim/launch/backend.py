@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..rule import Rule
+from ..tensors.float8 import GROUP_SIZE
 from . import tuning
 from .tuning import Config
 
@@ -63,6 +64,8 @@ STORAGE_DTYPES = {
 # Bytes of an element in each format, of kernels/formats.py.
 ITEM_SIZES = {n: d.itemsize for d, n in STORAGE_DTYPES.items() if not d.is_complex}
 ITEM_SIZES |= {"bfloat16_stochastic": 2, "float16_stochastic": 2, "bfloat16_remainder": 4}
+ITEM_SIZES |= {"float8_e5m3": 1, "float8_e4m3": 1}  # and a byte for each group
+STOCHASTIC = frozenset(name for name in ITEM_SIZES if name.endswith("_stochastic") or "8_" in name)
 
 CAPTURABLE_DEVICE_TYPES = frozenset({"cuda"})  # where there are CUDA graphs, or HIP's
 
@@ -117,12 +120,12 @@ class Variant(NamedTuple):
     @property
     def rounds(self) -> bool:
         """Whether anything is rounded stochastically."""
-        return any(name.endswith("_stochastic") for name in self.written)
+        return not STOCHASTIC.isdisjoint(self.written)
 
     @property
     def is_approximate(self) -> bool:
         """Whether everything that is written is rounded so."""
-        return all(name.endswith("_stochastic") for name in self.written)
+        return STOCHASTIC.issuperset(self.written)
 
     @property
     def has_formats(self) -> bool:
@@ -147,7 +150,7 @@ class Variant(NamedTuple):
     @property
     def half(self) -> bool:
         """Whether everything that is updated is of 16 bits."""
-        return all(ITEM_SIZES[name] == 2 for name in (*self.written, self.grad_dtype))
+        return all(ITEM_SIZES[name] <= 2 for name in (*self.written, self.grad_dtype))
 
 
 class GradVariant(NamedTuple):
@@ -175,8 +178,9 @@ def config(variant: Variant, numels: Iterable[int], device: torch.device) -> Con
     if COMPILED:
         return tuning.config(architecture(device), half=variant.half)
     numels = list(numels)
+    has_groups = any("float8" in name for name in variant.written)
     size = min(
-        INTERPRETED_BLOCK_SIZES,
+        (max(size, GROUP_SIZE) if has_groups else size for size in INTERPRETED_BLOCK_SIZES),
         key=lambda size: (INTERPRETED_OVERHEAD + size) * sum(-(-n // size) for n in numels),
     )
     return Config(size, num_warps=1)
