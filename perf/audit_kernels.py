@@ -4,8 +4,8 @@
 
 compiles every kernel that the optimizers can launch, dense ones, those of four optimizers with
 other formats of storage, and those that update by rows, and steps them in Triton's interpreter. It
-prints a row for each, and exits 1 if one of them breaks a limit: see `findings` in lab/audit.py. The
-committed rows are written by
+prints a row for each, and exits 1 if one of them breaks a limit: see `findings` in lab/audit.py.
+The committed rows are written by
 
     python perf/audit_kernels.py --json perf/results/audit.json
 """
