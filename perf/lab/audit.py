@@ -68,7 +68,8 @@ DENSE_LIMITS: Sequence[Limit] = (
      "moves {0.bytes_per_param:.3f} bytes a parameter; {0.floor} to {0.most_bytes:.3f} are "
      "allowed"),
     (lambda r: r.launches != 1, "takes {0.launches} update launches a step; 1 is allowed"),
-    (lambda r: r.architecture == "sm_90" and r.narrowest_bits and r.limit == "issue",
+    (lambda r: r.architecture == "sm_90" and r.narrowest_bits and r.limit == "issue"
+     and not r.issue_allowed,
      "issues {0.instructions:.1f} instructions an element; {0.fitting:.1f} fit while memory moves "
      "it"),
 )  # fmt: skip

@@ -10,6 +10,7 @@ from lab.compiled import built_in, rule_and_flags, short
 from lab.control_flow import Instruction
 from lab.gpus import GPUS
 from lab.machine_code import Code, MainPath
+from triton_optim.kernels.random_bits import SINGLY
 from triton_optim.launch import backend, tuning
 from triton_optim.testing.compiled import Usage, compile_update
 
@@ -33,7 +34,21 @@ class Kernel(NamedTuple):
         storage = "/".join(map(short, self.storage))
         aligned = "" if self.variant.aligned else " misaligned"
         gated = " gated" if self.variant.conditions else ""
-        return f"{rule_and_flags(self.rule, self.variant.flags)} {storage}{gated}{aligned}"
+        shards = f" shards {self.variant.sharding}" if self.variant.sharding else ""
+        return f"{rule_and_flags(self.rule, self.variant.flags)} {storage}{gated}{shards}{aligned}"
+
+    @property
+    def draws_eight(self) -> bool:
+        """Whether a random number serves the 8 elements that a thread loads together."""
+        return self.variant.aligned and self.variant.sharding != SINGLY.value
+
+    def is_followed(self, architecture: str) -> bool:
+        """Whether its machine code has one main path; AMD's has none where it draws singly.
+
+        There the division of 64 bits for each element branches.
+        """
+        singly = self.variant.sharding == SINGLY.value
+        return not (singly and architecture.startswith("gfx"))
 
     def misaligned(self) -> Kernel:
         """The same over addresses that are no multiple of 16 bytes."""
@@ -78,5 +93,6 @@ class Kernel(NamedTuple):
             "bytes_per_param": round(self.bytes_per_param, 4),
             "floor": variant.bytes_per_element,
             "launches": self.launches,
+            "issue_allowed": variant.rounds and not self.draws_eight,
         }
         return {**measures, "limit": dense_report(architecture, self.name, measures).limit}

@@ -16,19 +16,33 @@ from torch.nn import Parameter
 import triton_optim
 from lab.dense_kernels import Kernel
 from lab.traffic import Traffic, watched
+from triton_optim.kernels.random_bits import EIGHTS, SINGLY
 from triton_optim.launch import backend, tuning
 from triton_optim.launch.launcher import UpdateLaunch, record_launches
 from triton_optim.step.launch_group import LaunchGroup
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# parameter, gradient, state
-STORAGES = (
+Storage = tuple[torch.dtype, torch.dtype, torch.dtype]  # of parameter, gradient, state
+STORAGES: tuple[Storage, ...] = (
     *((dtype, dtype, dtype) for dtype in DTYPES),
     (torch.bfloat16, torch.bfloat16, torch.float32),
     (torch.float32, torch.bfloat16, torch.float32),
 )
 # Where a GradScaler, clipping and skipping meet in one kernel: the most that it can be asked.
 GATED_STORAGES = (STORAGES[0], STORAGES[4])
+# Options of storage and what they make of bfloat16 parameters, and the optimizers with which they
+# are tried. Adam's rule is AdamW's.
+FORMATS: tuple[tuple[dict[str, Any], Storage], ...] = (
+    ({"master_weight_bits": 32}, STORAGES[4]),
+    ({"master_weight_bits": 32, "state_dtype": torch.bfloat16}, STORAGES[1]),
+    ({"stochastic_rounding": True}, STORAGES[1]),
+)
+FORMATTED: dict[str, dict[str, Any]] = {
+    "SGD": {"momentum": 0.5},
+    "Adagrad": {},
+    "RMSprop": {},
+    "Adam": {"decoupled_weight_decay": True},
+}
 CHUNKS = 4  # of a tensor, whole ones
 TENSORS = 2  # a group each
 
@@ -43,6 +57,20 @@ def kernels_of(architecture: str, name: str) -> list[Kernel]:
         for kernel in [measure(architecture, name, kwargs, storage, gated=gated)]
     }
     return [*found.values(), *(kernel.misaligned() for kernel in found.values())]
+
+
+def formats_of(architecture: str, name: str) -> list[Kernel]:
+    """Those of an optimizer with options of storage: over aligned addresses, others, and shards."""
+    whole = [
+        measure(architecture, name, {**FORMATTED[name], **options}, storage, gated=gated)
+        for (options, storage), gated in product(FORMATS, (False, True))
+    ]
+    shards = [
+        kernel._replace(variant=kernel.variant._replace(sharding=sharding))
+        for kernel, sharding in product(whole, (EIGHTS.value, SINGLY.value))
+        if kernel.variant.rounds
+    ]
+    return [*whole, *(kernel.misaligned() for kernel in whole), *shards]
 
 
 def flag_sets(name: str) -> list[dict[str, Any]]:
@@ -74,7 +102,7 @@ def measure(
     architecture: str,
     name: str,
     kwargs: dict[str, Any],
-    storage: tuple[torch.dtype, torch.dtype, torch.dtype],
+    storage: Storage,
     *,
     gated: bool = False,
 ) -> Kernel:

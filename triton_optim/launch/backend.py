@@ -74,7 +74,8 @@ _CURRENT: AbstractContextManager[object] = nullcontext()
 ALIGNMENT = 16  # bytes: a 128-bit load
 
 # Left alone, ptxas squeezes kernels of two states into 64 registers, of three into 80, and gated
-# ones of one state into 56, where some spill.
+# ones of one state into 56, where some spill. Those that round stochastically it leaves what they
+# need, and limits made them spill.
 STATES_REGISTERS = {2: 80, 3: 96}
 MISALIGNED_REGISTERS = 16  # more, where elements are loaded one by one
 GATED_REGISTERS = 64
@@ -149,8 +150,9 @@ class Variant(NamedTuple):
 
     @property
     def half(self) -> bool:
-        """Whether everything that is updated is of 16 bits."""
-        return all(ITEM_SIZES[name] <= 2 for name in (*self.written, self.grad_dtype))
+        """Whether no tensor is of 32 bits or more."""
+        names = (*self.written, self.grad_dtype)
+        return all(name.startswith(("bfloat16", "float16", "float8")) for name in names)
 
 
 class GradVariant(NamedTuple):
@@ -286,6 +288,7 @@ def options(variant: Variant, config: Config, architecture: str) -> dict[str, An
     if (
         architecture.startswith("sm_")
         and variant.param_dtype != "float64"
+        and not variant.rounds
         and elements <= FEW_ELEMENTS
         and config.blocks == 1
     ):
