@@ -28,7 +28,7 @@ STORAGES = (
     (torch.float32, torch.bfloat16, torch.float32),
 )
 # Where a GradScaler, clipping and skipping meet in one kernel: the most that it can be asked.
-GATED_STORAGES = (STORAGES[0], STORAGES[4])
+GATED_STORAGES = (STORAGES[0], STORAGES[3], STORAGES[4])
 CHUNKS = 4  # of a tensor, whole ones
 TENSORS = 2  # a group each
 
