@@ -79,6 +79,7 @@ ALIGNMENT = 16  # bytes: a 128-bit load
 STATES_REGISTERS = {2: 80, 3: 96}
 MISALIGNED_REGISTERS = 16  # more, where elements are loaded one by one
 GATED_REGISTERS = 64
+GATED_DOUBLE_REGISTERS = {1: 112, 2: 144}  # by states, for float64, where it has 96 and 128
 FEW_ELEMENTS = 256  # that a warp holds at once; with more, or in a loop, these are too few
 
 TAIL_SIZE = 256  # of the last blocks of a tensor, where masks cost a format registers
@@ -285,13 +286,11 @@ def options(variant: Variant, config: Config, architecture: str) -> dict[str, An
     """The compiler's options, by name."""
     chosen = {"num_warps": config.num_warps, "enable_fp_fusion": True}
     elements = config.block_size // config.num_warps
-    if (
-        architecture.startswith("sm_")
-        and variant.param_dtype != "float64"
-        and not variant.rounds
-        and elements <= FEW_ELEMENTS
-        and config.blocks == 1
-    ):
+    few = elements <= FEW_ELEMENTS and config.blocks == 1 and not variant.rounds
+    if architecture.startswith("sm_") and few and variant.param_dtype == "float64":
+        if variant.conditions and variant.n_states in GATED_DOUBLE_REGISTERS:
+            chosen["maxnreg"] = GATED_DOUBLE_REGISTERS[variant.n_states]
+    elif architecture.startswith("sm_") and few:
         more = 0 if variant.aligned else MISALIGNED_REGISTERS
         if architecture == "sm_100" and variant.n_states == 2 and "DECOUPLED" in variant.flags:
             more += 8  # where AdamW with bfloat16 parameters and float32 state spilled
