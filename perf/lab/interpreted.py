@@ -29,7 +29,7 @@ STORAGES: tuple[Storage, ...] = (
     (torch.float32, torch.bfloat16, torch.float32),
 )
 # Where a GradScaler, clipping and skipping meet in one kernel: the most that it can be asked.
-GATED_STORAGES = (STORAGES[0], STORAGES[4])
+GATED_STORAGES = (STORAGES[0], STORAGES[3], STORAGES[4])
 # Options of storage and what they make of bfloat16 parameters, and the optimizers with which they
 # are tried. Adam's rule is AdamW's.
 FORMATS: tuple[tuple[dict[str, Any], Storage], ...] = (

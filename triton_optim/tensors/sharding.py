@@ -122,3 +122,16 @@ def global_index(param: Tensor) -> GlobalIndex:
         return GlobalIndex(SINGLY if offset % 8 else CONSECUTIVE, offset, columns, pitch)
     in_eights = not (offset % 8 or columns % 8 or pitch % 8)
     return GlobalIndex(EIGHTS if in_eights else SINGLY, offset, columns, pitch)
+
+
+def dtensor_like(param: Tensor, shard: Tensor, *, rows: bool = False) -> Tensor:
+    """A DTensor with this shard, placed as a DTensor is; of rows that only this rank knows."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    spec = spec_of(param)
+    if rows:
+        placements = [Shard(0)] * len(spec.placements)
+        return DTensor.from_local(shard, spec.mesh, placements, run_check=False)
+    return DTensor.from_local(
+        shard, spec.mesh, spec.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )
