@@ -31,6 +31,7 @@ class Stored(NamedTuple):
         state: State,
         names: Sequence[str],
         place: tuple[int, int],
+        where: str,
         options: Options,
     ) -> Stored:
         """Of a parameter with this state.
@@ -38,6 +39,7 @@ class Stored(NamedTuple):
         Args:
             names: of the states that the rule updates.
             place: the parameter's group, and where it stands there.
+            where: it in words.
         """
         shard, held = local(param), [local(state[name]).dtype for name in names]
         rounds = [options.rounds_param(shard), *map(options.rounds_state, names, held)]
@@ -46,7 +48,7 @@ class Stored(NamedTuple):
         if not (keeps or any(rounds)):
             return cls(formats)
         remainder = local(state[REMAINDER]).data_ptr() if keeps else 0
-        index = global_index(param) if any(rounds) else GlobalIndex()
+        index = global_index(param, where) if any(rounds) else GlobalIndex()
         key = random_key(options.rounding_seed, *place)
         row = (remainder, index.offset, index.columns, index.pitch, key, 0)
         return cls(formats, index.sharding, row)
