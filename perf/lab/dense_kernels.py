@@ -43,12 +43,13 @@ class Kernel(NamedTuple):
         return self.variant.aligned and self.variant.sharding != SINGLY.value
 
     def is_followed(self, architecture: str) -> bool:
-        """Whether its machine code has one main path; AMD's has none where it draws singly.
+        """Whether its machine code has one main path; AMD's has none for some.
 
-        There the division of 64 bits for each element branches.
+        Where random numbers are drawn singly, the division of 64 bits for each element branches;
+        where state is of 8 bits, what the largest of a group takes.
         """
-        singly = self.variant.sharding == SINGLY.value
-        return not (singly and architecture.startswith("gfx"))
+        branches = self.variant.sharding == SINGLY.value or self.variant.has_groups
+        return not (branches and architecture.startswith("gfx"))
 
     def misaligned(self) -> Kernel:
         """The same over addresses that are no multiple of 16 bytes."""
