@@ -20,6 +20,7 @@ from triton_optim.kernels.random_bits import EIGHTS, SINGLY
 from triton_optim.launch import backend, tuning
 from triton_optim.launch.launcher import UpdateLaunch, record_launches
 from triton_optim.step.launch_group import LaunchGroup
+from triton_optim.storage import StorageOptions
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Storage = tuple[torch.dtype, torch.dtype, torch.dtype]  # of parameter, gradient, state
@@ -84,7 +85,9 @@ def flag_sets(name: str) -> list[dict[str, Any]]:
     of decoupled decay, which changes every rule's last line alike, is tried alone and with all.
     """
     make = getattr(triton_optim, name)
-    defaults = {p.name: p.default for p in signature(make).parameters.values()}
+    parameters = signature(make).parameters.values()
+    storage = StorageOptions.__annotations__  # see `formats_of`
+    defaults = {p.name: p.default for p in parameters if p.name not in storage}
     on = {n: True if d is False else 0.5 for n, d in defaults.items() if d is False or d == 0}
     found: dict[frozenset[str], dict[str, Any]] = {}
     for n_on in range(len(on) + 1):
