@@ -191,14 +191,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                 the optimizer's options.
         """
         of_torch = self.defaults.keys() - self._stepper.option_names
-        if misplaced := sorted((Options.OF_THE_WHOLE & param_group.keys()) - of_torch):
+        repeated = self._stepper.options.repeated_by(param_group)  # by ZeroRedundancyOptimizer
+        if misplaced := sorted((Options.OF_THE_WHOLE & param_group.keys()) - of_torch - repeated):
             option, name = misplaced[0], type(self).__name__
             taken = option in self._stepper.option_names
             remedy = (
                 f"give it to {name}(params, ...)" if taken else f"{name} takes none; leave it out"
             )
             raise ValueError(f"{option} is for the whole optimizer and not for a group; {remedy}")
-        from_defaults = self._stepper.option_names - param_group.keys()
+        from_defaults = self._stepper.option_names - (param_group.keys() - repeated)
         super().add_param_group(param_group)
         for name in from_defaults:
             param_group.pop(name, None)  # groups are torch's, and so are state dicts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +79,11 @@ class StorageOptions:
     @property
     def has_eight_bits(self) -> bool:
         return "8bit" in self._given_dtypes
+
+    def repeated_by(self, group: Mapping[str, Any]) -> set[str]:
+        """Of these options, those that a parameter group has too, with the same value."""
+        names = StorageOptions.__annotations__.keys() & group.keys()
+        return {name for name in names if group[name] == getattr(self, name)}
 
     def keeps_remainder(self, param: Tensor) -> bool:
         """Whether a parameter has float32 values, of which the state has a part."""
@@ -158,6 +164,8 @@ class StorageOptions:
                 f"state_dtype names {sorted(unknown)[0]!r}, and the state has {sorted(names)}"
             )
         dtypes = {param.dtype for param in params}
+        if not dtypes:  # of one process of several
+            return
         if self.master_weight_bits and torch.bfloat16 not in dtypes:
             raise ValueError(
                 "master_weight_bits=32, but no parameter is bfloat16: float32 ones are exact "

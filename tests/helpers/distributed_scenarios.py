@@ -37,6 +37,7 @@ from parallel_models import (
     train,
 )
 from process_groups import Scenario, World, outcomes
+from storage_scenarios import storage_scenarios
 from torch.nn import Module
 
 import triton_optim
@@ -141,7 +142,7 @@ def _scenarios() -> list[Scenario]:
             found.append(Scenario(name, partial(missing_gradients, parallelism, case), (2,)))
         for make in (zero, zero_with_nothing_to_do, zero_from_a_checkpoint):
             found.append(Scenario(f"{make.__name__}-{case.name}", partial(make, case), both))
-    return found + clipping_scenarios(CASES) + checkpoint_scenarios(CASES)
+    return [*found, *clipping_scenarios(CASES), *checkpoint_scenarios(CASES), *storage_scenarios()]
 
 
 SCENARIOS = _scenarios()

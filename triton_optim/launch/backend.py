@@ -150,6 +150,11 @@ class Variant(NamedTuple):
         return not self.conditions.isdisjoint(("FOUND_INF", "SKIP_NONFINITE"))
 
     @property
+    def has_groups(self) -> bool:
+        """Whether some state is of 8 bits, with exponents of groups."""
+        return any(name.startswith("float8") for name in self.written)
+
+    @property
     def half(self) -> bool:
         """Whether no tensor is of 32 bits or more."""
         names = (*self.written, self.grad_dtype)
@@ -181,9 +186,8 @@ def config(variant: Variant, numels: Iterable[int], device: torch.device) -> Con
     if COMPILED:
         return tuning.config(architecture(device), half=variant.half)
     numels = list(numels)
-    has_groups = any("float8" in name for name in variant.written)
     size = min(
-        (max(size, GROUP_SIZE) if has_groups else size for size in INTERPRETED_BLOCK_SIZES),
+        (max(size, GROUP_SIZE) if variant.has_groups else size for size in INTERPRETED_BLOCK_SIZES),
         key=lambda size: (INTERPRETED_OVERHEAD + size) * sum(-(-n // size) for n in numels),
     )
     return Config(size, num_warps=1)

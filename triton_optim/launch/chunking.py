@@ -106,7 +106,7 @@ def chunk_tensors(
     ]
     addresses = [addresses_of([p.shard, *u]) for p, u in zip(planned, updated, strict=True)]
     stored = [
-        Stored.of(p.param, s, p.state_names, rule, p.place, options)
+        Stored.of(p.param, s, p.state_names, rule, p.place, p.where, options)
         for p, s in zip(planned, states, strict=True)
     ]
     members: dict[backend.Variant, list[int]] = defaultdict(list)

@@ -37,6 +37,7 @@ class Stored(NamedTuple):
         names: Sequence[str],
         rule: Rule,
         place: tuple[int, int],
+        where: str,
         options: Options,
     ) -> Stored:
         """Of a parameter with this state.
@@ -44,14 +45,16 @@ class Stored(NamedTuple):
         Args:
             names: of the states that the rule updates.
             place: the parameter's group, and where it stands there.
+            where: it in words.
         """
         shard, beside = local(param), options.names_beside(param, names)
         states = {item.name: item for item in rule.states}
         formats = [_format_of_param(shard, options)]
         formats += (_format(states[n], local(state[n]).dtype, options) for n in names)
-        if not beside and backend.STOCHASTIC.isdisjoint(formats):
+        rounds = not backend.STOCHASTIC.isdisjoint(formats)
+        if not beside and not rounds:
             return cls(tuple(formats))
-        index = GlobalIndex() if backend.STOCHASTIC.isdisjoint(formats) else global_index(param)
+        index = global_index(param, where) if rounds else GlobalIndex()
         key = random_key(options.rounding_seed, *place)
         row = [index.offset, index.columns, index.pitch, key]
         for name in (REMAINDER, *(name + EXPONENTS for name in names)):

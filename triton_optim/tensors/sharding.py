@@ -92,28 +92,30 @@ class GlobalIndex(NamedTuple):
     pitch: int = 1
 
 
-def global_index(param: Tensor) -> GlobalIndex:
+def global_index(param: Tensor, where: str) -> GlobalIndex:
     """Of a parameter, which may be a DTensor.
+
+    Args:
+        where: the parameter in words.
 
     Raises:
         RuntimeError: its shards lie in more than two levels of rows.
     """
-    if not is_dtensor(param):
+    if not is_dtensor(param) or not local_of(param).numel():
         return GlobalIndex()
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     spec, shard = spec_of(param), local_of(param)
     _, starts = compute_local_shape_and_global_offset(param.shape, spec.mesh, spec.placements)
-    dims = [*range(shard.ndim)]
-    if not shard.is_contiguous():
-        dims.sort(key=shard.stride().__getitem__, reverse=True)
+    dims = _memory_order(param, shard)
     held, whole = [shard.shape[d] for d in dims], [param.shape[d] for d in dims]
     cut = [i for i in range(len(held)) if held[i] != whole[i]]
     last = cut[-1] if cut else 0
     if any(0 < i < last for i in cut):
         raise RuntimeError(
-            f"stochastic rounding of a tensor {tuple(param.shape)} that is placed as "
-            f"{spec.placements}: shards of two dims beside the first one are not supported"
+            f"{where} is {tuple(param.shape)} and placed as {spec.placements}: stochastic rounding "
+            "takes shards of the first dim and of one more; shard it so, or leave it to an "
+            "optimizer of its own"
         )
     offset = sum(starts[d] * prod(whole[i + 1 :]) for i, d in enumerate(dims))
     columns, pitch = prod(held[last:]), prod(whole[last:])
@@ -122,6 +124,14 @@ def global_index(param: Tensor) -> GlobalIndex:
         return GlobalIndex(SINGLY if offset % 8 else CONSECUTIVE, offset, columns, pitch)
     in_eights = not (offset % 8 or columns % 8 or pitch % 8)
     return GlobalIndex(EIGHTS if in_eights else SINGLY, offset, columns, pitch)
+
+
+def _memory_order(param: Tensor, shard: Tensor) -> list[int]:
+    """The dims from that of the largest stride on: as the whole tensor says, if it can be."""
+    dims = sorted(range(param.ndim), key=param.stride().__getitem__, reverse=True)
+    if not shard.permute(dims).is_contiguous():  # distribute_tensor makes shards contiguous
+        dims = sorted(range(param.ndim), key=shard.stride().__getitem__, reverse=True)
+    return dims
 
 
 def dtensor_like(param: Tensor, shard: Tensor, *, rows: bool = False) -> Tensor:
