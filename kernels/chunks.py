@@ -3,20 +3,19 @@
 import triton
 import triton.language as tl
 
-# Columns of a row of the tensor table; the addresses of up to MAX_STATES states follow.
+# Columns of a row of the tensor table.
 NUMEL = tl.constexpr(0)
 GROUP = tl.constexpr(1)
 FIRST = tl.constexpr(2)  # program of the update launch
 NORM_FIRST = tl.constexpr(3)  # program of the launches over gradients alone
-PARAM = tl.constexpr(4)
-STATES = tl.constexpr(5)
+PARAM = tl.constexpr(4)  # and the states after it
 MAX_STATES = tl.constexpr(3)
 ROW_WIDTH = tl.constexpr(8)
 
 # Columns of a row of the table of formats.
-REMAINDER = tl.constexpr(0)  # address
-RANDOM = tl.constexpr(1)  # offset, columns, pitch and key; see random_bits.py
-FORMAT_WIDTH = tl.constexpr(6)
+RANDOM = tl.constexpr(0)  # offset, columns, pitch and key; see random_bits.py
+BESIDE = tl.constexpr(4)  # addresses: of the parameter's remainder, and of each state's exponents
+FORMAT_WIDTH = tl.constexpr(8)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .chunks import pointer
+from .float8 import GROUP_SIZE, decode_e4m3, decode_e5m3, encode_e4m3, encode_e5m3
 from .numerics import decode, encode
 from .random_bits import random_bits
 
@@ -18,6 +19,8 @@ FLOAT64 = tl.constexpr(3)
 BFLOAT16_STOCHASTIC = tl.constexpr(4)
 FLOAT16_STOCHASTIC = tl.constexpr(5)
 BFLOAT16_REMAINDER = tl.constexpr(6)  # a float32, rounded, and in another tensor what that lost
+FLOAT8_E5M3 = tl.constexpr(7)  # these two are rounded stochastically, too; see float8.py
+FLOAT8_E4M3 = tl.constexpr(8)
 
 LARGEST_BFLOAT16 = tl.constexpr(3.3895313892515355e38)
 LARGEST_FLOAT16 = tl.constexpr(65504.0)
@@ -33,6 +36,8 @@ def stored_pointer(address, start, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
         return pointer(address, start, tl.float64, ALIGNED)
     elif (FORMAT == FLOAT16) | (FORMAT == FLOAT16_STOCHASTIC):
         return pointer(address, start, tl.float16, ALIGNED)
+    elif (FORMAT == FLOAT8_E5M3) | (FORMAT == FLOAT8_E4M3):
+        return pointer(address, start, tl.uint8, ALIGNED)
     else:
         return pointer(address, start, tl.bfloat16, ALIGNED)
 
@@ -85,19 +90,37 @@ def round_stochastically(x, noise, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def pointer_beside(address, start, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
+    """To what the format keeps beside element `start`: its remainder, or its group's exponent."""
+    if FORMAT == BFLOAT16_REMAINDER:
+        return pointer(address, start, tl.int16, ALIGNED)
+    else:
+        return address.to(tl.pointer_type(tl.uint8)) + start // GROUP_SIZE
+
+
+@triton.jit
 def load(
     ptr,
-    remainder_ptr,
+    beside_ptr,
     offsets,
     mask,
     FORMAT: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
     EVICTION: tl.constexpr = "",
 ):
-    """A block in arithmetic precision, exactly what is stored."""
+    """A block in arithmetic precision, exactly what is stored.
+
+    beside_ptr: see `pointer_beside`; of no format but these.
+    """
     x = tl.load(ptr + offsets, mask=mask, eviction_policy=EVICTION)
     if FORMAT == BFLOAT16_REMAINDER:
-        return join_remainder(x, tl.load(remainder_ptr + offsets, mask=mask))
+        return join_remainder(x, tl.load(beside_ptr + offsets, mask=mask))
+    elif FORMAT == FLOAT8_E5M3:
+        exponent = tl.load(beside_ptr + offsets // GROUP_SIZE, mask=mask)
+        return decode_e5m3(x, exponent).to(COMPUTE_DTYPE)
+    elif FORMAT == FLOAT8_E4M3:
+        exponent = tl.load(beside_ptr + offsets // GROUP_SIZE, mask=mask)
+        return decode_e4m3(x, exponent).to(COMPUTE_DTYPE)
     else:
         return decode(x, COMPUTE_DTYPE)
 
@@ -105,27 +128,49 @@ def load(
 @triton.jit
 def store(
     ptr,
-    remainder_ptr,
-    offsets,
+    beside_ptr,
+    start,
+    remaining,
     mask,
     x,
     random,
-    start,
+    first,
     SLOT: tl.constexpr,
     FORMAT: tl.constexpr,
     SHARDING: tl.constexpr,
     EVICTION: tl.constexpr = "",
 ):
-    """Store a block whose first element is number `start` of those that this rank holds.
+    """Store a block.
 
-    random, SLOT, SHARDING: see `random_bits`; None where no format is stochastic.
+    Args:
+        ptr, beside_ptr: as `load` is given them.
+        start: the block's first element.
+        remaining: elements of the tensor, counted as `start` is.
+        mask: which elements of the block there are; None: all.
+        first: how many elements this rank holds before those of `ptr`.
+        random, SLOT, SHARDING: see `random_bits`; None where no format is stochastic.
     """
+    N: tl.constexpr = x.shape[0]
+    offsets = start + tl.arange(0, N)
+    noise = None
+    if (FORMAT == BFLOAT16_STOCHASTIC) | (FORMAT == FLOAT16_STOCHASTIC) | (FORMAT >= FLOAT8_E5M3):
+        noise = random_bits(first + start, random, SLOT, N, SHARDING)
     if FORMAT == BFLOAT16_REMAINDER:
         stored, remainder = split_remainder(x)
-        tl.store(remainder_ptr + offsets, remainder, mask=mask)
+        tl.store(beside_ptr + offsets, remainder, mask=mask)
     elif (FORMAT == BFLOAT16_STOCHASTIC) | (FORMAT == FLOAT16_STOCHASTIC):
-        noise = random_bits(start, random, SLOT, x.shape[0], SHARDING)
         stored = round_stochastically(x, noise, FORMAT)
+    elif FORMAT >= FLOAT8_E5M3:
+        if mask is not None:  # what is not there has no say in a group's exponent
+            x = tl.where(mask, x, 0.0)
+        x = x.to(tl.float32)
+        if FORMAT == FLOAT8_E5M3:
+            stored, exponents = encode_e5m3(x, noise)
+        else:
+            stored, exponents = encode_e4m3(x, noise)
+        groups = start // GROUP_SIZE + tl.arange(0, N // GROUP_SIZE)
+        present = None if mask is None else groups * GROUP_SIZE < remaining
+        tl.store(beside_ptr + groups, exponents, mask=present)
     else:
         stored = encode(x, ptr.dtype.element_ty)
     tl.store(ptr + offsets, stored, mask=mask, eviction_policy=EVICTION)

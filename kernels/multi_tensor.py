@@ -4,20 +4,19 @@ import triton
 import triton.language as tl
 
 from .chunks import (
+    BESIDE,
     FIRST,
     FORMAT_WIDTH,
     GROUP,
     PARAM,
     RANDOM,
-    REMAINDER,
-    STATES,
     find_chunk,
     in_dtype,
     pointer,
     scalars,
 )
 from .conditions import clip_coef, inv_scale, step_is_taken
-from .formats import FLOAT64, load, store, stored_pointer
+from .formats import FLOAT64, load, pointer_beside, store, stored_pointer
 from .numerics import decode, encode
 
 
@@ -28,10 +27,9 @@ def _launch_metadata(grid, metadata, args):
 
 @triton.jit
 def _update_block(
-    param_ptr,
-    remainder_ptr,
+    ptrs,
+    beside_ptrs,
     grad_ptr,
-    state_ptrs,
     first,
     start,
     remaining,
@@ -49,12 +47,10 @@ def _update_block(
     EVICTION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    COMPUTE_DTYPE: tl.constexpr = (
-        tl.float64 if param_ptr.dtype.element_ty == tl.float64 else tl.float32
-    )
+    COMPUTE_DTYPE: tl.constexpr = tl.float64 if FORMATS & 15 == FLOAT64 else tl.float32
     offsets = start + tl.arange(0, BLOCK_SIZE)
     mask = offsets < remaining if MASKED else None
-    param = load(param_ptr, remainder_ptr, offsets, mask, FORMATS & 15, COMPUTE_DTYPE)
+    param = load(ptrs[0], beside_ptrs[0], offsets, mask, FORMATS & 15, COMPUTE_DTYPE)
     grad = tl.load(grad_ptr + offsets, mask=mask, eviction_policy=EVICTION)
     grad = decode(grad, COMPUTE_DTYPE)
     if unscale is not None:
@@ -63,21 +59,18 @@ def _update_block(
     if clip is not None:
         grad = grad * clip
     state = ()
-    for i in tl.static_range(N_STATES):
+    for i in tl.static_range(1, N_STATES + 1):
         value = load(
-            state_ptrs[i], None, offsets, mask, FORMATS >> 4 * (i + 1) & 15, COMPUTE_DTYPE, EVICTION
+            ptrs[i], beside_ptrs[i], offsets, mask, FORMATS >> 4 * i & 15, COMPUTE_DTYPE, EVICTION
         )
         state = state + (value,)
     param, state = RULE(param, grad, state, hyper, step, FLAGS)
     tl.static_assert(len(state) == N_STATES, "a rule returns as many states as it has")
-    first += start
-    store(
-        param_ptr, remainder_ptr, offsets, mask, param, random, first, 0, FORMATS & 15, SHARDING
-    )  # fmt: skip
-    for i in tl.static_range(N_STATES):
+    values = (param,) + state
+    for i in tl.static_range(N_STATES + 1):
         store(
-            state_ptrs[i], None, offsets, mask, state[i], random, first, i + 1,
-            FORMATS >> 4 * (i + 1) & 15, SHARDING, EVICTION,
+            ptrs[i], beside_ptrs[i], start, remaining, mask, values[i], random, first, i,
+            FORMATS >> 4 * i & 15, SHARDING, EVICTION if i > 0 else "",
         )  # fmt: skip
 
 
@@ -122,7 +115,7 @@ def multi_tensor_kernel(
       another, as many as it has chunks;
     - tensor_table_ptr: int64 [tensors, ROW_WIDTH], the columns of chunks.py;
     - format_table_ptr: int64 [tensors, FORMAT_WIDTH], the columns there, of which SHARDING says how
-      to read RANDOM; None where no format of FORMATS has a remainder or is stochastic;
+      to read RANDOM; None where FORMATS has dtypes of torch alone, rounded to nearest;
     - grads_ptr: int64 [tensors], addresses of gradients; a tensor at 0 is left alone;
     - hyperparameters_ptr: float64 [groups, N_HYPERS];
     - steps_ptr: float64 [tensors, STEP_COLUMNS], the last how often a tensor was updated, or None
@@ -157,7 +150,7 @@ def multi_tensor_kernel(
         clip = clip_coef(grad_norm_ptr, max_norm_ptr, COMPUTE_DTYPE)
 
     hyper = scalars(hyperparameters_ptr + tl.load(row_ptr + GROUP) * N_HYPERS, N_HYPERS)
-    step, random, remainder_ptr = None, None, None
+    step, random = None, None
     if steps_ptr is not None:
         if STEP_COLUMNS == 1:
             step = tl.load(steps_ptr + tensor).to(tl.float64)
@@ -165,8 +158,6 @@ def multi_tensor_kernel(
             step = scalars(steps_ptr + tensor * STEP_COLUMNS, STEP_COLUMNS - 1)
     if format_table_ptr is not None:
         format_ptr = format_table_ptr + tensor * FORMAT_WIDTH
-        address = tl.load(format_ptr + REMAINDER)
-        remainder_ptr = pointer(address, start, tl.int16, ALIGNED)
         if steps_ptr is not None:
             updates = tl.load(steps_ptr + (tensor + 1) * STEP_COLUMNS - 1).to(tl.int64)
             random = scalars(format_ptr + RANDOM, 4) + (updates,)
@@ -175,29 +166,33 @@ def multi_tensor_kernel(
         if step is not None:
             step = step.to(COMPUTE_DTYPE) if STEP_COLUMNS == 1 else in_dtype(step, COMPUTE_DTYPE)
 
-    param_ptr = stored_pointer(tl.load(row_ptr + PARAM), start, FORMATS & 15, ALIGNED)
     grad_ptr = pointer(grad_address, start, GRAD_DTYPE, ALIGNED)
-    state_ptrs = ()
-    for i in tl.static_range(N_STATES):
-        address = tl.load(row_ptr + STATES + i)
-        ptr = stored_pointer(address, start, FORMATS >> 4 * (i + 1) & 15, ALIGNED)
-        state_ptrs = state_ptrs + (ptr,)
+    ptrs, beside_ptrs = (), ()
+    for i in tl.static_range(N_STATES + 1):
+        ptr = stored_pointer(tl.load(row_ptr + PARAM + i), start, FORMATS >> 4 * i & 15, ALIGNED)
+        ptrs = ptrs + (ptr,)
+        if format_table_ptr is not None:
+            address = tl.load(format_ptr + BESIDE + i)
+            beside_ptr = pointer_beside(address, start, FORMATS >> 4 * i & 15, ALIGNED)
+            beside_ptrs = beside_ptrs + (beside_ptr,)
+        else:
+            beside_ptrs = ptrs
 
     # A mask that is not known at compile time costs the vector loads: only the last chunk has one.
     if remaining >= CHUNK:
         for block in tl.range(0, BLOCKS, num_stages=NUM_STAGES):
             _update_block(
-                param_ptr, remainder_ptr, grad_ptr, state_ptrs, start, block * BLOCK_SIZE,
-                remaining, hyper, step, random, unscale, clip, RULE, FLAGS, FORMATS, N_STATES,
-                SHARDING, BLOCK_SIZE, EVICTION, MASKED=False,
+                ptrs, beside_ptrs, grad_ptr, start, block * BLOCK_SIZE, remaining, hyper, step,
+                random, unscale, clip, RULE, FLAGS, FORMATS, N_STATES, SHARDING, BLOCK_SIZE,
+                EVICTION, MASKED=False,
             )  # fmt: skip
     else:
         rest = remaining.to(tl.int32)
         for block in tl.range(0, tl.cdiv(rest, TAIL_SIZE) if CHUNK > TAIL_SIZE else 1):
             _update_block(
-                param_ptr, remainder_ptr, grad_ptr, state_ptrs, start, block * TAIL_SIZE,
-                rest, hyper, step, random, unscale, clip, RULE, FLAGS, FORMATS, N_STATES,
-                SHARDING, TAIL_SIZE, EVICTION, MASKED=True,
+                ptrs, beside_ptrs, grad_ptr, start, block * TAIL_SIZE, rest, hyper, step,
+                random, unscale, clip, RULE, FLAGS, FORMATS, N_STATES, SHARDING, TAIL_SIZE,
+                EVICTION, MASKED=True,
             )  # fmt: skip
 
     # Last: after a store, AMD's compiler takes addresses that are loaded for a thread's own.

@@ -2,9 +2,10 @@
 
     python perf/audit_kernels.py [--arch sm_80 sm_90 sm_100 gfx942] [--json FILE]
 
-compiles every kernel that the optimizers can launch, dense ones and those that update by rows, and
-steps them in Triton's interpreter. It prints a row for each, and exits 1 if one of them breaks a
-limit: see `findings` in lab/audit.py. The committed rows are written by
+compiles every kernel that the optimizers can launch, dense ones, those of four optimizers with
+other formats of storage, and those that update by rows, and steps them in Triton's interpreter. It
+prints a row for each, and exits 1 if one of them breaks a limit: see `findings` in lab/audit.py.
+The committed rows are written by
 
     python perf/audit_kernels.py --json perf/results/audit.json
 """
@@ -32,7 +33,7 @@ from lab.audit import Audit, Measures
 from lab.dense_kernels import Kernel
 from lab.disassembly import disassembled
 from lab.gpus import GPUS
-from lab.interpreted import kernels_of
+from lab.interpreted import FORMATTED, formats_of, kernels_of
 from lab.row_kernels import row_kernels
 
 import triton_optim
@@ -40,7 +41,7 @@ from triton_optim.launch import tuning
 
 WORKERS = 2
 BATCH = 12  # kernels that are disassembled together
-DENSE, ROWS = KINDS = ("dense", "rows")
+DENSE, FORMATS, ROWS = KINDS = ("dense", "formats", "rows")
 
 
 def main() -> int:
@@ -70,8 +71,7 @@ def audit(architectures: Sequence[str], kinds: Sequence[str] = KINDS, every: int
         if ROWS in kinds:
             cases = interpreted_rows.cases()[::every]
             steps = [pool.submit(interpreted_rows.measure, *case) for case in cases]
-        if DENSE in kinds:
-            dense = _dense(pool, architectures)
+        dense = _dense(pool, architectures, kinds)
     chosen = {a: of if a == "sm_90" else of[::every] for a, of in dense.items()}
     by_rows = dict.fromkeys(architectures, row_kernels()[::every]) if ROWS in kinds else {}
     with _workers(interpret=False) as pool:
@@ -102,17 +102,21 @@ def _workers(*, interpret: bool) -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-def _dense(pool: ProcessPoolExecutor, architectures: Sequence[str]) -> dict[str, list[Kernel]]:
-    """The dense kernels of each architecture."""
+def _dense(
+    pool: ProcessPoolExecutor, architectures: Sequence[str], kinds: Sequence[str]
+) -> dict[str, list[Kernel]]:
+    """The dense kernels of each architecture: of dtypes of torch, and of other formats."""
     # Where launches are cut alike, steps move the same.
     cuts = {a: tuple(tuning.config(a, half=half).chunk for half in (False, True)) for a in GPUS}
     first = {cuts[a]: a for a in reversed(architectures)}
     # Adam for AdamW too, whose rule is the same.
     optimizers = [*triton_optim.OPTIMIZERS, "Lion"]
     names = {getattr(triton_optim, n).rule.name: n for n in reversed(optimizers)}.values()
-    tasks = {a: [pool.submit(kernels_of, a, name) for name in names] for a in first.values()}
+    asked = [(kernels_of, name) for name in names if DENSE in kinds]
+    asked += [(formats_of, name) for name in FORMATTED if FORMATS in kinds]
+    tasks = {a: [pool.submit(of, a, name) for of, name in asked] for a in first.values()}
     found = {a: [kernel for task in of for kernel in task.result()] for a, of in tasks.items()}
-    return {a: found[first[cuts[a]]] for a in architectures}
+    return {a: [k for k in found[first[cuts[a]]] if k.is_followed(a)] for a in architectures}
 
 
 def examine(architecture: str, kernels: Sequence[Any]) -> list[tuple[str, Measures]]:

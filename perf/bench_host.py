@@ -18,9 +18,10 @@ from pathlib import Path
 
 import plot
 import torch
+from lab import machine
 from lab.dry_gpu import dry_gpu
 from lab.host_rows import FLOOR, GRADIENTS, PARAMS, SERIES, TORCH, Row, write
-from lab.host_steps import RULES, Case, cold_rows, launch_rows, machine, measure
+from lab.host_steps import RULES, Case, cold_rows, launch_rows, measure
 from lab.host_tensors import one_process
 from lab.rows import OURS
 from lab.timing import FEWEST_REPEATS
@@ -35,7 +36,7 @@ def main() -> None:
     args = _arguments()
     rules = args.rules or [*RULES]
     torch.set_num_threads(1)
-    print(f"{machine()}; microseconds a step: median (20th to 80th percentile)\n")
+    print(f"{machine.in_one_line()}; microseconds a step: median (20th to 80th percentile)\n")
     heads = (FLOOR, OURS, "", *(f"torch {name}" for name in TORCH))
     print(f"{'':<46}" + "".join(f"{head:>22}" for head in heads))
     rows: list[Row] = []

@@ -12,6 +12,10 @@ checkpoint in any number of processes:
 
     torchrun --nproc-per-node 2 perf/train_lm.py --shard
     python perf/train_lm.py --resume train_lm_checkpoints
+
+In bfloat16, rounded to nearest, stochastically, or with exact float32 weights, beside float32:
+
+    python perf/train_lm.py --precision bfloat16 stochastic exact --seeds 3
 """
 
 from __future__ import annotations
@@ -19,8 +23,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from argparse import Namespace
 
 import torch
+from lab import compared, machine
 from lab.checkpoints import DamagedCheckpoint, last_of_each
 from lab.curves import ONE_PROCESS, plot, report
 from lab.language_model import Text
@@ -41,6 +47,9 @@ def main() -> None:
             print("On the CPU the very same kernels run in Triton's interpreter.")
     if first:
         print(f"{len(text.tokens)} bytes, unigram entropy {text.entropy:.3f} nats per byte")
+    if args.compares:
+        compare(args, text)
+        return
     runs = train_together(args, text) if args.folder else train_all(args, text, ALONE)
     if not first:
         return
@@ -58,6 +67,30 @@ def main() -> None:
     if failed := [run for run in runs if not run.end < text.entropy]:
         names = ", ".join(f"{run.optimizer} ({run.by})" for run in failed)
         sys.exit(f"no better at the end than the unigram entropy: {names}")
+
+
+def compare(args: argparse.Namespace, text: Text) -> None:
+    """Trains in each precision from each seed."""
+    runs = [
+        train(
+            Namespace(**{**vars(args), "precision": precision, "seed": seed}),
+            text,
+            name,
+            "triton_optim",
+        )
+        for name in args.optimizer
+        for precision in args.precisions
+        for seed in range(args.seed, args.seed + args.seeds)
+    ]
+    groups = compared.of(runs)
+    compared.report(groups)
+    compared.plot(groups, args.plot)
+    print(f"wrote {args.plot}")
+    if args.csv:
+        compared.write(
+            groups, args.csv, {"machine": machine.in_one_line(), "command": " ".join(sys.argv)}
+        )
+        print(f"wrote {args.csv}")
 
 
 def train_together(args: argparse.Namespace, text: Text) -> list[Run]:

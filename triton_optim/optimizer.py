@@ -24,6 +24,7 @@ from .rule import Rule
 from .step.catch_up import caught_up
 from .step.conditions import StepConditions, is_scaled_through_wrapper
 from .step.fallback import decays, make_missing_state, reference_step
+from .step.float8 import decoded_states
 from .step.loading import (
     adopt_steps,
     check_loaded,
@@ -65,8 +66,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             does so but for state of 16 bits that `state_dtype` asks for.
         rounding_seed: of the random numbers, which depend on it, on a parameter's place in the
             groups, its step, and the place of an element in the whole tensor: on nothing else.
-        state_dtype: float32, bfloat16 or float16, in which state of the parameters' shape is kept,
-            or a dict of them by name. None keeps it as torch does, in the parameter's.
+        state_dtype: float32, bfloat16, float16 or "8bit", in which state of the parameters' shape
+            is kept, or a dict of them by name. None keeps it as torch does, in the parameter's.
+            8 bits are floating point with an exponent for each 256 elements.
 
     Raises:
         TypeError: an argument that there is not.
@@ -202,8 +204,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name in from_defaults:
             param_group.pop(name, None)  # groups are torch's, and so are state dicts
         try:
-            self._stepper.options.check_params(self.param_groups[-1]["params"])
-            self._current_rule().check_group(self.param_groups[-1], self._stepper.options)
+            group, rule = self.param_groups[-1], self._current_rule()
+            exact = [
+                s.name for s in rule.states if s.is_exact and s.name in rule.state_names(group)
+            ]
+            self._stepper.options.check_params(group["params"], exact)
+            rule.check_group(group, self._stepper.options)
         except ValueError:
             del self.param_groups[-1]
             raise
@@ -331,7 +337,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The state and the groups, in torch's format; see `torch.optim.Optimizer.state_dict`.
 
         Rows that were left out of steps are brought up to date first, and their last step is not in
-        it. What it returns is of this step then: save it, or load it, before the next one.
+        it. State of 8 bits becomes bfloat16, which has all its values. What it returns is of this
+        step then: save it, or load it, before the next one.
 
         Raises:
             RuntimeError: state of such rows does not fit its parameter, or no kernel runs there.
@@ -341,10 +348,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         rows = view.rule.row_wise
         if self._stepper.plan is not None:
             self._stepper.plan.forget_skipped(view)
-        if rows is None or rows.lazy is None:
-            return super().state_dict()
         try:
-            self.state = caught_up(view, self._stepper.lazy_values or [])
+            if rows is not None and rows.lazy is not None:
+                self.state = caught_up(view, self._stepper.lazy_values or [])
+            elif view.options.has_eight_bits:
+                self.state = decoded_states(view)
             return super().state_dict()
         finally:
             self.state = state

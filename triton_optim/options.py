@@ -9,9 +9,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, TypedDict
 
-import torch
-
-from .storage import StorageOptions
+from .storage import StateDtype, StorageOptions
 
 Group = dict[str, Any]
 
@@ -25,7 +23,7 @@ class BaseOptions(TypedDict, total=False):
     master_weight_bits: int | None
     stochastic_rounding: bool | None
     rounding_seed: int
-    state_dtype: torch.dtype | Mapping[str, torch.dtype] | None
+    state_dtype: StateDtype | Mapping[str, StateDtype] | None
 
 
 class CommonOptions(BaseOptions, total=False):
@@ -75,7 +73,7 @@ class Options(StorageOptions):
     master_weight_bits: int | None = None
     stochastic_rounding: bool | None = None
     rounding_seed: int = 0
-    state_dtype: torch.dtype | Mapping[str, torch.dtype] | None = None
+    state_dtype: StateDtype | Mapping[str, StateDtype] | None = None
 
     def __post_init__(self) -> None:
         self.check_storage()

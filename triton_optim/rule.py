@@ -31,11 +31,16 @@ class StateTensor:
         initial: the value of every element before the first update, or what gives it for a
             parameter group. Both parts of a complex element start from it.
         when: whether a parameter group keeps it; None: every group does.
+        is_denominator: never negative, and 0 in no sense but a start: in 8 bits it has neither a
+            sign nor a zero.
+        is_exact: 8 bits are not enough for it.
     """
 
     name: str
     initial: float | Callable[[Group], float] = 0.0
     when: Callable[[Group], bool] | None = None
+    is_denominator: bool = False
+    is_exact: bool = False
 
     def new(self, param: Tensor, group: Group, dtype: torch.dtype | None = None) -> Tensor:
         """It, of a parameter before its first update."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,12 @@ from torch import Tensor
 
 REMAINDER = "param_remainder"  # a state: int16, what a bfloat16 parameter lacks of a float32
 HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})
-STATE_DTYPES = frozenset({torch.float32, *HALF_DTYPES})
+EIGHT_BITS = torch.uint8  # what "8bit" is kept in; see kernels/float8.py
+EXPONENTS = "_exponents"  # after a state's name: uint8, of its groups
+STATE_DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16,
+    torch.float16: torch.float16, "8bit": EIGHT_BITS}  # fmt: skip
+
+StateDtype = torch.dtype | str
 
 
 class StorageOptions:
@@ -19,7 +24,7 @@ class StorageOptions:
     master_weight_bits: int | None
     stochastic_rounding: bool | None
     rounding_seed: int
-    state_dtype: torch.dtype | Mapping[str, torch.dtype] | None
+    state_dtype: StateDtype | Mapping[str, StateDtype] | None
 
     def check_storage(self) -> None:
         """Refuse what contradicts itself.
@@ -50,11 +55,16 @@ class StorageOptions:
             )
         for dtype in self._given_dtypes:
             if dtype not in STATE_DTYPES:
-                names = ", ".join(sorted(map(str, STATE_DTYPES)))
+                names = ", ".join(map(repr, STATE_DTYPES))
                 raise ValueError(f"Invalid state_dtype value: {dtype!r}; give one of {names}")
+        if self.stochastic_rounding is False and "8bit" in self._given_dtypes:
+            raise ValueError(
+                "stochastic_rounding=False, and state_dtype asks for 8 bits, which lose all small "
+                "updates without it; leave it out, or ask for bfloat16"
+            )
 
     @property
-    def _given_dtypes(self) -> Iterable[torch.dtype]:
+    def _given_dtypes(self) -> Collection[StateDtype]:
         if isinstance(self.state_dtype, Mapping):
             return self.state_dtype.values()
         return () if self.state_dtype is None else (self.state_dtype,)
@@ -63,8 +73,12 @@ class StorageOptions:
     def may_round(self) -> bool:
         """Whether anything may be rounded stochastically: then every step is counted."""
         if self.stochastic_rounding is None:
-            return not HALF_DTYPES.isdisjoint(self._given_dtypes)
+            return not {"8bit", *HALF_DTYPES}.isdisjoint(self._given_dtypes)
         return self.stochastic_rounding
+
+    @property
+    def has_eight_bits(self) -> bool:
+        return "8bit" in self._given_dtypes
 
     def repeated_by(self, group: Mapping[str, Any]) -> set[str]:
         """Of these options, those that a parameter group has too, with the same value."""
@@ -77,12 +91,19 @@ class StorageOptions:
 
     def dtype_of(self, name: str, param: Tensor) -> torch.dtype | None:
         """That in which a state is kept; None: the parameter's, or what was loaded."""
-        dtype = self.state_dtype
-        if isinstance(dtype, Mapping):
-            dtype = dtype.get(name)
         if name == REMAINDER:
-            dtype = torch.int16
-        return torch.float32 if dtype is None and self.keeps_remainder(param) else dtype
+            return torch.int16
+        given = self.state_dtype
+        asked = given.get(name) if isinstance(given, Mapping) else given
+        if asked is None:
+            return torch.float32 if self.keeps_remainder(param) else None
+        return STATE_DTYPES[asked]
+
+    def names_beside(self, param: Tensor, names: Iterable[str]) -> tuple[str, ...]:
+        """Names of what is kept beside a parameter and states of these names: see kernels."""
+        dtypes = {name: self.dtype_of(name, param) for name in names}
+        exponents = (name + EXPONENTS for name, dtype in dtypes.items() if dtype == EIGHT_BITS)
+        return (*((REMAINDER,) if self.keeps_remainder(param) else ()), *exponents)
 
     def rounds_param(self, param: Tensor) -> bool:
         """Whether a parameter is rounded stochastically."""
@@ -90,6 +111,8 @@ class StorageOptions:
 
     def rounds_state(self, name: str, dtype: torch.dtype) -> bool:
         """Whether a state that is kept in this dtype is rounded stochastically."""
+        if dtype == EIGHT_BITS:
+            return True
         asked = (
             name in self.state_dtype if isinstance(self.state_dtype, Mapping) else self.state_dtype
         )
@@ -112,8 +135,12 @@ class StorageOptions:
         plain = len({*dtypes.values()}) < 2 if by_rows else {*dtypes.values()} <= {param.dtype}
         return None if plain else f"state_dtype={self.state_dtype}"
 
-    def check_params(self, params: Iterable[Tensor]) -> None:
-        """Refuse parameters that cannot be stored so."""
+    def check_params(self, params: Iterable[Tensor], exact: Iterable[str]) -> None:
+        """Refuse parameters that cannot be stored so.
+
+        Args:
+            exact: names of their state for which 8 bits are not enough.
+        """
         for position, param in enumerate(params):
             where = f"parameter {position} of the group is {param.dtype}"
             if self.master_weight_bits and param.dtype == torch.float16:
@@ -124,6 +151,11 @@ class StorageOptions:
                 )
             if self.state_dtype is not None and param.is_complex():
                 raise ValueError(f"{where}; state_dtype takes real ones: leave it out")
+            if bad := [name for name in exact if self.dtype_of(name, param) == EIGHT_BITS]:
+                raise ValueError(
+                    f"8 bits are not enough for the state {bad[0]!r}; ask for bfloat16, or name "
+                    "the others in a dict"
+                )
 
     def check_used(self, params: Iterable[Tensor], names: Iterable[str]) -> None:
         """Refuse options that do nothing for these parameters and states."""

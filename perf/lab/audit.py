@@ -62,13 +62,15 @@ SPILLS = "spills {0.spills} bytes a thread; 0 are allowed"
 DENSE_LIMITS: Sequence[Limit] = (
     (lambda r: r.spills, SPILLS),
     (lambda r: not r.narrowest_bits, "stores no whole block without a mask"),
-    (lambda r: r.alignment == ALIGNMENT and 0 < r.narrowest_bits < VECTOR_BITS,
-     "has a load or store of {0.narrowest_bits} bits on its main path; 128 are asked for"),
+    (lambda r: r.alignment == ALIGNMENT and 0 < r.narrowest_bits < r.vector_bits,
+     "has a load or store of {0.narrowest_bits} bits on its main path; {0.vector_bits} are asked "
+     "for"),
     (lambda r: not r.floor <= r.bytes_per_param <= r.most_bytes,
      "moves {0.bytes_per_param:.3f} bytes a parameter; {0.floor} to {0.most_bytes:.3f} are "
      "allowed"),
     (lambda r: r.launches != 1, "takes {0.launches} update launches a step; 1 is allowed"),
-    (lambda r: r.architecture == "sm_90" and r.narrowest_bits and r.limit == "issue",
+    (lambda r: r.architecture == "sm_90" and r.narrowest_bits and r.limit == "issue"
+     and not r.issue_allowed,
      "issues {0.instructions:.1f} instructions an element; {0.fitting:.1f} fit while memory moves "
      "it"),
 )  # fmt: skip

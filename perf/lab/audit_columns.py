@@ -12,8 +12,9 @@ _USAGE = (
 DENSE_COLUMNS = (
     Column("kernel", "<50",
            lambda r: r.kernel.removesuffix(" misaligned").replace(" gated", " *"),
-           "rule, flags, dtypes of parameter/gradient/state; * under a GradScaler, and clips and "
-           "skips"),
+           "rule, flags, dtypes of parameter/gradient/state; s: rounded stochastically, r: with a "
+           "remainder; shards: of columns whose numbers are multiples of 8 (1) or not (2); * under "
+           "a GradScaler, and clips and skips"),
     Column("al", ">3", "alignment", "bytes of which every address is a multiple"),
     *_USAGE,
     Column("load", ">5", "load_bits",
@@ -29,6 +30,8 @@ DENSE_COLUMNS = (
            "1e9 elements/s that memory allows: bandwidth / floor"),
     Column("issue", ">6.0f", lambda r: r.issue_rate / 1e9,
            "1e9 elements/s that instruction issue allows: instructions/s / instr"),
+    Column("share", ">6.2f", lambda r: r.instructions / r.fitting,
+           "of the instructions that fit while memory moves an element: mem / issue"),
     Column("limit", ">7", "limit", "the smaller of the two"),
     Column("warps", ">6", "resident_warps",
            "resident warps an SM that registers and shared memory allow, in whole programs"),

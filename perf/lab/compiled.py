@@ -24,5 +24,6 @@ def rule_and_flags(rule: str, flags: Iterable[str]) -> str:
 
 
 def short(dtype: str) -> str:
-    """ "f32" of "float32"."""
-    return dtype.replace("float", "f")
+    """ "f32" of "float32"; "bf16s" and "bf16r": rounded stochastically, and with a remainder."""
+    named = dtype.replace("float8_", "").replace("float", "f")
+    return named.replace("_stochastic", "s").replace("_remainder", "r")

@@ -66,13 +66,18 @@ def plot(
     if entropy is not None:
         panels[0].axhline(entropy, color="gray", linestyle="--", label="unigram entropy")
     for panel, settings in zip(panels, (left, right), strict=True):
-        panel.set(xlabel="step", **settings)
-        for axis_format in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-            axis_format("{x:g}")
-        panel.grid(alpha=0.3, which="both")
-        panel.spines[["top", "right"]].set_visible(False)
-        handles, labels_ = panel.get_legend_handles_labels()
-        unique = dict(zip(labels_, handles, strict=True))  # torch's runs look alike: one entry
-        if unique:
-            panel.legend(unique.values(), unique.keys(), frameon=False)
+        finish(panel, settings)
     figure.savefig(path, format="png", dpi=150)
+
+
+def finish(panel: Any, settings: dict[str, Any]) -> None:
+    """Axes, grid and legend of a panel whose curves are drawn. settings: of `Axes.set`."""
+    panel.set(xlabel="step", **settings)
+    for axis_format in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+        axis_format("{x:g}")
+    panel.grid(alpha=0.3, which="both")
+    panel.spines[["top", "right"]].set_visible(False)
+    handles, labels = panel.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))  # torch's runs look alike: one entry
+    if unique:
+        panel.legend(unique.values(), unique.keys(), frameon=False)

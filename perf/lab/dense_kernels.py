@@ -10,6 +10,7 @@ from lab.compiled import built_in, rule_and_flags, short
 from lab.control_flow import Instruction
 from lab.gpus import GPUS
 from lab.machine_code import Code, MainPath
+from triton_optim.kernels.random_bits import SINGLY
 from triton_optim.launch import backend, tuning
 from triton_optim.testing.compiled import Usage, compile_update
 
@@ -33,7 +34,22 @@ class Kernel(NamedTuple):
         storage = "/".join(map(short, self.storage))
         aligned = "" if self.variant.aligned else " misaligned"
         gated = " gated" if self.variant.conditions else ""
-        return f"{rule_and_flags(self.rule, self.variant.flags)} {storage}{gated}{aligned}"
+        shards = f" shards {self.variant.sharding}" if self.variant.sharding else ""
+        return f"{rule_and_flags(self.rule, self.variant.flags)} {storage}{gated}{shards}{aligned}"
+
+    @property
+    def draws_eight(self) -> bool:
+        """Whether a random number serves the 8 elements that a thread loads together."""
+        return self.variant.aligned and self.variant.sharding != SINGLY.value
+
+    def is_followed(self, architecture: str) -> bool:
+        """Whether its machine code has one main path; AMD's has none for some.
+
+        Where random numbers are drawn singly, the division of 64 bits for each element branches;
+        where state is of 8 bits, what the largest of a group takes.
+        """
+        branches = self.variant.sharding == SINGLY.value or self.variant.has_groups
+        return not (branches and architecture.startswith("gfx"))
 
     def misaligned(self) -> Kernel:
         """The same over addresses that are no multiple of 16 bytes."""
@@ -70,7 +86,8 @@ class Kernel(NamedTuple):
             "shared": shared,
             "load_bits": 8 * max(path.loads, default=0),
             "store_bits": 8 * max(path.stores, default=0),
-            "narrowest_bits": 8 * min(path.loads + path.stores, default=0),
+            "narrowest_bits": 8 * min(_of_elements(variant, path), default=0),
+            "vector_bits": 64 if variant.has_groups else 128,  # 8 elements of a byte
             "instructions": round(path.instructions / elements, 2),
             "with_detours": round((path.instructions + path.detours) / elements, 2),
             "resident_warps": warps,
@@ -78,5 +95,11 @@ class Kernel(NamedTuple):
             "bytes_per_param": round(self.bytes_per_param, 4),
             "floor": variant.bytes_per_element,
             "launches": self.launches,
+            "issue_allowed": variant.has_groups or (variant.rounds and not self.draws_eight),
         }
         return {**measures, "limit": dense_report(architecture, self.name, measures).limit}
+
+
+def _of_elements(variant: backend.Variant, path: MainPath) -> list[int]:
+    """Bytes of each load and store but those of exponents, a byte for a group."""
+    return [n for n in path.loads + path.stores if n > 1 or not variant.has_groups]

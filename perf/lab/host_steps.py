@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -14,11 +13,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch.nn import Parameter
 
 import triton_optim
-from lab import rules
+from lab import machine, rules
 from lab.dry_gpu import dry_gpu
 from lab.host_rows import (
     CHANGING,
@@ -35,7 +33,6 @@ from lab.host_rows import (
 )  # fmt: skip
 from lab.host_tensors import half, new_gradients, one_process, parameters, reading_addresses
 from lab.implementations import IMPLEMENTATIONS, Implementation, Step
-from lab.machine import processor_and_threads
 from lab.rows import OURS
 from lab.rules import STORAGES, Rule
 from lab.timing import Summary, in_turn
@@ -63,13 +60,7 @@ class Case(NamedTuple):
     def row(self, implementation: str, times: list[float], groups: int = 1) -> Row:
         columns = self.rule, self.params, self.tensors, groups, self.gradients, implementation
         summary = Summary.of(times) if len(times) > 1 else 3 * times
-        return Row(machine(), *columns, len(times), *summary)
-
-
-def machine() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    versions = f"torch {torch.__version__}, Triton {triton.__version__}"
-    return f"{processor_and_threads()}, {device}, {versions}, Python {platform.python_version()}"
+        return Row(machine.in_one_line(), *columns, len(times), *summary)
 
 
 def measure(case: Case, repeats: int, seconds: float) -> list[Row]:

@@ -16,19 +16,38 @@ from torch.nn import Parameter
 import triton_optim
 from lab.dense_kernels import Kernel
 from lab.traffic import Traffic, watched
+from triton_optim.kernels.random_bits import EIGHTS, SINGLY
 from triton_optim.launch import backend, tuning
 from triton_optim.launch.launcher import UpdateLaunch, record_launches
 from triton_optim.step.launch_group import LaunchGroup
+from triton_optim.storage import StorageOptions
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# parameter, gradient, state
-STORAGES = (
+Storage = tuple[torch.dtype, torch.dtype, torch.dtype]  # of parameter, gradient, state
+STORAGES: tuple[Storage, ...] = (
     *((dtype, dtype, dtype) for dtype in DTYPES),
     (torch.bfloat16, torch.bfloat16, torch.float32),
     (torch.float32, torch.bfloat16, torch.float32),
 )
 # Where a GradScaler, clipping and skipping meet in one kernel: the most that it can be asked.
-GATED_STORAGES = (STORAGES[0], STORAGES[4])
+GATED_STORAGES = (STORAGES[0], STORAGES[3], STORAGES[4])
+# Options of storage and what they make of bfloat16 parameters, and the optimizers with which they
+# are tried. Adam's rule is AdamW's.
+FORMATS: tuple[tuple[dict[str, Any], Storage], ...] = (
+    ({"master_weight_bits": 32}, STORAGES[4]),
+    ({"master_weight_bits": 32, "state_dtype": torch.bfloat16}, STORAGES[1]),
+    ({"stochastic_rounding": True}, STORAGES[1]),
+    (
+        {"master_weight_bits": 32, "state_dtype": "8bit"},
+        (torch.bfloat16, torch.bfloat16, torch.uint8),
+    ),
+)
+FORMATTED: dict[str, dict[str, Any]] = {
+    "SGD": {"momentum": 0.5},
+    "Adagrad": {},
+    "RMSprop": {},
+    "Adam": {"decoupled_weight_decay": True},
+}
 CHUNKS = 4  # of a tensor, whole ones
 TENSORS = 2  # a group each
 
@@ -45,6 +64,20 @@ def kernels_of(architecture: str, name: str) -> list[Kernel]:
     return [*found.values(), *(kernel.misaligned() for kernel in found.values())]
 
 
+def formats_of(architecture: str, name: str) -> list[Kernel]:
+    """Those of an optimizer with options of storage: over aligned addresses, others, and shards."""
+    whole = [
+        measure(architecture, name, {**FORMATTED[name], **options}, storage, gated=gated)
+        for (options, storage), gated in product(FORMATS, (False, True))
+    ]
+    shards = [
+        kernel._replace(variant=kernel.variant._replace(sharding=sharding))
+        for kernel, sharding in product(whole, (EIGHTS.value, SINGLY.value))
+        if kernel.variant.rounds
+    ]
+    return [*whole, *(kernel.misaligned() for kernel in whole), *shards]
+
+
 def flag_sets(name: str) -> list[dict[str, Any]]:
     """Arguments of an optimizer that reach its flag sets, one each: all of its switches are tried.
 
@@ -52,7 +85,9 @@ def flag_sets(name: str) -> list[dict[str, Any]]:
     of decoupled decay, which changes every rule's last line alike, is tried alone and with all.
     """
     make = getattr(triton_optim, name)
-    defaults = {p.name: p.default for p in signature(make).parameters.values()}
+    parameters = signature(make).parameters.values()
+    storage = StorageOptions.__annotations__  # see `formats_of`
+    defaults = {p.name: p.default for p in parameters if p.name not in storage}
     on = {n: True if d is False else 0.5 for n, d in defaults.items() if d is False or d == 0}
     found: dict[frozenset[str], dict[str, Any]] = {}
     for n_on in range(len(on) + 1):
@@ -74,7 +109,7 @@ def measure(
     architecture: str,
     name: str,
     kwargs: dict[str, Any],
-    storage: tuple[torch.dtype, torch.dtype, torch.dtype],
+    storage: Storage,
     *,
     gated: bool = False,
 ) -> Kernel:

@@ -37,6 +37,16 @@ def processor_and_threads() -> str:
     return f"{processor()}, {threads} thread{'s' * (threads > 1)}"
 
 
+def in_one_line() -> str:
+    """The CPU, the GPU and the versions."""
+    import torch
+    import triton
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    versions = f"torch {torch.__version__}, Triton {triton.__version__}"
+    return f"{processor_and_threads()}, {device}, {versions}, Python {platform.python_version()}"
+
+
 def printed(*command: str) -> str:
     """What a program prints, or "unknown" where it fails."""
     try:

@@ -13,6 +13,7 @@ import torch
 
 from lab.checkpoints import last_of_each, read, step_of
 from lab.language_model import HEADS, Text, documentation
+from lab.precisions import FLOAT32, PRECISIONS
 from lab.training import OPTIMIZERS, WITHOUT_TORCH
 
 CHECKPOINTS = Path("train_lm_checkpoints")  # default with --shard
@@ -47,6 +48,16 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add("--batch", type=positive, default=16, help="of all processes together")
     add("--context", type=positive, default=64, help="bytes")
     add("--seed", type=int, default=0)
+    add("--seeds", type=positive, default=1, help="how many, from --seed on, with --precision")
+    add(
+        "--precision",
+        nargs="+",
+        choices=PRECISIONS,
+        default=[FLOAT32],
+        dest="precisions",
+        help="train in each, and in float32, and compare",
+    )
+    add("--csv", type=Path, help="write the losses of --precision there")
     add("--lr", type=positive_number, help="default: one that suits optimizer and model")
     add(
         "--max-grad-norm",
@@ -81,7 +92,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
 def arguments(description: str) -> tuple[argparse.Namespace, Text]:
     """What was asked for, checked, and the text to learn.
 
-    Beside the options: `folder`, where checkpoints go, or None; `settings`, what they say of a run.
+    Beside the options: `folder`, where checkpoints go, or None; `settings`, what they say of a run;
+    `compares`, whether precisions are compared; `precision`, that of a run.
     """
     parser = _parser(description)
     args = parser.parse_args()
@@ -108,6 +120,7 @@ def arguments(description: str) -> tuple[argparse.Namespace, Text]:
     if args.plot.is_dir() or not args.plot.parent.is_dir():
         parser.error(f"--plot {args.plot}: not a file in an existing folder")
     _check_processes(parser, args)
+    _check_precisions(parser, args)
     try:
         content = args.text.read_bytes() if args.text else documentation()
     except OSError as error:
@@ -132,6 +145,16 @@ def _check_processes(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     gpus = torch.cuda.device_count()
     if args.device == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
         parser.error(f"--device cuda: each process needs a GPU, and torch sees {gpus}")
+
+
+def _check_precisions(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    args.compares = args.precisions != [FLOAT32]
+    args.precisions = [FLOAT32, *(name for name in args.precisions if name != FLOAT32)]
+    args.precision = FLOAT32
+    if args.compares and (args.folder or args.against != "nothing"):
+        parser.error("--precision: without --shard, --checkpoint, --resume and --against")
+    if not args.compares and (args.seeds > 1 or args.csv):
+        parser.error("--seeds and --csv: with a --precision beside float32")
 
 
 def _check_checkpoints(

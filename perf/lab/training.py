@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from lab.checkpoints import Parts, last_whole, load, save
 from lab.language_model import Text, make_model
+from lab.precisions import FLOAT32, PRECISIONS, bytes_per_param
 from lab.processes import ALONE, Processes
 
 
@@ -60,6 +61,9 @@ class Run(NamedTuple):
     losses: list[float]
     step_ms: list[float]  # of this process's own steps, not of those before a checkpoint
     measured: dict[int, float]  # by step: the effective step size, or the accuracy
+    precision: str = FLOAT32
+    seed: int = 0
+    bytes_per_param: float | None = None
 
     @property
     def end(self) -> float:
@@ -77,7 +81,7 @@ def train(
     """Trains to `args.steps` steps.
 
     Args:
-        args: of train_lm.py.
+        args: of train_lm.py, of one seed and precision.
         text: what to learn.
         name: of the optimizer.
         by: "triton_optim" or "torch".
@@ -86,12 +90,13 @@ def train(
     """
     torch.manual_seed(args.seed)
     model = make_model(args.model, text.vocabulary, args.size, args.context).to(args.device)
+    model.to(PRECISIONS[args.precision].dtype)
     processes.shard(model)
-    optimizer = make_optimizer(args, model, name, by)
+    optimizer = make_optimizer(args, model, name, by, **PRECISIONS[args.precision].options)
     windows = text.tokens.to(args.device).unfold(0, args.context + 1, 1)
     batches = torch.Generator().manual_seed(args.seed)
     parts = Parts(model, optimizer, batches)
-    run = Run(name, by, [], [], {})
+    run = Run(name, by, [], [], {}, args.precision, args.seed)
     if folder and (checkpoint := last_whole(folder)):
         record = load(checkpoint, parts)
         run.losses.extend(record["losses"])
@@ -102,12 +107,13 @@ def train(
     start, every = len(run.losses), max(1, args.steps // N_RATES)
     steps = range(start, args.steps)
     shown = {"total": args.steps, "initial": start, "disable": processes.rank > 0}
-    progress = tqdm(steps, f"{name} ({by})", unit="step", **shown)
+    how = by if args.precision == FLOAT32 else args.precision
+    progress = tqdm(steps, f"{name} ({how})", unit="step", **shown)
     for step in progress:
         picks = torch.randint(len(windows), (args.batch,), generator=batches)
         batch = processes.part(windows[picks])
         logits = model(batch[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         run.losses.append(processes.mean(loss))
@@ -118,17 +124,20 @@ def train(
             record = {"settings": args.settings, "losses": run.losses, "rates": run.measured}
             save(folder, step + 1, parts, record)
         progress.set_postfix(loss=f"{run.losses[-1]:.3f}", refresh=False)
-    return run
+    return run._replace(bytes_per_param=bytes_per_param(model, optimizer))
 
 
 def make_optimizer(
-    args: argparse.Namespace, model: nn.Module, name: str, by: str
+    args: argparse.Namespace, model: nn.Module, name: str, by: str, **options: Any
 ) -> torch.optim.Optimizer:
-    """That of `args.lr` or the default rate, clipping to `args.max_grad_norm` if it is not None."""
+    """That of `args.lr` or the default rate, clipping to `args.max_grad_norm` if it is not None.
+
+    options: that triton_optim has beside torch.
+    """
     spec = OPTIMIZERS[name]
     kwargs = {"lr": args.lr or spec.lr[args.model], **spec.kwargs}
     # The kernels or an error, never torch's own way.
-    ours = {"fused": True, "max_grad_norm": args.max_grad_norm}
+    ours = {"fused": True, "max_grad_norm": args.max_grad_norm, **options}
     optimizer = new_optimizer(by, spec.cls, model, kwargs, ours)
 
     def clip(*_: Any) -> None:

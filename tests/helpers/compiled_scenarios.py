@@ -20,6 +20,7 @@ from torch.nn import Parameter
 from triton.compiler import CompiledKernel
 
 import triton_optim
+from triton_optim.kernels.formats import FLOAT64
 from triton_optim.kernels.multi_tensor import multi_tensor_kernel
 
 OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
@@ -111,7 +112,7 @@ def a_profiler_is_told_the_bytes(gpu: DryGPU) -> None:
 def everything_is_compiled_before_anything_is_launched(gpu: DryGPU) -> None:
     params = [*_params(10), *_params(10, dtype=torch.float64)]
     optimizer = triton_optim.RMSprop(params, alpha=0.5)
-    _fail_to_compile(gpu, optimizer, lambda flags: str(flags["PARAM_DTYPE"]) == "fp64")
+    _fail_to_compile(gpu, optimizer, lambda flags: flags["FORMATS"] & 15 == FLOAT64.value)
     launched = len(gpu.launches)
     optimizer.step()
     assert len(gpu.launches) == launched + 2

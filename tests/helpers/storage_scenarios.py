@@ -127,6 +127,42 @@ def resharded(name: str, world: World) -> None:
     save(_state(problem), checkpoint_id=path.format(turn))
 
 
+def eight_bits_resharded(world: World) -> None:
+    """To the bit into the same world; into another one, groups are others, within a unit."""
+    turn = world.sizes.index(world.size)
+    parallelism, path = in_one if world.size == 1 else fsdp, f"{world.folder}/stored-8bit-{{}}"
+    problem = Problem(parallelism, world, "8bit")
+    if turn:
+        _load(path.format(turn - 1), problem)
+        expected = torch.load(f"{path.format(turn - 1)}-values.pt")
+        for name, values in _whole(problem).items():
+            error = (values - expected[name]).abs()
+            largest = expected[name].abs().max()
+            assert (error <= expected[name].abs() / 15 + largest * 2**-13).all(), name
+    problem.train(range(turn * STEPS, (turn + 1) * STEPS))
+    save(_state(problem), checkpoint_id=path.format(turn))
+    whole = _whole(problem)
+    if world.rank == 0:
+        torch.save(whole, f"{path.format(turn)}-values.pt")
+    again = Problem(parallelism, world, "8bit")
+    _load(path.format(turn), again)
+    for each in (problem, again):
+        each.train([90, 91])
+    assert_same_bits(again.optimizer.state_dict(), problem.optimizer.state_dict())
+    assert_same_bits(*([local(p) for p in x.model.parameters()] for x in (again, problem)))
+
+
+def _whole(problem: Problem) -> dict[str, Tensor]:
+    """The averages of all ranks."""
+    state: Any = get_state_dict(problem.model, problem.optimizer)[1]
+    return {
+        f"{name}.{key}": (value.full_tensor() if isinstance(value, DTensor) else value).float()
+        for name, entry in state["state"].items()
+        for key, value in entry.items()
+        if key in ("exp_avg", "exp_avg_sq")
+    }
+
+
 def _state(problem: Problem) -> dict[str, Any]:
     model, optimizer = get_state_dict(problem.model, problem.optimizer)
     return {"model": model, "optimizer": optimizer}
@@ -199,6 +235,7 @@ def storage_scenarios() -> list[Scenario]:
         Scenario("transposed_rows", transposed_rows, (4,)),
         Scenario("stored-from_float32", from_float32, (2,)),
         Scenario("stored-zero", zero, (2, 4)),
+        Scenario("stored_resharded-8bit", eight_bits_resharded, (2, 4, 1)),
     ]
     for name in FORMATS:
         found.append(Scenario(f"stored_resharded-{name}", partial(resharded, name), (2, 4, 1)))

@@ -29,6 +29,7 @@ FORMATS: dict[str, Callable[..., Any]] = {
     ),
     "exact": partial(AdamW, master_weight_bits=32, state_dtype={"exp_avg": torch.float16}),
 }
+EIGHT_BITS = partial(AdamW, master_weight_bits=32, state_dtype="8bit")
 
 
 class Layers(Module):
@@ -110,7 +111,8 @@ class Problem:
 
     def __init__(self, parallelism: Parallelism, world: World, name: str) -> None:
         self.model = parallelism(world, Layers())
-        self.optimizer = FORMATS[name](self.model.parameters())
+        make = EIGHT_BITS if name == "8bit" else FORMATS[name]
+        self.optimizer = make(self.model.parameters())
         where = parallelism(world, indices())
         self.where = {n: local(p).long() for n, p in where.named_parameters()}
 

@@ -140,6 +140,8 @@ def test_spills_and_narrow_accesses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match=r"give Rule\.reference"):
         check(WithoutReference, compiled=False)
+    with pytest.raises(ValueError, match="takes no stochastic_rounding; leave it out"):
+        check(triton_optim.AdamW, stochastic_rounding=True)
     with pytest.raises(AssertionError, match="no kernel was launched"):
         check(Lion, compiled=False, fused=False)
     monkeypatch.setattr("triton_optim.launch.backend.DEVICE_TYPE", None)

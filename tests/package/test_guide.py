@@ -8,6 +8,7 @@ import re
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -27,10 +28,10 @@ DOCUMENTS = sorted(
 )
 
 
-def _blocks() -> list[str]:
-    """The Python blocks of "Your own rule": Lion, its use, Signum, AveragedSGD, the test."""
+def _blocks(title: str = "Your own rule") -> list[str]:
+    """A section's Python blocks; of that one: Lion, its use, Signum, AveragedSGD, the test."""
     section = re.split(r"^## ", GUIDE.read_text(), flags=re.MULTILINE)
-    (rule,) = [text for text in section if text.startswith("Your own rule\n")]
+    (rule,) = [text for text in section if text.startswith(f"{title}\n")]
     return re.findall(r"```python\n(.*?)```", rule, re.DOTALL)
 
 
@@ -125,6 +126,29 @@ def test_averaged_sgd(shown: ModuleType, option: str) -> None:
         assert param.tolist() == [values[i]] * 3
         assert state["average"].tolist() == pytest.approx([averages[i]] * 3, rel=1e-6)
         assert float(state["sum_of_rates"]) == total[i]
+
+
+def test_bfloat16_as_shown() -> None:
+    making, weights_there_and_back = _blocks("Training in bfloat16 without a float32 copy")
+    model, made = torch.nn.Linear(3, 2, device=DEVICE), []
+
+    def recorded(*args: Any, **kwargs: Any) -> triton_optim.AdamW:
+        made.append(triton_optim.AdamW(*args, **kwargs))
+        return made[-1]
+
+    names = {"model": model, **vars(triton_optim), "torch": torch, "AdamW": recorded}
+    exec(making, names)
+    model(torch.ones(1, 3, device=DEVICE, dtype=torch.bfloat16)).sum().backward()
+    for optimizer in made:
+        optimizer.step()
+        names["optimizer"] = optimizer
+        exec(weights_there_and_back, names)
+        assert {weight.dtype for weight in names["weights"].values()} == {torch.float32}
+    states = [optimizer.state[model.weight] for optimizer in made]
+    assert [state["exp_avg"].dtype for state in states] == [
+        torch.float32, torch.bfloat16, torch.bfloat16,
+    ]  # fmt: skip
+    assert ["param_remainder" in state for state in states] == [True, True, False]
 
 
 def _anchors(path: Path) -> set[str]:

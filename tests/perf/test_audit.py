@@ -32,7 +32,10 @@ ROOT = Path(__file__).parents[2]
 BASELINE = ROOT / "perf/results/audit.json"
 REWRITE = "python perf/audit_kernels.py --json perf/results/audit.json"
 # All dense kernels on sm_90, and each seventh on the other three; a few by rows, and their steps.
-OPTIONS = {"dense": ("--every", "7"), "rows": ("--every", "40", "--arch", "sm_90", "gfx942")}
+OPTIONS = {
+    "dense": ("formats", "--every", "7"),
+    "rows": ("--every", "40", "--arch", "sm_90", "gfx942"),
+}
 
 Run = tuple[subprocess.CompletedProcess[str], Audit]
 

@@ -65,6 +65,9 @@ def test_what_is_sharded_is_clipped_and_saved(tmp_path: Path, monkeypatch: Patch
         ("--against single", "--against single: needs --shard"),
         ("--max-grad-norm 0", "'0' is not positive"),
         ("--lr inf", "--lr inf: must be finite"),
+        ("--precision exact --against torch", "--precision: without --shard, --checkpoint"),
+        ("--precision exact --checkpoint new", "--precision: without --shard, --checkpoint"),
+        ("--seeds 2", "--seeds and --csv: with a --precision beside float32"),
         ("--optimizer adam lion --against torch", "--against torch: torch has no lion"),
     ],
 )

@@ -60,7 +60,9 @@ def test_steps_are_those_of_float32(case: Case) -> None:
     train_both(case.ours, steps=4)
 
 
+@pytest.mark.interpreted
 def test_those_of_ones_own_rule() -> None:
+    """Compiled, it leaves the choice of which product is fused, and two kernels choose apart."""
     train_both(Lion, steps=4)
 
 

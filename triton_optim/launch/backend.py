@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..rule import Rule
+from ..tensors.float8 import GROUP_SIZE
 from . import tuning
 from .tuning import Config
 
@@ -63,6 +64,8 @@ STORAGE_DTYPES = {
 # Bytes of an element in each format, of kernels/formats.py.
 ITEM_SIZES = {n: d.itemsize for d, n in STORAGE_DTYPES.items() if not d.is_complex}
 ITEM_SIZES |= {"bfloat16_stochastic": 2, "float16_stochastic": 2, "bfloat16_remainder": 4}
+ITEM_SIZES |= {"float8_e5m3": 1, "float8_e4m3": 1}  # and a byte for each group
+STOCHASTIC = frozenset(name for name in ITEM_SIZES if name.endswith("_stochastic") or "8_" in name)
 
 CAPTURABLE_DEVICE_TYPES = frozenset({"cuda"})  # where there are CUDA graphs, or HIP's
 
@@ -71,10 +74,12 @@ _CURRENT: AbstractContextManager[object] = nullcontext()
 ALIGNMENT = 16  # bytes: a 128-bit load
 
 # Left alone, ptxas squeezes kernels of two states into 64 registers, of three into 80, and gated
-# ones of one state into 56, where some spill.
+# ones of one state into 56, where some spill. Those that round stochastically it leaves what they
+# need, and limits made them spill.
 STATES_REGISTERS = {2: 80, 3: 96}
 MISALIGNED_REGISTERS = 16  # more, where elements are loaded one by one
 GATED_REGISTERS = 64
+GATED_DOUBLE_REGISTERS = {1: 112, 2: 144}  # by states, for float64, where it has 96 and 128
 FEW_ELEMENTS = 256  # that a warp holds at once; with more, or in a loop, these are too few
 
 TAIL_SIZE = 256  # of the last blocks of a tensor, where masks cost a format registers
@@ -117,12 +122,12 @@ class Variant(NamedTuple):
     @property
     def rounds(self) -> bool:
         """Whether anything is rounded stochastically."""
-        return any(name.endswith("_stochastic") for name in self.written)
+        return not STOCHASTIC.isdisjoint(self.written)
 
     @property
     def is_approximate(self) -> bool:
         """Whether everything that is written is rounded so."""
-        return all(name.endswith("_stochastic") for name in self.written)
+        return STOCHASTIC.issuperset(self.written)
 
     @property
     def has_formats(self) -> bool:
@@ -145,9 +150,15 @@ class Variant(NamedTuple):
         return not self.conditions.isdisjoint(("FOUND_INF", "SKIP_NONFINITE"))
 
     @property
+    def has_groups(self) -> bool:
+        """Whether some state is of 8 bits, with exponents of groups."""
+        return any(name.startswith("float8") for name in self.written)
+
+    @property
     def half(self) -> bool:
-        """Whether everything that is updated is of 16 bits."""
-        return all(ITEM_SIZES[name] == 2 for name in (*self.written, self.grad_dtype))
+        """Whether no tensor is of 32 bits or more."""
+        names = (*self.written, self.grad_dtype)
+        return all(name.startswith(("bfloat16", "float16", "float8")) for name in names)
 
 
 class GradVariant(NamedTuple):
@@ -176,7 +187,7 @@ def config(variant: Variant, numels: Iterable[int], device: torch.device) -> Con
         return tuning.config(architecture(device), half=variant.half)
     numels = list(numels)
     size = min(
-        INTERPRETED_BLOCK_SIZES,
+        (max(size, GROUP_SIZE) if variant.has_groups else size for size in INTERPRETED_BLOCK_SIZES),
         key=lambda size: (INTERPRETED_OVERHEAD + size) * sum(-(-n // size) for n in numels),
     )
     return Config(size, num_warps=1)
@@ -279,12 +290,11 @@ def options(variant: Variant, config: Config, architecture: str) -> dict[str, An
     """The compiler's options, by name."""
     chosen = {"num_warps": config.num_warps, "enable_fp_fusion": True}
     elements = config.block_size // config.num_warps
-    if (
-        architecture.startswith("sm_")
-        and variant.param_dtype != "float64"
-        and elements <= FEW_ELEMENTS
-        and config.blocks == 1
-    ):
+    few = elements <= FEW_ELEMENTS and config.blocks == 1 and not variant.rounds
+    if architecture.startswith("sm_") and few and variant.param_dtype == "float64":
+        if variant.conditions and variant.n_states in GATED_DOUBLE_REGISTERS:
+            chosen["maxnreg"] = GATED_DOUBLE_REGISTERS[variant.n_states]
+    elif architecture.startswith("sm_") and few:
         more = 0 if variant.aligned else MISALIGNED_REGISTERS
         if architecture == "sm_100" and variant.n_states == 2 and "DECOUPLED" in variant.flags:
             more += 8  # where AdamW with bfloat16 parameters and float32 state spilled

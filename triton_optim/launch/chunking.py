@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..options import Options
 from ..rule import Rule, State
-from ..storage import REMAINDER
 from ..tensors.layout import Layout
 from ..tensors.sharding import ReduceGroups, local
 from . import backend
@@ -63,7 +62,7 @@ class PlannedParam(NamedTuple):
     state_names: tuple[str, ...]
     reordered: bool = False  # gradients must be copied into the parameter's memory order first
     row_state: str | None = None  # name of the state that has one number a row
-    keeps_remainder: bool = False
+    beside: tuple[str, ...] = ()  # names of the state that belongs to formats
     place: tuple[int, int] = (0, 0)  # its group and where it stands there, by which it is random
     where: str = ""  # the parameter in words
 
@@ -71,7 +70,7 @@ class PlannedParam(NamedTuple):
     def names(self) -> tuple[str, ...]:
         """Keys of all the state that the kernels update."""
         more = () if self.row_state is None else (self.row_state,)
-        return (*self.state_names, *more, *((REMAINDER,) if self.keeps_remainder else ()))
+        return (*self.state_names, *more, *self.beside)
 
 
 MAX_PROGRAMS = 16384  # that one tensor or many are cut into: the last program adds all their sums
@@ -107,7 +106,7 @@ def chunk_tensors(
     ]
     addresses = [addresses_of([p.shard, *u]) for p, u in zip(planned, updated, strict=True)]
     stored = [
-        Stored.of(p.param, s, p.state_names, p.place, p.where, options)
+        Stored.of(p.param, s, p.state_names, rule, p.place, p.where, options)
         for p, s in zip(planned, states, strict=True)
     ]
     members: dict[backend.Variant, list[int]] = defaultdict(list)
@@ -187,7 +186,7 @@ def _variant(
         param_dtype=param_dtype,
         grad_dtype=grad.dtype,
         state_dtypes=tuple(state_dtypes),
-        aligned=grad.aligned and is_aligned([*addresses, stored.row[0]]),
+        aligned=grad.aligned and is_aligned([*addresses, stored.remainder]),
         reads_step=rule.reads_step_under(item.flags),
         sharding=stored.sharding,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..options import Options
-from ..rule import State
-from ..storage import REMAINDER
+from ..rule import Rule, State, StateTensor
+from ..storage import EIGHT_BITS, EXPONENTS, REMAINDER
 from ..tensors.sharding import GlobalIndex, global_index, local
 from . import backend
 
@@ -24,12 +24,18 @@ class Stored(NamedTuple):
     sharding: int = 0  # see kernels/random_bits.py
     row: tuple[int, ...] = (0,) * backend.FORMAT_WIDTH  # of the table of formats
 
+    @property
+    def remainder(self) -> int:
+        """Its address, or 0."""
+        return self.row[4]
+
     @classmethod
     def of(
         cls,
         param: Tensor,
         state: State,
         names: Sequence[str],
+        rule: Rule,
         place: tuple[int, int],
         where: str,
         options: Options,
@@ -41,23 +47,32 @@ class Stored(NamedTuple):
             place: the parameter's group, and where it stands there.
             where: it in words.
         """
-        shard, held = local(param), [local(state[name]).dtype for name in names]
-        rounds = [options.rounds_param(shard), *map(options.rounds_state, names, held)]
-        keeps = options.keeps_remainder(shard)
-        formats = tuple(_names([shard.dtype, *held], rounds, keeps))
-        if not (keeps or any(rounds)):
-            return cls(formats)
-        remainder = local(state[REMAINDER]).data_ptr() if keeps else 0
-        index = global_index(param, where) if any(rounds) else GlobalIndex()
+        shard, beside = local(param), options.names_beside(param, names)
+        states = {item.name: item for item in rule.states}
+        formats = [_format_of_param(shard, options)]
+        formats += (_format(states[n], local(state[n]).dtype, options) for n in names)
+        rounds = not backend.STOCHASTIC.isdisjoint(formats)
+        if not beside and not rounds:
+            return cls(tuple(formats))
+        index = global_index(param, where) if rounds else GlobalIndex()
         key = random_key(options.rounding_seed, *place)
-        row = (remainder, index.offset, index.columns, index.pitch, key, 0)
-        return cls(formats, index.sharding, row)
+        row = [index.offset, index.columns, index.pitch, key]
+        for name in (REMAINDER, *(name + EXPONENTS for name in names)):
+            row.append(local(state[name]).data_ptr() if name in beside else 0)
+        row += [0] * (backend.FORMAT_WIDTH - len(row))
+        return cls(tuple(formats), index.sharding, tuple(row))
 
 
-def _names(dtypes: Sequence[torch.dtype], rounds: Sequence[bool], keeps: bool) -> Iterator[str]:
-    for i, (dtype, is_rounded) in enumerate(zip(dtypes, rounds, strict=True)):
-        suffix = "_stochastic" if is_rounded else "_remainder" if keeps and i == 0 else ""
-        yield backend.STORAGE_DTYPES[dtype] + suffix
+def _format_of_param(shard: Tensor, options: Options) -> str:
+    if options.keeps_remainder(shard):
+        return "bfloat16_remainder"
+    return backend.STORAGE_DTYPES[shard.dtype] + "_stochastic" * options.rounds_param(shard)
+
+
+def _format(item: StateTensor, dtype: torch.dtype, options: Options) -> str:
+    if dtype == EIGHT_BITS:
+        return "float8_e5m3" if item.is_denominator else "float8_e4m3"
+    return backend.STORAGE_DTYPES[dtype] + "_stochastic" * options.rounds_state(item.name, dtype)
 
 
 def random_key(seed: int, group: int, position: int) -> int:

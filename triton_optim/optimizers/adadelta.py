@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from ..launch.backend import rules
 from ..optimizer import FusedOptimizer
 from ..options import BaseOptions, Group
-from ..rule import Rule, Scalars
+from ..rule import Rule, Scalars, StateTensor
 
 
 def _hyperparameters(group: Group) -> Scalars:
@@ -20,7 +20,10 @@ def _hyperparameters(group: Group) -> Scalars:
 
 RULE = Rule(
     rules.adadelta_rule,
-    state=("square_avg", "acc_delta"),
+    state=(
+        StateTensor("square_avg", is_denominator=True),
+        StateTensor("acc_delta", is_denominator=True),
+    ),
     hyperparameters=_hyperparameters,
     flags={"MAXIMIZE": lambda group: group["maximize"]},
     doubles=True,

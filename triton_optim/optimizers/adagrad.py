@@ -19,7 +19,9 @@ def _rows_unsupported(group: Group, options: Options) -> str | None:
 
 RULE = Rule(
     rules.adagrad_rule,
-    state=(StateTensor("sum", initial=lambda group: group["initial_accumulator_value"]),),
+    state=(
+        StateTensor("sum", lambda group: group["initial_accumulator_value"], is_denominator=True),
+    ),
     hyperparameters=lambda g: (g["lr"], g["lr_decay"], g["eps"], g["weight_decay"]),
     flags={
         "MAXIMIZE": lambda group: group["maximize"],

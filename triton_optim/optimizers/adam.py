@@ -23,8 +23,8 @@ RULE = Rule(
     rules.adam_rule,
     state=(
         StateTensor("exp_avg"),
-        StateTensor("exp_avg_sq"),
-        StateTensor("max_exp_avg_sq", when=lambda group: group["amsgrad"]),
+        StateTensor("exp_avg_sq", is_denominator=True),
+        StateTensor("max_exp_avg_sq", when=lambda g: g["amsgrad"], is_denominator=True),
     ),
     hyperparameters=_hyperparameters,
     flags={

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from ..launch.backend import rules
 from ..optimizer import FusedOptimizer
 from ..options import BaseOptions, Group
-from ..rule import Rule, Scalars
+from ..rule import Rule, Scalars, StateTensor
 from .betas import beta_scalars
 
 
@@ -21,7 +21,7 @@ def _hyperparameters(group: Group) -> Scalars:
 
 RULE = Rule(
     rules.adamax_rule,
-    state=("exp_avg", "exp_inf"),
+    state=("exp_avg", StateTensor("exp_inf", is_denominator=True)),
     hyperparameters=_hyperparameters,
     flags={"MAXIMIZE": lambda group: group["maximize"]},
     reads_step=True,

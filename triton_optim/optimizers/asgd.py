@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from ..launch.backend import rules, scalar_state
 from ..optimizer import FusedOptimizer
 from ..options import BaseOptions
-from ..rule import Rule
+from ..rule import Rule, StateTensor
 from ..scalar_state import Numbers, Rounding, ScalarState
 
 
@@ -26,7 +26,7 @@ def _advance(
 
 RULE = Rule(
     rules.asgd_rule,
-    state=("ax",),
+    state=(StateTensor("ax", is_exact=True),),
     hyperparameters={"lr": 1e-2, "lambd": 1e-4, "alpha": 0.75, "t0": 1e6, "weight_decay": 0.0},
     flags={"MAXIMIZE": lambda group: group["maximize"]},
     scalars=ScalarState(

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from ..launch.backend import rules
 from ..optimizer import FusedOptimizer
 from ..options import BaseOptions, Group
-from ..rule import Rule, Scalars
+from ..rule import Rule, Scalars, StateTensor
 from .betas import beta_scalars
 
 
@@ -26,7 +26,7 @@ def _hyperparameters(group: Group) -> Scalars:
 
 RULE = Rule(
     rules.radam_rule,
-    state=("exp_avg", "exp_avg_sq"),
+    state=("exp_avg", StateTensor("exp_avg_sq", is_denominator=True)),
     hyperparameters=_hyperparameters,
     flags={
         "MAXIMIZE": lambda group: group["maximize"],

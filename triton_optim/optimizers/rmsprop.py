@@ -24,9 +24,9 @@ def _hyperparameters(group: Group) -> Scalars:
 RULE = Rule(
     rules.rmsprop_rule,
     state=(
-        StateTensor("square_avg"),
+        StateTensor("square_avg", is_denominator=True),
         StateTensor("momentum_buffer", when=lambda group: group["momentum"] > 0),
-        StateTensor("grad_avg", when=lambda group: group["centered"]),
+        StateTensor("grad_avg", when=lambda group: group["centered"], is_exact=True),
     ),
     hyperparameters=_hyperparameters,
     flags={

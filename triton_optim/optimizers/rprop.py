@@ -27,7 +27,7 @@ RULE = Rule(
     rules.rprop_rule,
     state=(
         StateTensor("prev"),
-        StateTensor("step_size", initial=_first_step_size),
+        StateTensor("step_size", initial=_first_step_size, is_exact=True),
     ),
     hyperparameters=_hyperparameters,
     flags={"MAXIMIZE": lambda group: group["maximize"]},

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..options import Group
 from ..rule import State
-from ..storage import REMAINDER
+from ..storage import EIGHT_BITS, REMAINDER
 from ..tensors.sharding import PLAIN_TYPES
+from .float8 import encoded, made
 from .routing import is_traced, unsupported
 from .state import check_state_of, new_counter, step_dtype
 from .validation import check_no_overlap
@@ -101,11 +102,15 @@ def _restore(view: OptimizerView, param: Tensor, state: State, name: str, value:
         device = getattr(state.get("step"), "device", "cpu")
         kept = value.dtype in _COUNTER_DTYPES or value.is_complex()  # which is refused
         state[name] = value.to(device, value.dtype if kept else step_dtype())
-    elif name == REMAINDER:
+    elif name == REMAINDER or value.dtype == EIGHT_BITS:
         state[name] = value.to(param.device)
-    elif name in [item.name for item in rule.states]:
-        dtype = view.options.dtype_of(name, param)
-        state[name] = state[name] if dtype is None else value.to(param.device, dtype)
+    else:
+        for item in rule.states:
+            dtype = view.options.dtype_of(name, param) if item.name == name else None
+            if dtype == EIGHT_BITS:
+                state.update(encoded(item, param, value.to(param.device)))
+            elif dtype is not None:
+                state[name] = value.to(param.device, dtype)
 
 
 def count_from_here(view: OptimizerView) -> None:
@@ -121,6 +126,5 @@ def remake_state(view: OptimizerView, groups: Iterable[Group]) -> None:
         for param in group["params"]:
             state = view.state.get(param, {})
             for item in view.rule.states:
-                dtype = view.options.dtype_of(item.name, param)
-                if item.name in state and dtype is not None:
-                    state[item.name] = item.new(param, {**group, **view.defaults}, dtype)
+                if item.name in state and view.options.dtype_of(item.name, param) is not None:
+                    state.update(made(view, item, param, {**group, **view.defaults}))

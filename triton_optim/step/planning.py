@@ -162,10 +162,10 @@ class Planning:
         view, param, where = self._view, item.param, item.where
         (names, flags), state = self._facts[item.group_index], view.state.get(param, {})
         shard, grad = local(param), None if param.grad is None else local(param.grad)
-        keeps_remainder, written = view.options.keeps_remainder(shard), [(shard, where)]
+        beside, written = view.options.names_beside(param, names), [(shard, where)]
         if view.rule.has_state(state):
             check_requested(state, names, flags, where)
-        if view.rule.has_state(state) or (keeps_remainder and REMAINDER in state):
+        if view.rule.has_state(state) or (REMAINDER in beside and REMAINDER in state):
             written += check_state_of(view, param, item.group, where, kernels=True)
             held = _held(state, names)
             self._misplaced += ((param, state, name) for name in misplaced(param, state, held))
@@ -185,7 +185,7 @@ class Planning:
             PlannedParam(
                 item.position, param, shard, grad, signature, reduce_groups(param),
                 item.group_index, flags, names, reordered,
-                view.rule.row_state if row_wise else None, keeps_remainder, item.place, where,
+                view.rule.row_state if row_wise else None, beside, item.place, where,
             )
         )  # fmt: skip
         (self._written if grad is not None else self._written_later).extend(written)

@@ -16,8 +16,10 @@ from ..rule import RowWise, Rule, State
 from ..storage import REMAINDER
 from ..tensors.layout import picker
 from ..tensors.sharding import local
+from .float8 import made
 from .validation import (
     check_counter,
+    check_exponents,
     check_row_state,
     check_shapes,
     check_state,
@@ -41,7 +43,7 @@ def states_of(
         if item.row_state is not None and item.row_state not in {**state, **new[-1]}:
             group = view.groups[item.group]
             new[-1][item.row_state] = _new_row_state(rule, param, state, group)
-        if item.keeps_remainder and REMAINDER not in state:
+        if REMAINDER in item.beside and REMAINDER not in state:
             new[-1][REMAINDER] = torch.zeros_like(param, dtype=torch.int16)
     return states, new
 
@@ -58,8 +60,7 @@ def new_state(view: OptimizerView, param: Tensor, group: Group) -> State:
             state[name] = new_counter(view, param, group).fill_(float(initial(source)))
     for item in rule.states:
         if item.when is None or item.when(group):
-            dtype = view.options.dtype_of(item.name, param)
-            state[item.name] = item.new(param, source, dtype)
+            state |= made(view, item, param, source)
     return state
 
 
@@ -118,6 +119,7 @@ def check_state_of(
         names = (*names, REMAINDER)
     check_shapes(param, state, names, where)
     held: Sequence[str] = names
+    beside = [name for name in view.options.names_beside(param, names) if name != REMAINDER]
     if rule.row_wise is not None and rule.row_wise.state is not None and rule.has_row_state(state):
         name = rule.row_wise.state
         check_row_state(param, state, name, rule.row_wise.dtype(param), where)
@@ -128,7 +130,9 @@ def check_state_of(
     check_state(param, state, dtypes, where, follows=rule.eager_state)
     for counter in rule.counters if rule.counts_step and not is_new else ():
         check_counter(state, counter, where)
-    return [(local(state[name]), f"state {name!r} of {where}") for name in held]
+    for name in beside:
+        check_exponents(param, state, name, where)
+    return [(local(state[name]), f"state {name!r} of {where}") for name in (*held, *beside)]
 
 
 class Holders:

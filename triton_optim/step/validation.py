@@ -16,7 +16,13 @@ from torch import Tensor
 from ..launch import backend
 from ..options import Group, Options
 from ..rule import Rule, State
-from ..tensors.layout import is_contiguous_resolved, is_non_overlapping_and_dense
+from ..storage import EIGHT_BITS
+from ..tensors.float8 import GROUP_SIZE
+from ..tensors.layout import (
+    is_contiguous_resolved,
+    is_non_overlapping_and_dense,
+    same_memory_order,
+)
 from ..tensors.sharding import (
     PLAIN_TYPES,
     device_types,
@@ -192,11 +198,15 @@ def check_state(
             found = f"is {value.layout}"
         elif dtype is not None and value.dtype != dtype:
             found = f"is {value.dtype}, and the optimizer's options ask for {dtype}"
+        elif dtype == EIGHT_BITS and not same_memory_order(value, shard):
+            found = "lies in memory in another order than the parameter, and so do its groups"
         elif dtype is None and (
             value.dtype not in backend.STORAGE_DTYPES or value.is_complex() != param.is_complex()
         ):
             found = f"is {value.dtype}, the parameter {param.dtype}"
-        elif value.is_meta or (value.device != shard.device and not follows):
+        elif value.is_meta or (
+            value.device != shard.device and (dtype == EIGHT_BITS or not follows)
+        ):
             found = f"is on {value.device}, the parameter on {shard.device}"
         elif type(value) not in PLAIN_TYPES or value.is_conj() or value.is_neg():
             found = f"is a {type(value).__name__} that has no memory of its own"
@@ -206,6 +216,19 @@ def check_state(
         raise _bad_state(name, where, found)
     if len(found_dtypes) > 1:
         raise _bad_state(", ".join(dtypes), where, f"mixes {sorted(map(str, found_dtypes))}")
+
+
+def check_exponents(param: Tensor, state: State, name: str, where: str) -> None:
+    """Refuse exponents that are not those of the groups of a parameter's shard."""
+    value, groups = state.get(name), -(-local(param).numel() // GROUP_SIZE)
+    held = local(value) if isinstance(value, Tensor) else None
+    if held is None:
+        raise _bad_state(name, where, f"is {value!r}")
+    if held.shape != (groups,) or held.dtype != EIGHT_BITS or held.device != local(param).device:
+        found = f"is {held.dtype} of shape {tuple(held.shape)} on {held.device}"
+        raise _bad_state(name, where, f"{found}, not {EIGHT_BITS} of ({groups},)")
+    if type(held) not in PLAIN_TYPES or not held.is_contiguous():
+        raise _bad_state(name, where, f"is a {type(held).__name__} that is not contiguous")
 
 
 def check_row_state(param: Tensor, state: State, name: str, dtype: torch.dtype, where: str) -> None:

@@ -132,3 +132,16 @@ def _memory_order(param: Tensor, shard: Tensor) -> list[int]:
     if not shard.permute(dims).is_contiguous():  # distribute_tensor makes shards contiguous
         dims = sorted(range(param.ndim), key=shard.stride().__getitem__, reverse=True)
     return dims
+
+
+def dtensor_like(param: Tensor, shard: Tensor, *, rows: bool = False) -> Tensor:
+    """A DTensor with this shard, placed as a DTensor is; of rows that only this rank knows."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    spec = spec_of(param)
+    if rows:
+        placements = [Shard(0)] * len(spec.placements)
+        return DTensor.from_local(shard, spec.mesh, placements, run_check=False)
+    return DTensor.from_local(
+        shard, spec.mesh, spec.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..launch import backend
 from ..launch.launcher import UpdateLaunch, record_launches
 from ..optimizer import FusedOptimizer
+from ..storage import StorageOptions
 
 # Storage of parameters, and of gradients; in float64 alone torch takes no mix.
 STORAGES = (
@@ -128,16 +129,23 @@ def check(optimizer_class: type[FusedOptimizer], *, compiled: bool = True, **kwa
     Args:
         optimizer_class: of a module, since Triton reads its source.
         compiled: whether kernels are compiled, too, which takes some seconds.
-        kwargs: arguments of the optimizer beside its parameters.
+        kwargs: arguments of the optimizer beside its parameters, without options of storage: what
+            is stored differently is decoded before the rule and encoded after it.
 
     Raises:
         AssertionError: with every point that is wrong: which element, dtype and error.
         RuntimeError: no kernels run here, or the rule has no reference.
+        ValueError: an option of storage.
 
     Example:
         >>> def test_lion() -> None:
         ...     triton_optim.testing.check(Lion, lr=1e-3, weight_decay=0.1)
     """
+    if storage := [name for name in StorageOptions.__annotations__ if name in kwargs]:
+        raise ValueError(
+            f"check compares a rule with its reference, which takes no {', '.join(storage)}; leave "
+            "it out: the rule computes the same numbers, which are stored in another way"
+        )
     if backend.DEVICE_TYPE is None or (backend.COMPILED and not torch.cuda.is_available()):
         raise RuntimeError(
             "no kernel runs here; set TRITON_INTERPRET=1 before the import of triton_optim, or run "

@@ -11,7 +11,7 @@ from torch.nn import Module, Parameter
 
 from ..optimizer import FusedOptimizer
 from ..storage import REMAINDER
-from ..tensors.sharding import is_dtensor, local, local_of, spec_of
+from ..tensors.sharding import dtensor_like, is_dtensor, local, local_of
 
 
 def fp32_state_dict(model: Module, optimizer: FusedOptimizer) -> dict[str, Any]:
@@ -94,10 +94,4 @@ def _shardwise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """What it returns of their elements; of DTensors, of their shards."""
     if not is_dtensor(tensors[0]):
         return function(*tensors)
-    from torch.distributed.tensor import DTensor
-
-    whole, spec = tensors[0], spec_of(tensors[0])
-    return DTensor.from_local(
-        function(*map(local_of, tensors)), spec.mesh, spec.placements, run_check=False,
-        shape=whole.shape, stride=whole.stride(),
-    )  # fmt: skip
+    return dtensor_like(tensors[0], function(*map(local_of, tensors)))
