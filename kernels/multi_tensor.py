@@ -152,8 +152,8 @@ def multi_tensor_kernel(
     hyper = scalars(hyperparameters_ptr + tl.load(row_ptr + GROUP) * N_HYPERS, N_HYPERS)
     step, random = None, None
     if steps_ptr is not None:
-        if STEP_COLUMNS == 1:
-            step = tl.load(steps_ptr + tensor).to(tl.float64)
+        if STEP_COLUMNS <= 2:
+            step = tl.load(steps_ptr + tensor * STEP_COLUMNS).to(tl.float64)
         else:
             step = scalars(steps_ptr + tensor * STEP_COLUMNS, STEP_COLUMNS - 1)
     if format_table_ptr is not None:
@@ -164,7 +164,7 @@ def multi_tensor_kernel(
     if not DOUBLES:
         hyper = in_dtype(hyper, COMPUTE_DTYPE)
         if step is not None:
-            step = step.to(COMPUTE_DTYPE) if STEP_COLUMNS == 1 else in_dtype(step, COMPUTE_DTYPE)
+            step = step.to(COMPUTE_DTYPE) if STEP_COLUMNS <= 2 else in_dtype(step, COMPUTE_DTYPE)
 
     grad_ptr = pointer(grad_address, start, GRAD_DTYPE, ALIGNED)
     ptrs, beside_ptrs = (), ()
