@@ -119,7 +119,7 @@ def multi_tensor_kernel(
     - grads_ptr: int64 [tensors], addresses of gradients; a tensor at 0 is left alone;
     - hyperparameters_ptr: float64 [groups, N_HYPERS];
     - steps_ptr: float64 [tensors, STEP_COLUMNS], the last how often a tensor was updated, or None
-      where nothing reads it; of several RULE is given the others;
+      where nothing reads it; of several RULE is given the others, as a tuple if there are several;
     - found_inf_ptr, grad_scale_ptr, grad_norm_ptr, max_norm_ptr: see conditions.py. A skipped step
       writes nothing; gradients are divided by the scale in memory too, and are not clipped there;
     - step_status_ptr: float32 [2], or None; becomes (1, 0) or, of a skipped step, (0, 1);
@@ -152,7 +152,7 @@ def multi_tensor_kernel(
     hyper = scalars(hyperparameters_ptr + tl.load(row_ptr + GROUP) * N_HYPERS, N_HYPERS)
     step, random = None, None
     if steps_ptr is not None:
-        if STEP_COLUMNS <= 2:
+        if STEP_COLUMNS < 3:
             step = tl.load(steps_ptr + tensor * STEP_COLUMNS).to(tl.float64)
         else:
             step = scalars(steps_ptr + tensor * STEP_COLUMNS, STEP_COLUMNS - 1)
@@ -164,7 +164,7 @@ def multi_tensor_kernel(
     if not DOUBLES:
         hyper = in_dtype(hyper, COMPUTE_DTYPE)
         if step is not None:
-            step = step.to(COMPUTE_DTYPE) if STEP_COLUMNS <= 2 else in_dtype(step, COMPUTE_DTYPE)
+            step = step.to(COMPUTE_DTYPE) if STEP_COLUMNS < 3 else in_dtype(step, COMPUTE_DTYPE)
 
     grad_ptr = pointer(grad_address, start, GRAD_DTYPE, ALIGNED)
     ptrs, beside_ptrs = (), ()

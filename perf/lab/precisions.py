@@ -23,16 +23,17 @@ PRECISIONS = {
     "stochastic": Precision(torch.bfloat16, {"stochastic_rounding": True}),
     "exact": Precision(torch.bfloat16, {"master_weight_bits": 32}),
     "exact16": Precision(torch.bfloat16, {"master_weight_bits": 32, "state_dtype": torch.bfloat16}),
+    "8bit": Precision(torch.bfloat16, {"master_weight_bits": 32, "state_dtype": "8bit"}),
 }
 
 
 def bytes_per_param(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
-    """Of parameters and of state with as many elements, as they lie in memory."""
+    """Of parameters and of their state but single numbers, as they lie in memory."""
     params = [*model.parameters()]
     states = [
         value
         for param in params
         for value in optimizer.state[param].values()
-        if isinstance(value, Tensor) and value.shape == param.shape
+        if isinstance(value, Tensor) and value.ndim
     ]
     return sum(x.nbytes for x in (*params, *states)) / sum(p.numel() for p in params)
