@@ -344,6 +344,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: state of such rows does not fit its parameter, or no kernel runs there.
         """
         view, state = self._fused_view(), self.state
+        view.drop_stale_remainders()
         rows = view.rule.row_wise
         if self._stepper.plan is not None:
             self._stepper.plan.forget_skipped(view)
@@ -382,9 +383,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             vars(self).pop("_loaded", None)
 
     def __getstate__(self) -> dict[str, Any]:
-        stepper = self._stepper
+        stepper, view = self._stepper, self._fused_view()
+        view.drop_stale_remainders()
         if stepper.plan is not None:
-            stepper.plan.forget_skipped(self._fused_view())
+            stepper.plan.forget_skipped(view)
         kept = Stepper(stepper.options, stepper.option_names)
         kept.skipped, kept.lazy_values = stepper.skipped, stepper.lazy_values
         return {**super().__getstate__(), "_stepper": kept}

@@ -52,7 +52,8 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func._schema.is_mutable:
             with torch._C._DisableTorchDispatch():
-                self.keep([args[0].detach()])
+                written = args[0] if isinstance(args[0], list) else [args[0]]
+                self.keep([tensor.detach() for tensor in written])
         out = func(*args, **kwargs)
 
         def again() -> None:

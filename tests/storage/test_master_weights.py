@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -204,3 +205,40 @@ def test_float32_weights_of_other_parameters() -> None:
     assert_same_bits(fp32_state_dict(model, optimizer), weights)
     with pytest.raises(RuntimeError, match="Missing key"):
         load_fp32_state_dict(model, optimizer, {})
+
+
+def test_remainders_that_were_put_into_the_state() -> None:
+    """Belong to their parameters, wherever in memory those of before lay."""
+    params = [stepped()[0] for _ in range(20)]
+    optimizer = triton_optim.SGD(params, lr=1e-4, master_weight_bits=32)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict()["state"])
+    expected = [joined(param, optimizer.state[param]) for param in params]
+    values = [param.detach().clone() for param in params]
+    optimizer.step()
+    for i, (param, value) in enumerate(zip(params, values, strict=True)):
+        with torch.no_grad():
+            param.copy_(value)
+        # as ZeroRedundancyOptimizer does
+        optimizer.state[param] = {key: state.clone() for key, state in saved[i].items()}
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert_same_bits([joined(param, optimizer.state[param]) for param in params], expected)
+
+
+@pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])
+def test_a_written_parameter_is_saved_without_a_remainder(how: str) -> None:
+    param, optimizer = stepped()
+    _copy_in_place(param)
+    if how == "state_dict":
+        copied, other = stepped()
+        _copy_in_place(copied)
+        other.load_state_dict(optimizer.state_dict())
+    elif how == "deepcopy":
+        copied, other = copy.deepcopy((param, optimizer))
+    else:
+        copied, other = pickle.loads(pickle.dumps((param, optimizer)))
+    copied.grad = torch.zeros_like(copied)
+    other.step()
+    assert (joined(copied, other.state[copied]) == 3).all()

@@ -177,3 +177,30 @@ def test_replays_read_tensors() -> None:
         step()
         runs.append([param, optimizer.state_dict()["state"]])
     assert_same_bits(*runs)
+
+
+STORED: list[dict[str, Any]] = [{"master_weight_bits": 32}, {"stochastic_rounding": True}]
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("options", STORED, ids=str)
+def test_replays_of_stored_formats(options: dict[str, Any]) -> None:
+    """Round by the step that is counted on the device; a parameter that was written starts anew."""
+    runs = []
+    for graphed in (True, False):
+        torch.manual_seed(0)
+        param = new_param(20, dtype=torch.bfloat16)
+        optimizer = triton_optim.SGD(
+            [param], torch.tensor(1e-3), momentum=0.9, capturable=True, **options
+        )
+        optimizer.step()
+        with torch.no_grad():
+            param.mul_(3)
+        step: Callable[[], object] = GraphedStep(optimizer) if graphed else optimizer.step
+        step()
+        step()
+        with torch.no_grad():
+            param.mul_(3)
+        step()
+        runs.append([param, optimizer.state_dict()["state"]])
+    assert_same_bits(*runs)

@@ -190,3 +190,24 @@ def test_capturable_with_cpu_parameters(name: str) -> None:
 def test_capturable_needs_the_kernels(name: str, kwargs: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match="`capturable` does not support"):
         getattr(triton_optim, name)([Parameter(torch.ones(1))], capturable=True, **kwargs)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_parameter_that_was_written_before_a_capture() -> None:
+    """Its remainder is to be dropped once, and not in every replay."""
+    param = new_param(5, dtype=torch.bfloat16)
+    optimizer = triton_optim.SGD(
+        [param], torch.tensor(1e-3), capturable=True, master_weight_bits=32
+    )
+    optimizer.step()
+    with torch.no_grad():
+        param.mul_(3)
+    graph = FakeGraph()
+    with (
+        pytest.raises(RuntimeError, match="make a step before the capture"),
+        torch.cuda.graph(graph),  # type: ignore[arg-type]
+    ):
+        optimizer.step()
+    optimizer.step()
+    with torch.cuda.graph(graph):  # type: ignore[arg-type]
+        optimizer.step()

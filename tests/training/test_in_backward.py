@@ -38,6 +38,22 @@ def test_same_bits(case: Case) -> None:
     pair.as_ever()
 
 
+@pytest.mark.parametrize(
+    "options", [{"stochastic_rounding": True}, {"master_weight_bits": 32}], ids=str
+)
+def test_same_bits_of_stored_formats(options: dict[str, Any]) -> None:
+    """A bucket rounds by the places in the whole optimizer, and drops what was written."""
+    model = Net().bfloat16()
+    model.register_forward_pre_hook(lambda _, args: (args[0].bfloat16(),))
+    case = Case("stored", "SGD", {"lr": 0.1, "momentum": 0.9, **options})
+    pair = PairedModels(case, model)
+    pair.step(2)
+    with torch.no_grad():
+        pair.each(lambda model, _: model.head.weight.mul_(3))
+    pair.step(blocks=2)
+    pair.step()
+
+
 @pytest.mark.parametrize(("bucket_bytes", "n_buckets"), [(0, 8), (200, 4), (1 << 20, 1)])
 def test_a_launch_a_bucket(bucket_bytes: int, n_buckets: int) -> None:
     pair = PairedModels(MOMENTUM, bucket_bytes=bucket_bytes)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from ..launch import backend
 from ..launch.backend import Tables
 from ..launch.chunking import PlannedParam
 from ..launch.device_buffer import Buffer
@@ -273,8 +274,19 @@ class LaunchGroup:
         self._outlive_the_stream()
 
     def drop_stale(self, tensors: StepTensors) -> None:
-        """Let parameters that were written since their latest update have no remainder."""
-        if stale := self._remainders.stale(tensors.remainders):
+        """Let parameters that were written since their latest update have no remainder.
+
+        Raises:
+            RuntimeError: there are some, and a CUDA graph would drop theirs in every replay.
+        """
+        stale = self._remainders.stale(tensors.remainders)
+        if stale and backend.is_capturing(self.device):
+            raise RuntimeError(
+                "a CUDA graph is captured, but a parameter was written since its latest step, so "
+                "that every replay would drop its float32 value; make a step before the capture, "
+                "or use GraphedStep"
+            )
+        if stale:
             torch._foreach_zero_(stale)
 
     def bump_versions(self, tensors: StepTensors) -> None:

@@ -8,11 +8,14 @@ from numbers import Real
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..launch import backend
 from ..options import Group, Options
 from ..rule import Rule, State
+from ..storage import REMAINDER
+from ..tensors.sharding import local
 from .remainders import Remainders
 from .step_counts import StepPool
 from .validation import describe, place_of
@@ -48,6 +51,13 @@ class OptimizerView(NamedTuple):
     @property
     def params(self) -> Iterable[Tensor]:
         return chain.from_iterable(map(_PARAMS, self.groups))
+
+    def drop_stale_remainders(self) -> None:
+        """Let parameters that were written since their latest update have no remainder."""
+        held = ((param, self.state.get(param, {}).get(REMAINDER)) for param in self.params)
+        pairs = [(local(p), local(value)) for p, value in held if isinstance(value, Tensor)]
+        if stale := self.remainders.stale(pairs):
+            torch._foreach_zero_(stale)
 
     @property
     def lengths(self) -> list[int]:

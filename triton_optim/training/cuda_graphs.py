@@ -41,7 +41,9 @@ class GraphedStep:
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self._optimizer = optimizer
         self._graph = torch.cuda.CUDAGraph()
-        param = next(iter(optimizer._fused_view().params))
+        view = optimizer._fused_view()
+        view.drop_stale_remainders()
+        param = next(iter(view.params))
         with backend.current(local(param).device), torch.cuda.graph(self._graph):
             optimizer.step()
         stepper = optimizer._stepper
