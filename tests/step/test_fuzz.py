@@ -1,6 +1,6 @@
 """Random programs over lists of random tensors: after every step the same as torch's for-loop.
 
-`HYPOTHESIS_PROFILE=soak` runs 5,000 programs instead of 100.
+`HYPOTHESIS_PROFILE=soak` runs 5,000 programs instead of 60.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from strategies import GROUPS, Layout, Slot, decays, group_slots, indices, layou
 
 settings.register_profile(
     "ci",
-    max_examples=100,
+    max_examples=60,
     stateful_step_count=10,
     derandomize=True,
     database=None,

@@ -307,8 +307,8 @@ class LaunchGroup:
         stream = torch.cuda.current_stream(self.device)
         if stream != self._stream:
             counts = self._device_counts.tensors if self._device_counts is not None else ()
-            tables = (self._buffer.memory, self.tables.rows, self.step_status, self._private)
-            for tensor in (*tables, *self._own_tensors(), *counts):
+            tables = (self._buffer.memory, self.tables.rows, self.tables.formats)
+            for tensor in (*tables, self.step_status, self._private, *self._own_tensors(), *counts):
                 if tensor is not None and tensor.is_cuda:
                     tensor.record_stream(stream)
 
