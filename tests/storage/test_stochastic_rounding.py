@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from assertions import assert_same_bits
-from cases import BLOCK, CASES, DEVICE, Case, Spec, Tensors, each, every_state
+from cases import BLOCK, CASES, DEVICE, Case, Spec, Tensors, each, every_state, scaled_step
 from philox import philox
 from torch import Tensor
 from torch.nn import Parameter
@@ -287,6 +287,25 @@ def test_a_skipped_step_uses_no_random_number_up() -> None:
                 tensors.new_gradients()
                 optimizer.step()
         results.append([param.detach() for param in tensors.params])
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("options", [{"stochastic_rounding": True}, {"master_weight_bits": 32}])
+def test_a_step_that_a_scaler_skips_changes_nothing(options: dict[str, Any]) -> None:
+    results = []
+    for skipped in ((), (0, 2)):
+        tensors = Tensors(torch.bfloat16, torch.bfloat16, SMALL[2:])
+        optimizer = triton_optim.AdamW(tensors.params, fused=True, **options)
+        for step in range(2 + len(skipped)):
+            if step not in skipped:
+                tensors.new_gradients()
+            for param in tensors.params:
+                param.grad = torch.ones_like(param) if param.grad is None else param.grad
+            before = copy.deepcopy([tensors.params, optimizer.state_dict()["state"]])
+            scaled_step(optimizer, float(step in skipped), 1.0)
+            if step in skipped[1:]:
+                assert_same_bits([tensors.params, optimizer.state_dict()["state"]], before)
+        results.append([tensors.params, optimizer.state_dict()["state"]])
     assert_same_bits(*results)
 
 
