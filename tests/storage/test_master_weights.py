@@ -242,3 +242,24 @@ def test_a_written_parameter_is_saved_without_a_remainder(how: str) -> None:
     copied.grad = torch.zeros_like(copied)
     other.step()
     assert (joined(copied, other.state[copied]) == 3).all()
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"state_dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_float32_weights_that_no_step_followed_are_saved(name: str, kwargs: Any) -> None:
+    """The state is remainders alone, which is as good as none."""
+    models = [Linear(5, 3, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)]
+    make: Any = getattr(triton_optim, name)
+    kwargs = {**kwargs, "master_weight_bits": 32}
+    kwargs |= {"momentum": 0.9, "dampening": 0.5} if name == "SGD" else {}
+    ours, other = (make(model.parameters(), **kwargs) for model in models)
+    weights = {key: torch.randn_like(p.float()) for key, p in models[0].state_dict().items()}
+    load_fp32_state_dict(models[0], ours, weights)
+    models[1].load_state_dict(models[0].state_dict())
+    other.load_state_dict(copy.deepcopy(ours.state_dict()))
+    assert_same_bits(fp32_state_dict(models[1], other), weights)
+    for model, optimizer in zip(models, (ours, other), strict=True):
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert_same_bits(other.state_dict(), ours.state_dict())

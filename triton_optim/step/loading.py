@@ -116,7 +116,8 @@ def _restore(view: OptimizerView, param: Tensor, state: State, name: str, value:
 def count_from_here(view: OptimizerView) -> None:
     """Let loaded state of a rule that counts for its random numbers alone have a step."""
     for state in view.state.values():
-        if isinstance(state, dict) and state and "step" not in state:
+        is_new = not isinstance(state, dict) or state.keys() <= {REMAINDER}
+        if not is_new and "step" not in state:
             state["step"] = torch.ones((), dtype=step_dtype())
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..launch import backend
 from ..options import Group, Options
 from ..rule import Rule, State
-from ..storage import EIGHT_BITS
+from ..storage import EIGHT_BITS, REMAINDER
 from ..tensors.float8 import GROUP_SIZE
 from ..tensors.layout import (
     is_contiguous_resolved,
@@ -276,13 +276,14 @@ def check_entries(rule: Rule, state: Mapping[Any, Any], groups: Sequence[Group])
                 f"the state dict has state for parameter {key}, but the optimizer has {count} "
                 "parameters; load the state_dict of an optimizer over the same parameters"
             )
+    names = rule.counters if rule.counts_step else ()
     for index, group in enumerate(groups):
         for position, param in enumerate(group["params"]):
             entry = state.get(param, {})
             if not isinstance(entry, Mapping):
                 where = describe(group, index, position)
                 raise RuntimeError(f"the state of {where} is {entry!r}; it must be a dict")
-            for name in rule.counters if entry and rule.counts_step else ():
+            for name in () if entry.keys() <= {REMAINDER} else names:
                 if not hasattr(entry.get(name), "__float__"):
                     where = describe(group, index, position)
                     raise _bad_state(name, where, f"is {entry.get(name)!r}")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from ..optimizer import FusedOptimizer
+from ..step.state import new_state
 from ..storage import REMAINDER
 from ..tensors.sharding import dtensor_like, is_dtensor, local, local_of
 
@@ -41,7 +42,9 @@ def load_fp32_state_dict(
 
     Args:
         model: as `fp32_state_dict` takes it.
-        optimizer: likewise; what else it has of these parameters stays as it is.
+        optimizer: likewise; what else it has of these parameters stays as it is. Load its state
+            before: `load_state_dict` replaces remainders, and torch.distributed.checkpoint makes
+            state to load into only where there is none.
         state_dict: by name; values of bfloat16 parameters may be of any real dtype.
         strict: see `torch.nn.Module.load_state_dict`.
 
@@ -60,8 +63,11 @@ def load_fp32_state_dict(
             rounded[name] = _shardwise(lambda x: _split(x)[0], value)
             remainders.append((params[name], _shardwise(lambda x: _split(x)[1], value)))
     outcome = model.load_state_dict(rounded, strict)
+    groups = {id(param): group for group in view.groups for param in group["params"]}
     for param, remainder in remainders:
         state = optimizer.state[param]
+        if view.rule.counts_step and not view.rule.has_state(state):
+            state.update(new_state(view, param, groups[id(param)]))  # torch asks for its step
         if REMAINDER not in state:
             state[REMAINDER] = torch.empty_like(param, dtype=torch.int16, requires_grad=False)
         state[REMAINDER].copy_(remainder)
