@@ -115,7 +115,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError(f"`capturable` does not support {reasons[0]}")
         names = [item.name for item in rule.states]
         self._stepper.options.check_used(self._fused_view().params, names)
-        remake_state(self._fused_view(), self.param_groups)
+        if rule.eager_state:
+            remake_state(self._fused_view(), self.param_groups)
         adopt_steps(self._fused_view(), replaces=False)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -11,20 +11,17 @@ from typing import Any
 import pytest
 import torch
 from assertions import assert_same_bits
-from cases import BLOCK, CASES, DEVICE, SCALARS, Case, Spec, Tensors, each, every_state
+from cases import CASES, DEVICE, SCALARS, Case, Spec, Tensors, each, every_state
 from lion import Lion
+from small_tensors import SMALL
 from torch import Tensor
 from torch.nn import Linear, Parameter
 
 import triton_optim
 from triton_optim import fp32_state_dict, load_fp32_state_dict
 
-SMALL = (
-    Spec("0-dim", lambda draw: draw()),
-    Spec("empty", lambda draw: draw(0)),
-    Spec("blocks", lambda draw: draw(2 * BLOCK + 5)),
-    Spec("misaligned", lambda draw: draw(20)[1:], lambda draw: draw(19)),
-    Spec("transposed", lambda draw: draw(12, 8).t(), lambda draw: draw(12, 8).t()),
+SMALL_AND_UNLIKE = (
+    *SMALL,
     Spec("grad-unlike", lambda draw: draw(6, 11), lambda draw: draw(11, 6).t()),
 )
 Make = Callable[..., Any]
@@ -37,7 +34,7 @@ def joined(param: Tensor, state: dict[str, Any]) -> Tensor:
     return ((high << 16) + remainder.int()).view(torch.float32)
 
 
-def train_both(make: Make, steps: int, specs: tuple[Spec, ...] = SMALL) -> None:
+def train_both(make: Make, steps: int, specs: tuple[Spec, ...] = SMALL_AND_UNLIKE) -> None:
     """In bfloat16 with remainders, and in float32, from the same gradients."""
     exact = Tensors(torch.bfloat16, torch.float32, specs)
     ours = Tensors(torch.bfloat16, torch.bfloat16, specs)

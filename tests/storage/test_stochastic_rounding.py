@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from assertions import assert_same_bits
-from cases import BLOCK, CASES, DEVICE, Case, Spec, Tensors, each, every_state, scaled_step
+from cases import CASES, DEVICE, Case, Tensors, each, every_state, scaled_step
 from philox import philox
+from small_tensors import SMALL
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -161,15 +162,6 @@ def test_other_steps_keys_and_slots_have_other_bits() -> None:
         for other in streams[:i]:
             assert (stream == other).sum() < 4
     assert torch.equal(drawn(key=-5), drawn(key=-5))
-
-
-SMALL = (
-    Spec("0-dim", lambda draw: draw()),
-    Spec("empty", lambda draw: draw(0)),
-    Spec("blocks", lambda draw: draw(2 * BLOCK + 5)),
-    Spec("misaligned", lambda draw: draw(20)[1:], lambda draw: draw(19)),
-    Spec("transposed", lambda draw: draw(12, 8).t(), lambda draw: draw(12, 8).t()),
-)
 
 
 @both

@@ -279,15 +279,13 @@ class LaunchGroup:
         Raises:
             RuntimeError: there are some, and a CUDA graph would drop theirs in every replay.
         """
-        stale = self._remainders.stale(tensors.remainders)
-        if stale and backend.is_capturing(self.device):
+        if backend.is_capturing(self.device) and self._remainders.stale(tensors.remainders):
             raise RuntimeError(
                 "a CUDA graph is captured, but a parameter was written since its latest step, so "
                 "that every replay would drop its float32 value; make a step before the capture, "
                 "or use GraphedStep"
             )
-        if stale:
-            torch._foreach_zero_(stale)
+        self._remainders.drop(tensors.remainders)
 
     def bump_versions(self, tensors: StepTensors) -> None:
         """Tell torch what was written."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 _Written = tuple[int, int]
@@ -36,6 +37,11 @@ class Remainders:
             and kept[1] != _written(param)
             and kept[0] == _written(remainder)
         ]
+
+    def drop(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Let parameters that were written since have no remainder."""
+        if stale := self.stale(pairs):
+            torch._foreach_zero_(stale)
 
     def forget(self) -> None:
         """State was replaced."""

@@ -8,7 +8,6 @@ from numbers import Real
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..launch import backend
@@ -55,9 +54,9 @@ class OptimizerView(NamedTuple):
     def drop_stale_remainders(self) -> None:
         """Let parameters that were written since their latest update have no remainder."""
         held = ((param, self.state.get(param, {}).get(REMAINDER)) for param in self.params)
-        pairs = [(local(p), local(value)) for p, value in held if isinstance(value, Tensor)]
-        if stale := self.remainders.stale(pairs):
-            torch._foreach_zero_(stale)
+        self.remainders.drop(
+            [(local(p), local(value)) for p, value in held if isinstance(value, Tensor)]
+        )
 
     @property
     def lengths(self) -> list[int]:
