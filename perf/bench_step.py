@@ -34,17 +34,21 @@ if __name__ == "__main__" and not torch.cuda.is_available():
 from lab.bench import bench, count_launches
 from lab.device import Device, Host
 from lab.dry_embeddings import dry_rows
+from lab.embedding_steps import EMBEDDING_IMPLEMENTATIONS
 from lab.embedding_tables import EMBEDDING_SUITES, Tables
 from lab.group import Group, groups_of
+from lab.implementations import IMPLEMENTATIONS, Implementation
 from lab.machine import package_version, processor_and_threads
 from lab.report import print_goals, print_group, print_launches, print_missing
 from lab.rows import FAILED, OURS, WRONG, Row, Table
-from lab.rules import EMBEDDING_RULES, RULES, STORAGES
+from lab.rules import EMBEDDING_RULES, FORMATS, RULES, STORAGES
 from lab.suites import SMALL_TENSORS, SUITES, Layout
 
 RESULTS = Path(__file__).parent / "results"
 COUNTING = 0.2  # share of a run's time that counting launches may take
 CPU_GIB = 8.0
+IMPLEMENTED = {item.name for item in (*IMPLEMENTATIONS, *EMBEDDING_IMPLEMENTATIONS)}
+ALL_STORAGES = [storage.name for storage in (*STORAGES, *FORMATS)]
 
 
 def typical(suite: str) -> Layout | Tables:
@@ -60,10 +64,17 @@ def groups(args: argparse.Namespace) -> list[Group]:
         group
         for suite in args.suite
         for layout in ([typical(suite)] if args.short else SUITES[suite]())
+        if not args.layouts or layout.name in args.layouts
         for group in groups_of(suite, layout)
         if group.rule.name in args.rules and group.storage.name in args.storages
     ]
-    return sorted(found, key=lambda group: STORAGES.index(group.storage))
+    return sorted(found, key=lambda group: ALL_STORAGES.index(group.storage.name))
+
+
+def chosen(group: Group, names: Sequence[str] | None) -> list[Implementation]:
+    """Who steps a group: ours, and those of these names, or all."""
+    items: Sequence[Implementation] = group.workload.implementations
+    return [item for item in items if names is None or item.name in (OURS, *names)]
 
 
 def run(device: Device, args: argparse.Namespace, results: Path) -> Table:
@@ -90,7 +101,8 @@ def run(device: Device, args: argparse.Namespace, results: Path) -> Table:
     left = groups(args)
     while left and time.monotonic() < timed_until:
         group = left.pop(0)
-        rows = bench(device, group, base, args.repeats, timed_until, only_check=args.check)
+        rows = bench(device, group, base, args.repeats, timed_until, only_check=args.check,
+                     implementations=chosen(group, args.implementations))  # fmt: skip
         table.add(rows)
         print_group(rows)
         done.append((group, rows))
@@ -119,8 +131,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--suite", nargs="+", choices=SUITES, help="default: sweep")
     names = [*dict.fromkeys(rule.name for rule in (*RULES, *EMBEDDING_RULES))]
     parser.add_argument("--rules", nargs="+", choices=names, default=names)
-    storages = [storage.name for storage in STORAGES]
-    parser.add_argument("--storages", nargs="+", choices=storages)
+    parser.add_argument("--storages", nargs="+", choices=ALL_STORAGES)
+    parser.add_argument("--layouts", nargs="+", help="of the suites, by name")
+    parser.add_argument("--implementations", nargs="+", help="beside ours, by name")
     short = "a layout a suite, by default of all suites, the smallest first, in float32"
     parser.add_argument("--short", action="store_true", help=short)
     parser.add_argument("--check", action="store_true", help="only check, and time nothing")
@@ -136,8 +149,16 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.short:
         args.suite = args.suite or sorted(SUITES, key=lambda suite: typical(suite).params)
         args.storages = args.storages or [STORAGES[0].name]
-    args.suite, args.storages = args.suite or ["sweep"], args.storages or storages
+    args.suite = args.suite or ["sweep"]
+    args.storages = args.storages or [storage.name for storage in STORAGES]
+    for option, known in (("layouts", _layouts(args.suite)), ("implementations", IMPLEMENTED)):
+        if unknown := {*(getattr(args, option) or ())} - known:
+            parser.error(f"--{option} {min(unknown)}: there is {', '.join(sorted(known))}")
     return args
+
+
+def _layouts(suites: Sequence[str]) -> set[str]:
+    return {layout.name for suite in suites for layout in SUITES[suite]()}
 
 
 def main() -> int:

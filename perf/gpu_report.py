@@ -26,11 +26,13 @@ from pathlib import Path
 from lab import page
 from lab.machine import NO_GPU
 from lab.parts import LEAST, OK, Part, Record, State, limit, run
+from lab.rules import FORMATS
 from lab.suites import SUITES
 
 PYTEST = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors")
 GPU_TESTS = ("tests/test_gpu.py", "tests/test_gpu_graphs.py")
 STEP = ("perf/bench_step.py", "--minutes", "{minutes}", "--out", "{raw}")
+FORMAT_NAMES = [storage.name for storage in FORMATS]
 
 MACHINE = Part("machine", ("-m", "lab.machine"), 2)
 PARTS = (
@@ -41,6 +43,7 @@ PARTS = (
          needs=("pytest", "compute-sanitizer")),
     Part("step-short", (*STEP, "--short"), 10, first=True),
     Part("tests", PYTEST, 20, needs=("pytest",)),
+    Part("step-formats", (*STEP, "--suite", "gpt2", "--storages", *FORMAT_NAMES), 4),
     *(Part(f"step-{suite}", (*STEP, "--suite", suite), 9) for suite in SUITES),
     Part("host", ("perf/bench_host.py", "--out", "{raw}/host.csv"), 8, needs=("matplotlib",)),
     Part("tune", ("perf/tune.py", "--minutes", "{minutes}", "--out", "{raw}"), 9),

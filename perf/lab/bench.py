@@ -109,7 +109,7 @@ def _measure_memory(
 def _peak_bytes(group: Group, implementation: Implementation, row: Row) -> int:
     """Of one implementation alone, which needs no state beside its own."""
     peak = (row.model_bytes or 0) + (row.kept_bytes or 0) + (row.step_extra_bytes or 0)
-    if not implementation.torch_state:  # its state is among what it kept
+    if not implementation.shares_state(group.storage):  # its state is among what it kept
         peak -= group.layout.state_bytes(group.rule, group.storage)
     return peak
 

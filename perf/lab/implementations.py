@@ -50,12 +50,18 @@ class Implementation(NamedTuple):
             return triton_optim.__version__
         return next(filter(None, map(package_version, self.package.split())), None)
 
+    def shares_state(self, storage: Storage) -> bool:
+        """Whether its state is that of all that have torch's names."""
+        return self.torch_state and not storage.options
+
     def why_not(self, rule: Rule, storage: Storage, n_tensors: int) -> str | None:
         """Why this is not measured here, or None."""
         if self.version is None:
             return f"{' or '.join(self.package.split())} is not installed"
         if self.max_tensors is not None and n_tensors > self.max_tensors:
             return f"more than {self.max_tensors} tensors"
+        if storage.options and self.package != OURS:
+            return f"{self.package} has no such storage"
         return self.refusal(rule, storage)
 
 
@@ -121,6 +127,10 @@ def _other_state(_: Rule, storage: Storage) -> bool:
     return storage.param != storage.state
 
 
+def _eight_bits(_: Rule, storage: Storage) -> bool:
+    return storage.state == torch.uint8
+
+
 def _half_param(_: Rule, storage: Storage) -> bool:
     return storage.param != torch.float32
 
@@ -142,7 +152,10 @@ SKIPS = "skips it without a word"
 ADAM = {"AdamW": "Adam"}  # its default is decoupled decay
 
 IMPLEMENTATIONS = (
-    Implementation(OURS, OURS, _from(OURS, fused=True), _unless()),
+    Implementation(
+        OURS, OURS, _from(OURS, fused=True),
+        _unless((_both(_rule("rmsprop-cm"), _eight_bits), "8 bits are not enough for grad_avg")),
+    ),
     Implementation("torch for-loop", "torch", _from("torch.optim", foreach=False), _torch),
     Implementation("torch foreach", "torch", _from("torch.optim", foreach=True), _torch),
     Implementation(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -49,11 +51,17 @@ EMBEDDING_RULES = (ADAGRAD, ROWWISE, LAZY_RMSPROP, SGD)
 
 
 class Storage(NamedTuple):
-    """Dtypes of parameters with their gradients, and of state."""
+    """Dtypes of parameters with their gradients, and of state.
+
+    `options` ask an optimizer of ours for it, and nobody else has it; then `remainder` bytes more
+    are kept of a parameter.
+    """
 
     name: str
     param: torch.dtype
     state: torch.dtype
+    options: Mapping[str, Any] = MappingProxyType({})
+    remainder: int = 0
 
 
 STORAGES = (
@@ -61,13 +69,22 @@ STORAGES = (
     Storage("bfloat16", torch.bfloat16, torch.bfloat16),
     Storage("bfloat16+float32", torch.bfloat16, torch.float32),
 )
+EXACT = {"master_weight_bits": 32}
+FORMATS = (
+    Storage("exact", torch.bfloat16, torch.float32, EXACT, 2),
+    Storage("exact16", torch.bfloat16, torch.bfloat16, {**EXACT, "state_dtype": torch.bfloat16}, 2),
+    Storage("stochastic", torch.bfloat16, torch.bfloat16, {"stochastic_rounding": True}),
+    Storage("8bit", torch.bfloat16, torch.uint8, {**EXACT, "state_dtype": "8bit"}, 2),
+)
 
 
 def bytes_per_param(rule: Rule, storage: Storage) -> int:
     """What a step must move: gradient read, parameter and state read and written, each once."""
-    return 3 * storage.param.itemsize + 2 * len(rule.states) * storage.state.itemsize
+    written = storage.param.itemsize + storage.remainder + len(rule.states) * storage.state.itemsize
+    return storage.param.itemsize + 2 * written
 
 
 def bytes_kept(rule: Rule, storage: Storage) -> int:
     """What a parameter takes: itself, its gradient, its state."""
-    return 2 * storage.param.itemsize + len(rule.states) * storage.state.itemsize
+    states = len(rule.states) * storage.state.itemsize
+    return 2 * storage.param.itemsize + storage.remainder + states

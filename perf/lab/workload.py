@@ -37,8 +37,8 @@ class Workload(Work):
             values = torch.empty(shape, dtype=storage.param, device=device)
             self.params.append(Parameter(values.normal_(generator=self._generator)))
             self.params[-1].grad = torch.empty_like(values)
-            state = {n: torch.zeros_like(values, dtype=storage.state) for n in rule.states}
-            self._states.append(state)
+            names = () if storage.options else rule.states
+            self._states.append({n: torch.zeros_like(values, dtype=storage.state) for n in names})
         self._places = {p.numel(): _places(p.numel(), device) for p in self.params}
         self.new_gradients()
 
@@ -48,6 +48,8 @@ class Workload(Work):
 
     def copies(self, device: Device) -> dict[str, tuple[Step, int]]:
         """A copy with a step's reads and writes, and its bytes."""
+        if self.storage.options:
+            return {}
         mixed = MixedCopy(device.copied, self.rule, self.storage)
         mixed.tune(device)
         return {MIXED_COPY: (mixed.run, mixed.n_bytes)}
@@ -71,8 +73,9 @@ class Workload(Work):
 
     def build(self, implementation: Implementation) -> Step:
         """An implementation's step over these tensors, from state of zeros."""
-        optimizer = implementation.build(self.rule, self.params)
-        if implementation.torch_state:
+        kwargs = {**self.rule.kwargs, **self.storage.options}
+        optimizer = implementation.build(self.rule._replace(kwargs=kwargs), self.params)
+        if implementation.shares_state(self.storage):
             self._share_state(optimizer, self.device if implementation.step_on_gpu else "cpu")
         return _compiled(optimizer) if implementation.compiled else optimizer.step
 
@@ -109,10 +112,11 @@ def tolerance(storage: Storage) -> float:
     """The largest error that a right implementation makes in the checked steps.
 
     A step rounds a 16-bit parameter by up to half a unit; the other half is for 16-bit state and
-    intermediates, which move an update by a few percent at the most. In float32 approximate roots
+    intermediates, which move an update by a few percent at the most. Stochastic rounding is off by
+    up to a unit, and 8-bit state moves an update by up to an eighth. In float32 approximate roots
     and divisions may add a few units more: 8 a step.
     """
-    units = 8 if storage.param == torch.float32 else 1
+    units = 8 if storage.param == torch.float32 else 4 if storage.options else 1
     return CHECKED_STEPS * units * torch.finfo(storage.param).eps
 
 

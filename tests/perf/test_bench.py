@@ -166,9 +166,22 @@ def test_a_run_ends_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     )
 
 
+def test_layouts_and_implementations_are_chosen() -> None:
+    given = ["--layouts", "1x64", "--implementations", "torch fused", "--rules", "sgd", "adamw"]
+    args = bench_step.arguments([*given, "--storages", "float32", "exact"])
+    groups = bench_step.groups(args)
+    assert [group.name for group in groups] == [
+        "1x64, sgd, float32", "1x64, adamw, float32", "1x64, adamw, exact"]  # fmt: skip
+    chosen = bench_step.chosen(groups[0], args.implementations)
+    assert [item.name for item in chosen] == [OURS, "torch fused"]
+
+
 def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
-    for given in (["--repeats", "1"], ["--rules", "adam"]):
+    for given in (["--repeats", "1"], ["--rules", "adam"], ["--layouts", "gpt2"],
+                  ["--implementations", "torch"]):  # fmt: skip
         with pytest.raises(SystemExit):
             bench_step.arguments(given)
     printed = capsys.readouterr().err
     assert "two at least" in printed and "'adam'" in printed
+    assert "--layouts gpt2: there is 1000x1024, 10x100M" in printed
+    assert "--implementations torch: there is " in printed

@@ -12,7 +12,7 @@ from cases import DEVICE
 from lab import reference, workload
 from lab.implementations import IMPLEMENTATIONS, Implementation
 from lab.rows import OURS
-from lab.rules import RULES, STORAGES, Rule, Storage
+from lab.rules import FORMATS, RULES, STORAGES, Rule, Storage
 from lab.suites import Layout
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -44,12 +44,14 @@ def _for_loop(rule: Rule, params: list[Parameter], **changes: Any) -> Optimizer:
     return optimizer
 
 
-@pytest.mark.parametrize("storage", STORAGES, ids=lambda storage: storage.name)
+@pytest.mark.parametrize("storage", [*STORAGES, *FORMATS], ids=lambda storage: storage.name)
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_the_check_passes_what_is_right(rule: Rule, storage: Storage) -> None:
     builds = [item.build for item in IMPLEMENTATIONS if item.name == OURS]
-    if storage.param == storage.state:
+    if storage.param == storage.state and not storage.options:
         builds.append(_for_loop)
+    if IMPLEMENTATIONS[0].refusal(rule, storage):
+        pytest.skip("rule and storage do not go together")
     for build in builds:
         assert _error(build, rule, storage) <= workload.tolerance(storage)
 

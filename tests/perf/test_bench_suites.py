@@ -14,7 +14,7 @@ from lab import suites
 from lab.gpus import peak_bandwidth
 from lab.implementations import IMPLEMENTATIONS, Implementation
 from lab.rows import OURS
-from lab.rules import RULES, STORAGES, Rule, bytes_per_param
+from lab.rules import FORMATS, RULES, STORAGES, Rule, bytes_per_param
 from lab.suites import Layout
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -71,6 +71,13 @@ def test_bytes_that_a_step_must_move(rule: Rule, floors: tuple[int, ...]) -> Non
     assert tuple(bytes_per_param(rule, storage) for storage in STORAGES) == floors
 
 
+def test_bytes_of_formats() -> None:
+    """A remainder of 16 bits is read and written, as the parameter is."""
+    adamw = RULES[5]
+    assert [bytes_per_param(adamw, storage) for storage in FORMATS] == [26, 18, 14, 14]
+    assert [bytes_per_param(ADAGRAD, storage) for storage in FORMATS] == [18, 14, 10, 12]
+
+
 def test_what_peers_cannot_do_is_said() -> None:
     reasons = {item.name: item.refusal for item in IMPLEMENTATIONS}
     assert reasons[OURS](RMSPROP_CM, MIXED) is None
@@ -78,6 +85,8 @@ def test_what_peers_cannot_do_is_said() -> None:
     assert "dtype" in (reasons["torch foreach"](ADAGRAD, MIXED) or "")
     assert "momentum" in (reasons["bitsandbytes"](RMSPROP_CM, FLOAT32) or "")
     assert "float32" in (reasons["bitsandbytes"](ADAGRAD, BFLOAT16) or "")
+    for_loop = IMPLEMENTATIONS[1]
+    assert for_loop.why_not(ADAGRAD, FORMATS[2], 1) == "torch has no such storage"
     assert reasons["optimi"](RMSPROP, FLOAT32) == "optimi has no RMSprop"
     assert reasons["apex"](ADAGRAD, FLOAT32) is reasons["apex"](SGD, FLOAT32) is None
     assert reasons["apex"](RMSPROP, FLOAT32) == "apex has no RMSprop"
