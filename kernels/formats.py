@@ -106,7 +106,7 @@ def load(
     mask,
     FORMAT: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
-    EVICTION: tl.constexpr = "",
+    EVICTION: tl.constexpr,
 ):
     """A block in arithmetic precision, exactly what is stored.
 
@@ -138,7 +138,7 @@ def store(
     SLOT: tl.constexpr,
     FORMAT: tl.constexpr,
     SHARDING: tl.constexpr,
-    EVICTION: tl.constexpr = "",
+    EVICTION: tl.constexpr,
 ):
     """Store a block.
 

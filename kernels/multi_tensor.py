@@ -50,7 +50,7 @@ def _update_block(
     COMPUTE_DTYPE: tl.constexpr = tl.float64 if FORMATS & 15 == FLOAT64 else tl.float32
     offsets = start + tl.arange(0, BLOCK_SIZE)
     mask = offsets < remaining if MASKED else None
-    param = load(ptrs[0], beside_ptrs[0], offsets, mask, FORMATS & 15, COMPUTE_DTYPE)
+    param = load(ptrs[0], beside_ptrs[0], offsets, mask, FORMATS & 15, COMPUTE_DTYPE, "")
     grad = tl.load(grad_ptr + offsets, mask=mask, eviction_policy=EVICTION)
     grad = decode(grad, COMPUTE_DTYPE)
     if unscale is not None:
