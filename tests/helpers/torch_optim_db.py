@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
 
 pytest.importorskip("expecttest", reason="torch's own tests need it")
-from torch.testing._internal import common_optimizers
+from torch.testing._internal import common_optimizers as common_optimizers
 from torch.testing._internal.common_optimizers import ErrorOptimizerInput, OptimizerInfo, optim_db
 
 import triton_optim

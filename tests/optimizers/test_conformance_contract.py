@@ -15,8 +15,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook as global_post_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook as global_pre_hook
-from torch.testing._internal.common_optimizers import ErrorOptimizerInput
-from torch_optim_db import Config, errors, every_config, every_optimizer
+from torch_optim_db import Config, common_optimizers, errors, every_config, every_optimizer
 
 import triton_optim
 
@@ -24,7 +23,7 @@ FLAGS = [("fused", True), ("fused", False), ("foreach", True), ("differentiable"
 
 
 @pytest.mark.parametrize(("name", "error"), list(errors()))
-def test_constructor_errors(name: str, error: ErrorOptimizerInput) -> None:
+def test_constructor_errors(name: str, error: common_optimizers.ErrorOptimizerInput) -> None:
     wrong = error.optimizer_error_input
     # torch's RMSprop has no `fused`; SGD speaks of it as the others do.
     reference = getattr(torch.optim, "SGD" if "fused" in wrong.kwargs else name)
