@@ -23,7 +23,7 @@ from .options import Group, Options, signature
 from .rule import Rule
 from .step.catch_up import caught_up
 from .step.conditions import StepConditions, is_scaled_through_wrapper
-from .step.fallback import decays, make_missing_state, reference_step
+from .step.fallback import decays, for_torch, make_missing_state, reference_step
 from .step.float8 import decoded_states
 from .step.loading import (
     adopt_steps,
@@ -309,15 +309,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         set.
         """
         step, ids = inspect.unwrap(super().step), {*map(id, params)}
-        groups = [
-            {
-                **group,
-                "params": [param for param in group["params"] if id(param) in ids],
-                # torch's fused CPU kernels skip and garble elements; its for-loop does not
-                "fused": None if group.get("fused") is None else False,
-            }
-            for group in view.groups
-        ]
+        groups = [for_torch(group, ids) for group in view.groups]
         if self._torch_class is None:
             reference_step(view, groups)
             return

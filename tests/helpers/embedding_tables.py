@@ -62,7 +62,7 @@ class Tables:
 def sparse(ids: Any, values: Tensor, param: Tensor) -> Tensor:
     """A sparse gradient, its ids and values between guard bytes."""
     ids = guarded(torch.as_tensor(ids, dtype=torch.int64).view(1, -1).to(DEVICE))
-    return torch.sparse_coo_tensor(ids, values, param.shape, check_invariants=False)
+    return torch.sparse_coo_tensor(ids, values.to(DEVICE), param.shape, check_invariants=False)
 
 
 def worst(tensors: Sequence[Tensor], exact: Sequence[Tensor]) -> float:

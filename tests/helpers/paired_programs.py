@@ -159,7 +159,7 @@ def _assert_close(ours: Tensor, exact: Tensor) -> None:
     unit = torch.finfo(torch.float64 if info.bits == 64 else torch.float32).eps
     torch.testing.assert_close(
         ours.to(exact.dtype),
-        exact,
+        exact.to(ours.device),
         rtol=info.eps,
         atol=8 * unit * largest + info.smallest_normal * info.eps,
         equal_nan=True,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from assertions import assert_same_bits
+from assertions import assert_same_bits, updates_among
 from cases import (
     CASES,
     DEVICE,
@@ -65,7 +65,7 @@ def test_the_device_counts_as_the_host_does(case: Case, option: str) -> None:
         scaled_step(optimizer, float(skips)) if option == "fused" else optimizer.step()
     assert_same_bits(counted.params, plain.params)
     assert len(_scalars(optimizer)) >= 2 * len(SPECS)
-    torch.testing.assert_close(_scalars(optimizer), _scalars(other), rtol=0, atol=0)
+    assert_same_bits(_scalars(optimizer), _scalars(other))
 
 
 @every_case
@@ -89,7 +89,7 @@ def test_loaded_where_the_device_counts(case: Case, moves: bool) -> None:
     with record_launches() as launches:
         optimizer.step()
     twin.step()
-    assert len(launches) == 1
+    assert len(updates_among(launches)) == 1
     assert_same_bits(params, twins)
     assert_same_bits(optimizer.state_dict()["state"], twin.state_dict()["state"])
 
@@ -205,8 +205,9 @@ def test_replays_advance(name: str) -> None:
     params = [Parameter(torch.ones(5, device=DEVICE)) for _ in range(2)]
     for param in params:
         param.grad = torch.ones_like(param)
-    captured = getattr(triton_optim, name)(params[:1], capturable=True)
-    plain = getattr(triton_optim, name)(params[1:])
+    rate = torch.full((), 0.01, dtype=torch.float64, device=DEVICE)
+    captured = getattr(triton_optim, name)(params[:1], lr=rate, capturable=True)
+    plain = getattr(triton_optim, name)(params[1:], lr=0.01)
     for optimizer in (captured, plain):
         optimizer.step()
     graph = torch.cuda.CUDAGraph()

@@ -27,7 +27,7 @@ every_case = each(TRACED)
 def _pair(case: Case) -> tuple[list[Parameter], list[Any]]:
     """Ours and torch's, after a step."""
     params = two_copies(new_param(5))
-    optimizers = [case.ours(params[:1]), case.theirs(params[1:])]
+    optimizers = [case.ours(params[:1]), case.theirs(params[1:], foreach=None)]
     for optimizer in optimizers:
         optimizer.step()
     return params, optimizers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from torch import Tensor
 
@@ -10,6 +10,19 @@ from ..options import Group
 from ..rule import State
 from .state import new_state
 from .view import OptimizerView
+
+
+def for_torch(group: Group, ids: Collection[int]) -> Group:
+    """A group with those of its parameters that have these ids, as torch's class steps them right.
+
+    Its fused CPU kernels skip and garble elements. Its foreach step, the default on a GPU, updates
+    a parameter that is listed twice once, and SGD's fails with `differentiable` and a tensor lr.
+    """
+    params = [param for param in group["params"] if id(param) in ids]
+    torchs = {**group, "params": params, "fused": None if group.get("fused") is None else False}
+    if group.get("differentiable") or len(params) > len({*map(id, params)}):
+        torchs["foreach"] = False
+    return torchs
 
 
 def make_missing_state(view: OptimizerView, groups: Iterable[Group]) -> None:

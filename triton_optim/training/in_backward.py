@@ -150,6 +150,11 @@ class StepInBackward:
     def _abandon(self, end: object) -> None:
         """The engine dropped a pass before its end: there was an exception."""
         if end is self._end:
+            self.abandon_unfinished()
+
+    def abandon_unfinished(self) -> None:
+        """Drop a pass that is under way, outside of any: the engine's thread may do so later."""
+        if self._end is not None:
             self._end = None
             for param in self._optimizer._fused_view().params:
                 param.grad = None
@@ -164,6 +169,8 @@ class _Watch:
     def __call__(self, model: nn.Module, args: object, output: object) -> None:
         if self._stepper is None or torch.compiler.is_compiling():
             return
+        if torch._C._current_graph_task_id() < 0:
+            self._stepper.abandon_unfinished()
         # What wraps a model cannot be seen from it before.
         wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()
         if wrapper is not None and any(module is model for module in wrapper.modules()):
