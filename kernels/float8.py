@@ -59,10 +59,11 @@ def encode_e5m3(x, noise):
 
 
 @triton.jit
-def decode_e5m3(code, exponent):
-    """float32 of codes, each with its group's exponent as it is stored."""
-    code, exponent = code.to(tl.int32), exponent.to(tl.int32)
-    bits = (code << 20) + ((exponent + (LOWEST - 31)) << 23)
+def decode_e5m3(code, exponents):
+    """float32 of a block of codes and the exponents of their groups, as they are stored."""
+    code = code.to(tl.int32)
+    lowest = (exponents.to(tl.int32) + (LOWEST - 31)) << 23
+    bits = (code << 20) + _of_groups(lowest, code.shape[0])
     return _float32(tl.where(code < 0xFE, bits, ((code & 1) << 22) + INFINITE))
 
 
@@ -85,10 +86,11 @@ def encode_e4m3(x, noise):
 
 
 @triton.jit
-def decode_e4m3(code, exponent):
-    """float32 of codes, each with its group's exponent as it is stored."""
-    code, exponent = code.to(tl.int32), exponent.to(tl.int32)
+def decode_e4m3(code, exponents):
+    """float32 of a block of codes and the exponents of their groups, as they are stored."""
+    code = code.to(tl.int32)
+    scale = _float32((exponents.to(tl.int32) + LOWEST) << 23)
     size, sign = code & 0x7F, (code & 0x80) << 24
-    x = _float32((size << 20) | sign) * FROM_SUBNORMAL * _float32((exponent + LOWEST) << 23)
+    x = _float32((size << 20) | sign) * FROM_SUBNORMAL * _of_groups(scale, code.shape[0])
     special = _float32((((size & 1) << 22) + INFINITE) | sign)
     return tl.where(size < 0x7E, x, special)

@@ -99,28 +99,41 @@ def pointer_beside(address, start, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _groups(start, remaining, mask, N: tl.constexpr):
+    """Indices of the groups of a block of N elements, and which of them there are."""
+    groups = start // GROUP_SIZE + tl.arange(0, N // GROUP_SIZE)
+    return groups, None if mask is None else groups * GROUP_SIZE < remaining
+
+
+@triton.jit
 def load(
     ptr,
     beside_ptr,
-    offsets,
+    start,
+    remaining,
     mask,
     FORMAT: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
     """A block in arithmetic precision, exactly what is stored.
 
-    beside_ptr: see `pointer_beside`; of no format but these.
+    Args:
+        beside_ptr: see `pointer_beside`; of no format but these.
+        start, remaining, mask: as `store` is given them.
     """
+    offsets = start + tl.arange(0, BLOCK_SIZE)
     x = tl.load(ptr + offsets, mask=mask, eviction_policy=EVICTION)
     if FORMAT == BFLOAT16_REMAINDER:
         return join_remainder(x, tl.load(beside_ptr + offsets, mask=mask))
-    elif FORMAT == FLOAT8_E5M3:
-        exponent = tl.load(beside_ptr + offsets // GROUP_SIZE, mask=mask)
-        return decode_e5m3(x, exponent).to(COMPUTE_DTYPE)
-    elif FORMAT == FLOAT8_E4M3:
-        exponent = tl.load(beside_ptr + offsets // GROUP_SIZE, mask=mask)
-        return decode_e4m3(x, exponent).to(COMPUTE_DTYPE)
+    elif FORMAT >= FLOAT8_E5M3:
+        groups, present = _groups(start, remaining, mask, BLOCK_SIZE)
+        exponents = tl.load(beside_ptr + groups, mask=present)
+        if FORMAT == FLOAT8_E5M3:
+            return decode_e5m3(x, exponents).to(COMPUTE_DTYPE)
+        else:
+            return decode_e4m3(x, exponents).to(COMPUTE_DTYPE)
     else:
         return decode(x, COMPUTE_DTYPE)
 
@@ -168,8 +181,7 @@ def store(
             stored, exponents = encode_e5m3(x, noise)
         else:
             stored, exponents = encode_e4m3(x, noise)
-        groups = start // GROUP_SIZE + tl.arange(0, N // GROUP_SIZE)
-        present = None if mask is None else groups * GROUP_SIZE < remaining
+        groups, present = _groups(start, remaining, mask, N)
         tl.store(beside_ptr + groups, exponents, mask=present)
     else:
         stored = encode(x, ptr.dtype.element_ty)

@@ -50,7 +50,9 @@ def _update_block(
     COMPUTE_DTYPE: tl.constexpr = tl.float64 if FORMATS & 15 == FLOAT64 else tl.float32
     offsets = start + tl.arange(0, BLOCK_SIZE)
     mask = offsets < remaining if MASKED else None
-    param = load(ptrs[0], beside_ptrs[0], offsets, mask, FORMATS & 15, COMPUTE_DTYPE, "")
+    param = load(
+        ptrs[0], beside_ptrs[0], start, remaining, mask, FORMATS & 15, COMPUTE_DTYPE, BLOCK_SIZE, ""
+    )
     grad = tl.load(grad_ptr + offsets, mask=mask, eviction_policy=EVICTION)
     grad = decode(grad, COMPUTE_DTYPE)
     if unscale is not None:
@@ -61,8 +63,9 @@ def _update_block(
     state = ()
     for i in tl.static_range(1, N_STATES + 1):
         value = load(
-            ptrs[i], beside_ptrs[i], offsets, mask, FORMATS >> 4 * i & 15, COMPUTE_DTYPE, EVICTION
-        )
+            ptrs[i], beside_ptrs[i], start, remaining, mask, FORMATS >> 4 * i & 15, COMPUTE_DTYPE,
+            BLOCK_SIZE, EVICTION,
+        )  # fmt: skip
         state = state + (value,)
     param, state = RULE(param, grad, state, hyper, step, FLAGS)
     tl.static_assert(len(state) == N_STATES, "a rule returns as many states as it has")

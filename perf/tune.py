@@ -1,11 +1,13 @@
 """Finds how the update kernel should be cut into programs on this GPU. Needs a GPU.
 
     python perf/tune.py
+    python perf/tune.py --layouts large --rules adamw --storages bfloat16 stochastic 8bit
 
-Every config is checked against torch's for-loop in float64, then all are timed in turn on large and
-on small tensors. Prints them by their time over the default's, writes a CSV file to perf/results,
-and ends with the line for triton_optim/launch/tuning.py. Nothing is tuned while training: each
-trial of an in-place kernel would be a step.
+Every config is compiled, in several processes, and checked against torch's for-loop in float64;
+then all are timed in turn on large and on small tensors. Prints them by their time over the
+default's, writes a CSV file to perf/results, and ends with the line for
+triton_optim/launch/tuning.py. Nothing is tuned while training: each trial of an in-place kernel
+would be a step.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import geometric_mean
 from types import SimpleNamespace
@@ -28,10 +32,11 @@ import torch
 from lab import rows
 from lab.bench import bench
 from lab.device import Device
-from lab.group import Group
+from lab.group import Group, groups_of
 from lab.implementations import IMPLEMENTATIONS
-from lab.rules import RULES, STORAGES, Rule, Storage
+from lab.rules import FORMATS, RULES, STORAGES, Rule
 from lab.suites import Layout
+from lab.workload import Workload
 
 from triton_optim.launch import backend, tuning
 from triton_optim.launch.tuning import Config
@@ -41,6 +46,9 @@ LAYOUTS = (
     Layout("large", [(f"weight{i}", (4096, 4096)) for i in range(8)]),
     Layout("small", [(f"weight{i}", (32, 64)) for i in range(1000)]),
 )
+COMPILED = Layout("compiled", [("weight", (4096,))])  # a kernel serves any layout
+ALL_STORAGES = {storage.name: storage for storage in (*STORAGES, *FORMATS)}
+HALF = ("bfloat16", "exact16", "stochastic", "8bit")  # of no tensor of 32 bits
 OURS = IMPLEMENTATIONS[0]
 BLOCK_SIZES = (512, 1024, 2048, 4096)
 ELEMENTS_PER_THREAD = (4, 8, 16)
@@ -84,21 +92,23 @@ def evictions(best: Sequence[Config]) -> list[Config]:
 
 
 class Tuner:
-    """Times configs on the workloads of one storage.
+    """Times configs.
 
     Args:
         device: where.
-        storage: dtypes of parameters and state.
+        workloads: on what.
         default: the config that the others are compared with.
         repeats: how often each is timed, at the most.
         stop: the `time.monotonic()` after which no further repeat begins.
+        pool: processes that compile them before.
     """
 
     def __init__(
-        self, device: Device, storage: Storage, default: Config, repeats: int, stop: float
-    ) -> None:
-        self._device, self._storage, self._default = device, storage, default
-        self._repeats, self._stop = repeats, stop
+        self, device: Device, workloads: Sequence[Group], default: Config, repeats: int,
+        stop: float, pool: Executor | None = None,
+    ) -> None:  # fmt: skip
+        self._device, self._workloads, self._default = device, workloads, default
+        self._repeats, self._stop, self._pool = repeats, stop, pool
         self.trials: list[Trial] = []
 
     def run(self, lanes: int) -> list[tuple[Config, float]]:
@@ -119,12 +129,15 @@ class Tuner:
     def _try(self, configs: Sequence[Config]) -> None:
         """All configs on all workloads, each first checked."""
         named = {str(config): config for config in configs}
+        kinds = {(group.rule.name, group.storage.name): None for group in self._workloads}
+        if self._pool is not None:
+            tasks = [(*kind, config) for kind in kinds for config in configs]
+            [*self._pool.map(_compile, *zip(*tasks, strict=True))]
         items = [
             OURS._replace(name=name, build=partial(_build, config))
             for name, config in named.items()
         ]
-        for layout, rule in product(LAYOUTS, RULES):
-            group = Group("tune", layout, rule, self._storage)
+        for group in self._workloads:
             limits = (self._repeats, self._stop)
             timed = bench(self._device, group, rows.Row(), *limits, implementations=items)
             measured = {row.implementation: row for row in timed if row.implementation in named}
@@ -133,8 +146,16 @@ class Tuner:
                 if row.detail:
                     print(f"{name}: {row.detail}")
                 us = row.gpu_us or math.nan
-                which = (self._storage.name, layout.name, rule.name)
+                which = (group.storage.name, group.layout.name, group.rule.name)
                 self.trials.append(Trial(*which, named[name], us, us / default))
+
+
+def _compile(rule: str, storage: str, config: Config) -> None:
+    """In a process of the pool, into Triton's cache. What fails here fails there too."""
+    named = next(one for one in RULES if one.name == rule)
+    with suppress(Exception):
+        step = Workload(COMPILED, named, ALL_STORAGES[storage], Device.type)
+        step.build(OURS._replace(build=partial(_build, config)))()
 
 
 def _build(config: Config, rule: Rule, params: Any) -> Any:
@@ -148,6 +169,21 @@ def forced(config: Config) -> Iterator[None]:
     """Launches that are made meanwhile are cut up so."""
     with patch.object(backend, "config", lambda *_: config):
         yield
+
+
+def workloads(
+    layouts: Collection[str], rules: Collection[str], storages: Collection[str]
+) -> Iterator[Group]:
+    """On all of which every config is timed."""
+    for layout in LAYOUTS:
+        for group in groups_of("tune", layout):
+            names = (
+                layout.name in layouts,
+                group.rule.name in rules,
+                group.storage.name in storages,
+            )
+            if all(names) and not OURS.refusal(group.rule, group.storage):
+                yield group
 
 
 def write(path: Path, trials: Iterable[Trial], machine: Mapping[str, str]) -> None:
@@ -166,6 +202,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole run")
     parser.add_argument("--repeats", type=int, default=10)
+    known = {"layouts": [one.name for one in LAYOUTS], "rules": [one.name for one in RULES]}
+    for option, choices in known.items():
+        parser.add_argument(f"--{option}", nargs="+", choices=choices, default=choices)
+    chosen = ["float32", "bfloat16"]
+    parser.add_argument("--storages", nargs="+", choices=[*ALL_STORAGES], default=chosen)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file")
     args = parser.parse_args()
     if args.repeats < 2:
@@ -179,25 +220,30 @@ def main() -> int:
     here = torch.device("cuda", 0)
     architecture = backend.architecture(here)
     lanes = torch.cuda.get_device_properties(here).warp_size
-    begin, chosen, trials = time.monotonic(), {}, []
-    for i, (kind, storage) in enumerate((("wide", STORAGES[0]), ("half", STORAGES[1]))):
+    begin, best, trials = time.monotonic(), {}, []
+    kinds = {"wide": {*args.storages} - {*HALF}, "half": {*args.storages} & {*HALF}}
+    asked = {kind: names for kind, names in kinds.items() if names}
+    for i, (kind, names) in enumerate(asked.items(), start=1):
         default = tuning.config(architecture, half=kind == "half")
-        stop = begin + 60 * args.minutes * (i + 1) / 2
-        tuner = Tuner(device, storage, default, args.repeats, stop)
-        ranked = tuner.run(lanes)
+        stop = begin + 60 * args.minutes * i / len(asked)
+        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+            groups = [*workloads(args.layouts, args.rules, names)]
+            tuner = Tuner(device, groups, default, args.repeats, stop, pool)
+            ranked = tuner.run(lanes)
         if not ranked:
             print(f"nothing is right here, not even the default {default}", file=sys.stderr)
             return 1
         trials += tuner.trials
-        chosen[kind] = ranked[0][0]
-        print(f"\n{storage.name}: time over that of {default}")
+        best[kind] = ranked[0][0]
+        print(f"\n{', '.join(sorted(names))}: time over that of {default}")
         for config, mean in ranked:
             print(f"{mean:8.3f}  {config}")
     path = args.out / f"tune-{architecture}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.csv"
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     write(path, trials, {"gpu": device.name, "driver": device.driver(), **versions})
     print(f"\nwrote {path}; for TUNED in triton_optim/launch/tuning.py:")
-    print(f'    "{architecture}": Pair(wide={chosen["wide"]}, half={chosen["half"]}),')
+    pair = ", ".join(f"{kind}={config}" for kind, config in best.items())
+    print(f'    "{architecture}": Pair({pair}),')
     return 0
 
 

@@ -155,6 +155,7 @@ IMPLEMENTATIONS = (
     Implementation(
         OURS, OURS, _from(OURS, fused=True),
         _unless((_both(_rule("rmsprop-cm"), _eight_bits), "8 bits are not enough for grad_avg")),
+        step_on_gpu=True,
     ),
     Implementation("torch for-loop", "torch", _from("torch.optim", foreach=False), _torch),
     Implementation("torch foreach", "torch", _from("torch.optim", foreach=True), _torch),

@@ -37,6 +37,7 @@ FORMATS: tuple[tuple[dict[str, Any], Storage], ...] = (
     ({"master_weight_bits": 32}, STORAGES[4]),
     ({"master_weight_bits": 32, "state_dtype": torch.bfloat16}, STORAGES[1]),
     ({"stochastic_rounding": True}, STORAGES[1]),
+    ({"master_weight_bits": 32, "state_dtype": "8bit"}, (*STORAGES[1][:2], torch.uint8)),
 )
 FORMATTED: dict[str, dict[str, Any]] = {
     "SGD": {"momentum": 0.5},

@@ -167,9 +167,9 @@ def _at_least(
 
 def _memory(rows: Iterable[Row]) -> Iterator[Goal]:
     shares = [
-        (100 * (row.kept_bytes + (row.step_extra_bytes or 0)) / row.model_bytes, row)
+        (100 * (row.peak_bytes - row.model_bytes) / row.model_bytes, row)
         for row in rows
-        if row.model_bytes and row.kept_bytes is not None
+        if row.model_bytes and row.peak_bytes is not None
     ]
     if shares:
         share, row = max(shares, key=lambda pair: pair[0])

@@ -28,7 +28,8 @@ class Layout(NamedTuple):
         return self.params * bytes_kept(rule, storage)
 
     def state_bytes(self, rule: Rule, storage: Storage) -> int:
-        return self.params * len(rule.states) * storage.state.itemsize
+        """All but parameters and gradients."""
+        return self.size(rule, storage) - 2 * self.params * storage.param.itemsize
 
     def columns(self, rule: Rule, storage: Storage) -> dict[str, Any]:
         """What a row says of these tensors."""

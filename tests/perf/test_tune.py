@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import lab.device
 import pytest
 import tune
+from assertions import updates_among
 from fake_device import FakeDevice
 from lab.rules import RULES, STORAGES
 from lab.suites import Layout
@@ -36,9 +39,9 @@ def test_every_candidate_can_be_launched() -> None:
 
 def _tuner(monkeypatch: pytest.MonkeyPatch) -> Tuner:
     monkeypatch.setattr(tune, "LAYOUTS", (Layout("tiny", [("weight", (10, 20))]),))
-    monkeypatch.setattr(tune, "RULES", (RULES[1],))
     monkeypatch.setattr(tune, "sizes", lambda *_: [DEFAULT, Config(128, 1), Config(256, 1)])
-    return Tuner(FakeDevice(), STORAGES[0], DEFAULT, 2, time.monotonic())
+    groups = [*tune.workloads(["tiny"], ["momentum"], ["float32"])]
+    return Tuner(FakeDevice(), groups, DEFAULT, 2, time.monotonic())
 
 
 def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -57,6 +60,22 @@ def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert {row["layout"] for row in rows} == {"tiny"}
     assert {row["relative"] for row in rows if row["block_size"] == "64" and row["blocks"] == "1"
             and not row["eviction"]} == {"1.0000"}  # fmt: skip
+
+
+def test_configs_are_compiled_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each for every rule and storage, in the processes of a pool; here in this one."""
+    monkeypatch.setattr(lab.device.Device, "type", FakeDevice.type)
+    configs = [Config(64, 1), Config(128, 1)]
+    with record_launches() as launches:
+        for config in configs:
+            tune._compile("momentum", "exact16", config)
+    assert [launch.grid[0] for launch in updates_among(launches)] == [64, 32]
+    asked: list[tuple[object, ...]] = []
+    tuner = _tuner(monkeypatch)
+    tuner._pool = ThreadPoolExecutor()
+    monkeypatch.setattr(tune, "_compile", lambda *task: asked.append(task))
+    tuner._try(configs)
+    assert sorted(asked) == [("momentum", "float32", config) for config in configs]
 
 
 def test_a_config_that_is_wrong_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +106,7 @@ def test_where_every_config_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_mean_is_over_everything() -> None:
-    tuner = Tuner(FakeDevice(), STORAGES[0], DEFAULT, 2, 0.0)
+    tuner = Tuner(FakeDevice(), [], DEFAULT, 2, 0.0)
     other = Config(128, 1)
     for layout, relative in (("a", 0.5), ("b", 1.0)):
         tuner.trials.append(Trial("float32", layout, "sgd", DEFAULT, 1.0, 1.0))
