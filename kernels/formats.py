@@ -99,13 +99,6 @@ def pointer_beside(address, start, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _groups(start, remaining, mask, N: tl.constexpr):
-    """Indices of the groups of a block of N elements, and which of them there are."""
-    groups = start // GROUP_SIZE + tl.arange(0, N // GROUP_SIZE)
-    return groups, None if mask is None else groups * GROUP_SIZE < remaining
-
-
-@triton.jit
 def load(
     ptr,
     beside_ptr,
@@ -128,7 +121,8 @@ def load(
     if FORMAT == BFLOAT16_REMAINDER:
         return join_remainder(x, tl.load(beside_ptr + offsets, mask=mask))
     elif FORMAT >= FLOAT8_E5M3:
-        groups, present = _groups(start, remaining, mask, BLOCK_SIZE)
+        groups = start // GROUP_SIZE + tl.arange(0, BLOCK_SIZE // GROUP_SIZE)
+        present = None if mask is None else groups * GROUP_SIZE < remaining
         exponents = tl.load(beside_ptr + groups, mask=present)
         if FORMAT == FLOAT8_E5M3:
             return decode_e5m3(x, exponents).to(COMPUTE_DTYPE)
@@ -181,7 +175,8 @@ def store(
             stored, exponents = encode_e5m3(x, noise)
         else:
             stored, exponents = encode_e4m3(x, noise)
-        groups, present = _groups(start, remaining, mask, N)
+        groups = start // GROUP_SIZE + tl.arange(0, N // GROUP_SIZE)
+        present = None if mask is None else groups * GROUP_SIZE < remaining
         tl.store(beside_ptr + groups, exponents, mask=present)
     else:
         stored = encode(x, ptr.dtype.element_ty)
