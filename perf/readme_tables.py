@@ -1,19 +1,19 @@
-"""Writes the tables of the two READMEs that are made from perf/results/host-cpu.csv.
+"""Writes the tables of the READMEs that are made from the CSV files of perf/results.
 
     python perf/readme_tables.py
 
-Host time in triton_optim/README.md, and in perf/README.md what a step costs on many ranks, which is
-computed.
+GPU time in README.md and, of storage formats, in triton_optim/README.md; host time there too, and
+in perf/README.md what a step costs on many ranks, which is computed.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from lab import gpu_tables, scaling, tables
 from lab import host_rows as columns
-from lab import scaling, tables
 from lab.host_rows import DTENSOR, FRESH, PLAIN, SERIES, Row, found, read
 from lab.rows import OURS
 
@@ -97,20 +97,23 @@ def _cold(rows: Sequence[Row]) -> str:
 
 
 ROOT = Path(__file__).parent.parent
-ROWS = ROOT / "perf" / "results" / "host-cpu.csv"
-PARTS: dict[Path, tuple[str, Callable[[Sequence[Row]], str]]] = {
-    ROOT / "triton_optim" / "README.md": ("host time", report),
-    ROOT / "perf" / "README.md": ("scaling", scaling.table),
-}
+RESULTS = ROOT / "perf" / "results"
 
 
 def texts() -> dict[Path, str]:
     """The files as they must be."""
-    rows = read(ROWS)
-    return {
-        path: tables.with_part(path.read_text(), name, make(rows))
-        for path, (name, make) in PARTS.items()
-    }
+    host, gpu = read(RESULTS / "host-cpu.csv"), gpu_tables.measured(RESULTS)
+    front, guide, perf = (ROOT / folder / "README.md" for folder in ("", "triton_optim", "perf"))
+    parts = (
+        (front, "GPU time", gpu_tables.beside_torch(gpu)),
+        (guide, "GPU time by storage", gpu_tables.by_storage(gpu)),
+        (guide, "host time", report(host)),
+        (perf, "scaling", scaling.table(host)),
+    )
+    found = {path: path.read_text() for path in (front, guide, perf)}
+    for path, name, part in parts:
+        found[path] = tables.with_part(found[path], name, part)
+    return found
 
 
 def main() -> None:

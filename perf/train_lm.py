@@ -87,9 +87,7 @@ def compare(args: argparse.Namespace, text: Text) -> None:
     compared.plot(groups, args.plot)
     print(f"wrote {args.plot}")
     if args.csv:
-        compared.write(
-            groups, args.csv, {"machine": machine.in_one_line(), "command": " ".join(sys.argv)}
-        )
+        compared.write(groups, args.csv, {"machine": machine.in_one_line()})
         print(f"wrote {args.csv}")
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +58,7 @@ class Storage(NamedTuple):
     name: str
     param: torch.dtype
     state: torch.dtype
-    options: Mapping[str, Any] = MappingProxyType({})
+    options: tuple[tuple[str, Any], ...] = ()
     remainder: int = 0
 
 
@@ -69,12 +67,12 @@ STORAGES = (
     Storage("bfloat16", torch.bfloat16, torch.bfloat16),
     Storage("bfloat16+float32", torch.bfloat16, torch.float32),
 )
-EXACT = {"master_weight_bits": 32}
+BF16, EXACT = torch.bfloat16, ("master_weight_bits", 32)
 FORMATS = (
-    Storage("exact", torch.bfloat16, torch.float32, EXACT, 2),
-    Storage("exact16", torch.bfloat16, torch.bfloat16, {**EXACT, "state_dtype": torch.bfloat16}, 2),
-    Storage("stochastic", torch.bfloat16, torch.bfloat16, {"stochastic_rounding": True}),
-    Storage("8bit", torch.bfloat16, torch.uint8, {**EXACT, "state_dtype": "8bit"}, 2),
+    Storage("exact", BF16, torch.float32, (EXACT,), 2),
+    Storage("exact16", BF16, BF16, (EXACT, ("state_dtype", BF16)), 2),
+    Storage("stochastic", BF16, BF16, (("stochastic_rounding", True),)),
+    Storage("8bit", BF16, torch.uint8, (EXACT, ("state_dtype", "8bit")), 2),
 )
 
 

@@ -73,7 +73,7 @@ class Workload(Work):
 
     def build(self, implementation: Implementation) -> Step:
         """An implementation's step over these tensors, from state of zeros."""
-        kwargs = {**self.rule.kwargs, **self.storage.options}
+        kwargs = {**self.rule.kwargs, **dict(self.storage.options)}
         optimizer = implementation.build(self.rule._replace(kwargs=kwargs), self.params)
         if implementation.shares_state(self.storage):
             self._share_state(optimizer, self.device if implementation.step_on_gpu else "cpu")

@@ -1,0 +1,74 @@
+"""Tables of GPU time, from the CSV files that bench_step.py wrote on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from lab import rows, tables
+from lab.rows import OK, OURS, Row
+from lab.rules import FORMATS, RULES, STORAGES
+
+RIVALS = ("torch fused", "torch foreach", "torch compiled", "optimi", "FlashOptim")
+SHOWN = {
+    "sgd": "SGD",
+    "momentum": "SGD, momentum",
+    "adagrad": "Adagrad",
+    "rmsprop": "RMSprop",
+    "adamw": "AdamW",
+}
+LAYOUTS = {"1x100M": "1 tensor of 100 M", "1000x1024": "1,000 tensors of 1,024"}
+WAITS = "waits"  # the GPU, for launches of the host
+OF_FORMATS = "gpt2"
+
+
+def measured(folder: Path) -> list[Row]:
+    """All rows of a GPU that have a time; the latest come last."""
+    found = [row for path in folder.glob("step-*.csv") for row in rows.read(path)]
+    return sorted((row for row in found if row.status == OK and row.gpu_us), key=lambda r: r.date)
+
+
+def beside_torch(found: Sequence[Row]) -> str:
+    """float32, by layout and rule: GPU time of everybody who was right."""
+    times = {(r.layout, r.rule, r.implementation): r for r in found if r.storage == "float32"}
+
+    def cells(layout: str, rule: str) -> Iterator[str]:
+        ours = times[layout, rule, OURS]
+        share = f" ({ours.percent_of_copy:.0f} %)" if ours.percent_of_copy else ""
+        yield f"{ours.gpu_us:,.0f}{share}" if share else f"{ours.gpu_us:.1f}"
+        for rival in RIVALS:
+            row = times.get((layout, rule, rival))
+            yield "" if row is None else WAITS if (row.gaps or 0) > 0.5 else f"{row.gpu_us:,.0f}"
+
+    body = [
+        [f"{title}, {SHOWN[rule]}", *cells(layout, rule)]
+        for layout, title in LAYOUTS.items()
+        for rule in SHOWN
+        if (layout, rule, OURS) in times
+    ]
+    return f"{_machine(found)}\n\n{tables.markdown(('', OURS, *RIVALS), body)}"
+
+
+def by_storage(found: Iterable[Row]) -> str:
+    """What one layout takes in every storage: microseconds, and the share of a copy's bandwidth."""
+    ours = [row for row in found if (row.layout, row.implementation) == (OF_FORMATS, OURS)]
+    times = {(row.rule, row.storage): row for row in ours}
+    names = [rule.name for rule in RULES if any(rule.name == key[0] for key in times)]
+
+    def cell(rule: str, storage: str) -> str:
+        row = times.get((rule, storage))
+        return f"{row.gpu_us:,.0f} ({row.percent_of_copy:.0f} %)" if row else ""
+
+    body = [
+        [storage.name, *(cell(name, storage.name) for name in names)]
+        for storage in (*STORAGES, *FORMATS)
+        if any(storage.name == key[1] for key in times)
+    ]
+    head = ("", *(SHOWN[name] for name in names))
+    return f"{_machine(ours)}\n\n{tables.markdown(head, body)}"
+
+
+def _machine(found: Sequence[Row]) -> str:
+    row = found[-1]
+    where = f"{row.gpu}, driver {row.driver}, torch {row.torch}, Triton {row.triton}"
+    return tables.paragraph(f"{where}, {row.date[:10]}; microseconds, medians:")
