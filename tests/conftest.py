@@ -23,6 +23,7 @@ from fake_graph import fake_cuda
 
 from triton_optim.launch import backend, row_launcher, tuning
 from triton_optim.launch.launcher import Launch, UpdateLaunch
+from triton_optim.launch.variant import Variant
 from triton_optim.step.launch_group import LaunchGroup
 from triton_optim.step.plan import Plan
 
@@ -110,9 +111,9 @@ def _sanitizer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[backend.Variant]:
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
     """The variant of every update launch of the test, in order."""
-    seen: list[backend.Variant] = []
+    seen: list[Variant] = []
     run = Launch.run
 
     def recorded(launch: Launch, **changed: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from lab.gpus import GPUS
 from lab.machine_code import Code, MainPath
 from triton_optim.kernels.random_bits import SINGLY
 from triton_optim.launch import backend, tuning
+from triton_optim.launch.variant import ITEM_SIZES, Variant
 from triton_optim.testing.compiled import Usage, compile_update
 
 
@@ -19,7 +20,7 @@ class Kernel(NamedTuple):
     """One kernel, and what an interpreted step with it moves."""
 
     rule: str
-    variant: backend.Variant
+    variant: Variant
     n_hypers: int
     bytes_per_param: float
     launches: int
@@ -69,7 +70,7 @@ class Kernel(NamedTuple):
         gpu, variant = GPUS[architecture], self.variant
         config = tuning.config(architecture, half=variant.half)
         elements = config.chunk // (config.num_warps * gpu.warp_size)  # a thread
-        sizes = backend.ITEM_SIZES
+        sizes = ITEM_SIZES
         written = sum(sizes[name] for name in variant.written)
         written += sizes[variant.grad_dtype] if "UNSCALE" in variant.conditions else 0
         path = Code(code).main_path(elements * written) or MainPath(0, 0, (), (), 0)
@@ -100,6 +101,6 @@ class Kernel(NamedTuple):
         return {**measures, "limit": dense_report(architecture, self.name, measures).limit}
 
 
-def _of_elements(variant: backend.Variant, path: MainPath) -> list[int]:
+def _of_elements(variant: Variant, path: MainPath) -> list[int]:
     """Bytes of each load and store but those of exponents, a byte for a group."""
     return [n for n in path.loads + path.stores if n > 1 or not variant.has_groups]

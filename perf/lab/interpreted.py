@@ -19,6 +19,7 @@ from lab.traffic import Traffic, watched
 from triton_optim.kernels.random_bits import EIGHTS, SINGLY
 from triton_optim.launch import backend, tuning
 from triton_optim.launch.launcher import UpdateLaunch, record_launches
+from triton_optim.launch.variant import Variant
 from triton_optim.step.launch_group import LaunchGroup
 from triton_optim.storage import StorageOptions
 
@@ -116,7 +117,7 @@ def measure(
     """
     param_dtype, grad_dtype, state_dtype = storage
 
-    def config(variant: backend.Variant, *_: object) -> tuning.Config:
+    def config(variant: Variant, *_: object) -> tuning.Config:
         return tuning.config(architecture, half=variant.half)
 
     with patch.object(backend, "config", config), record_launches() as launches:

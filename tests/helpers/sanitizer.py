@@ -17,6 +17,7 @@ from triton_optim.kernels.keys import PARAM as ROW_PARAM
 from triton_optim.launch import backend
 from triton_optim.launch.launcher import Launch, UpdateLaunch
 from triton_optim.launch.row_launcher import KeysLaunch, RowLaunch
+from triton_optim.launch.variant import ITEM_SIZES
 from triton_optim.step.conditions import StepConditions
 from triton_optim.step.launch_group import GradCopies, LaunchGroup, StepTensors
 from triton_optim.step.row_wise import RowWiseLaunchGroup
@@ -126,8 +127,8 @@ def touched(table: RowWiseLaunchGroup, found: StepTensors) -> list[Span]:
     """The rows of parameters and state that a step must write, found without the kernels."""
     spans = []
     for variant, tensors in table._cuts:
-        sizes = [backend.ITEM_SIZES[variant.param_dtype]]
-        sizes += variant.n_states * [backend.ITEM_SIZES[variant.state_dtype]]
+        sizes = [ITEM_SIZES[variant.param_dtype]]
+        sizes += variant.n_states * [ITEM_SIZES[variant.state_dtype]]
         for i in tensors:
             if not found.present[i]:
                 continue

@@ -12,9 +12,11 @@ from guarded_memory import GuardedBuffer, guarded, guarded_buffers
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim.launch import backend, chunking
+from triton_optim.launch import chunking, kernel_args
+from triton_optim.launch.kernel_args import Tables
 from triton_optim.launch.launcher import Launch, LaunchSpec, UpdateLaunch
 from triton_optim.launch.tuning import Config
+from triton_optim.launch.variant import STORAGE_DTYPES, Variant
 from triton_optim.optimizers.adagrad import RULE
 
 
@@ -52,13 +54,13 @@ def test_a_damaged_guard_is_seen() -> None:
 
 def _step(monkeypatch: pytest.MonkeyPatch, programs: int, longer: int = 0) -> None:
     """A step over BLOCK + 1 elements with so many programs and so many more elements pretended."""
-    row = backend.row
+    row = kernel_args.row
     block_to_tensor = torch.zeros(programs, dtype=torch.int32)
     param = Parameter(torch.zeros(BLOCK + 1))
     param.grad = torch.ones_like(param)
     with monkeypatch.context() as patch:
         patch.setattr(chunking, "assign_programs", lambda *_: block_to_tensor)
-        patch.setattr(backend, "row", lambda n, *args: row(n + longer, *args))
+        patch.setattr(kernel_args, "row", lambda n, *args: row(n + longer, *args))
         triton_optim.SGD([param]).step()
 
 
@@ -86,10 +88,10 @@ def test_beyond_two_to_the_31_elements(dtype: torch.dtype) -> None:
     memory = [torch.randn(real).to(dtype) for _ in range(3)]
     expected = [m.clone() for m in memory]
     addresses = [m.data_ptr() - first * BLOCK * dtype.itemsize for m in memory]
-    name = backend.STORAGE_DTYPES[dtype]
-    variant = backend.Variant(frozenset(), name, name, (name,), aligned=True, reads_step=False)
-    tables = backend.Tables(
-        rows=torch.tensor(backend.row(numel, 0, -first, [addresses[0], addresses[2]])),
+    name = STORAGE_DTYPES[dtype]
+    variant = Variant(frozenset(), name, name, (name,), aligned=True, reads_step=False)
+    tables = Tables(
+        rows=torch.tensor(kernel_args.row(numel, 0, -first, [addresses[0], addresses[2]])),
         grads=torch.tensor([addresses[1]]),
         hypers=torch.tensor([[0.1, 0.0, 1e-10, 0.0]], dtype=torch.float64),
         steps=None,

@@ -26,7 +26,7 @@ from torch_optim_db import (
     tensors_of,
 )
 
-from triton_optim.launch import backend
+from triton_optim.launch.variant import Variant
 
 DTYPES = (*cases.DTYPES, torch.complex128)
 SPECS = tuple(spec for spec in cases.SPECS if spec.name in ("0-dim", "empty", "2d"))
@@ -35,7 +35,7 @@ SPECS = tuple(spec for spec in cases.SPECS if spec.name in ("0-dim", "empty", "2
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_config
 def test_the_default_way_and_fused(
-    case: Config, dtype: torch.dtype, launches: list[backend.Variant]
+    case: Config, dtype: torch.dtype, launches: list[Variant]
 ) -> None:
     """Side by side for seven steps; no gradient at the third.
 
@@ -159,7 +159,7 @@ def test_weight_decay_as_a_tensor() -> None:
 
 @pytest.mark.parametrize(("case", "constructors"), list(scheduled()))
 def test_schedulers_and_groups(
-    case: Config, constructors: Sequence[Any], launches: list[backend.Variant]
+    case: Config, constructors: Sequence[Any], launches: list[Variant]
 ) -> None:
     """As torch's, and in the right direction."""
     problems = LeastSquares(), LeastSquares()
@@ -177,7 +177,7 @@ def test_schedulers_and_groups(
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 @every_config
 def test_complex_is_real_and_imaginary(
-    case: Config, dtype: torch.dtype, launches: list[backend.Variant]
+    case: Config, dtype: torch.dtype, launches: list[Variant]
 ) -> None:
     """To the bit, in one launch: as one real tensor, and as two."""
     whole = Parameter(torch.randn(BLOCK // 2 + 1, dtype=dtype, device=DEVICE))

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch_optim_db import Config, every_config, every_optimizer, sparse, step_all, tensors_of
 
-from triton_optim.launch import backend
+from triton_optim.launch.variant import Variant
 
 SPECS = tuple(spec for spec in cases.SPECS if spec.name in ("0-dim", "block+1", "2d"))
 
@@ -111,7 +111,7 @@ def test_zero_gradients(case: Config) -> None:
 
 
 @every_config
-def test_no_gradients(case: Config, launches: list[backend.Variant]) -> None:
+def test_no_gradients(case: Config, launches: list[Variant]) -> None:
     """Neither before a first step nor after it."""
     both = Pair(case)
     for steps in (0, 2):
@@ -124,7 +124,7 @@ def test_no_gradients(case: Config, launches: list[backend.Variant]) -> None:
 
 
 @every_config
-def test_parameters_without_elements(case: Config, launches: list[backend.Variant]) -> None:
+def test_parameters_without_elements(case: Config, launches: list[Variant]) -> None:
     specs = [spec for spec in cases.SPECS if spec.name.startswith("empty")]
     states = []
     for make in (case.ours, case.theirs):

@@ -26,7 +26,7 @@ from torch_optim_db import (
     tensors_of,
 )
 
-from triton_optim.launch import backend
+from triton_optim.launch.variant import Variant
 
 
 def _names(named: bool, params: list[Parameter]) -> list[Any]:
@@ -70,7 +70,7 @@ def test_saved_and_loaded_with_weights_only(case: Config) -> None:
 
 
 @every_config
-def test_older_state_dict(case: Config, launches: list[backend.Variant]) -> None:
+def test_older_state_dict(case: Config, launches: list[Variant]) -> None:
     """Without the flags that came later, and with steps that are Python numbers."""
     newer = {flag for info in INFOS for flag in info.not_og_supported_flags}
     both = Pair(case)
@@ -184,7 +184,7 @@ def test_a_checkpoint_crosses_devices(case: Config, fused: bool | None) -> None:
     [case for info in INFOS for case in configs(info, "cuda") if "capturable" in case.kwargs],
     ids=lambda case: case.name,
 )
-def test_capturable(case: Config, launches: list[backend.Variant]) -> None:
+def test_capturable(case: Config, launches: list[Variant]) -> None:
     """Through the kernels, with steps counted on the GPU, as torch's."""
     pair = Pair(case)
     pair.step(3)

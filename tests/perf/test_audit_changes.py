@@ -17,7 +17,8 @@ from audit_kernels import examine
 from lab.audit import Audit
 from lab.dense_kernels import Kernel
 from triton_optim.launch import backend
-variant = backend.Variant(frozenset(), "float32", "float32", ("float32",), True, False)
+from triton_optim.launch.variant import Variant
+variant = Variant(frozenset(), "float32", "float32", ("float32",), True, False)
 kernels = [Kernel("adagrad_rule", variant, 4, 20.08, 1)]
 audit = Audit("", {"sm_90": dict(examine("sm_90", kernels))}, {}, {})
 """

@@ -17,7 +17,8 @@ from lab.suites import Layout
 from lab.workload import Workload
 from tune import Trial, Tuner
 
-from triton_optim.launch import backend, tuning
+from triton_optim.launch import tuning
+from triton_optim.launch.kernel_args import Tables
 from triton_optim.launch.launcher import LaunchSpec, UpdateLaunch, record_launches
 from triton_optim.launch.tuning import Config
 from triton_optim.rule import Rule
@@ -83,7 +84,7 @@ def test_a_config_that_is_wrong_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -
     tuner = _tuner(monkeypatch)
     make = UpdateLaunch.__init__
 
-    def faulty(self: UpdateLaunch, rule: Rule, spec: LaunchSpec, tables: backend.Tables) -> None:
+    def faulty(self: UpdateLaunch, rule: Rule, spec: LaunchSpec, tables: Tables) -> None:
         if spec.config.block_size == 256:
             raise RuntimeError("out of registers")
         if spec.config.block_size == 128:

@@ -13,6 +13,7 @@ import triton_optim
 from triton_optim.kernels.chunks import FIRST
 from triton_optim.launch import backend, pointer_tables, tuning
 from triton_optim.launch.device_buffer import Buffer
+from triton_optim.launch.variant import Variant
 from triton_optim.step import plan
 from triton_optim.step.dense import DenseLaunchGroup
 
@@ -30,7 +31,7 @@ def _params(n: int, *shape: int, dtype: torch.dtype = torch.float32) -> list[Par
     ids=lambda value: getattr(value, "name", value),
 )
 def test_one_launch_for_many_tensors_in_six_groups(
-    case: Case, n: int, launches: list[backend.Variant]
+    case: Case, n: int, launches: list[Variant]
 ) -> None:
     params, twins = _params(n, 2, 3), _params(n, 2, 3)
     for param, twin in zip(params, twins, strict=True):
@@ -131,7 +132,7 @@ def test_the_plan_is_kept(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert optimizer._stepper.plan is not kept
 
 
-def test_no_gradient_at_all(launches: list[backend.Variant]) -> None:
+def test_no_gradient_at_all(launches: list[Variant]) -> None:
     for name in triton_optim.OPTIMIZERS:
         optimizer = getattr(triton_optim, name)([Parameter(torch.ones(3, device=DEVICE))])
         optimizer.step()
@@ -139,7 +140,7 @@ def test_no_gradient_at_all(launches: list[backend.Variant]) -> None:
     assert launches == []
 
 
-def test_buckets_by_dtype_and_alignment(launches: list[backend.Variant]) -> None:
+def test_buckets_by_dtype_and_alignment(launches: list[Variant]) -> None:
     params = [*_params(2, 5), *_params(2, 5, dtype=torch.bfloat16)]
     base = torch.zeros(9, device=DEVICE)
     params.append(Parameter(base[1:6]))
@@ -174,7 +175,7 @@ def test_interpreted_block_size_weighs_programs_against_padding(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.undo()
-    variant = backend.Variant(frozenset(), "float32", "float32", (), True, False)
+    variant = Variant(frozenset(), "float32", "float32", (), True, False)
     for numels, sizes in (
         ([10] * 100, {1024}),
         ([10**7], {2**18}),

@@ -12,15 +12,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim.launch import backend
+from triton_optim.launch.variant import Variant
 from triton_optim.step import routing
 
 
 @every_state
 @pytest.mark.parametrize("flags", [{"foreach": True}, {"fused": False}])
-def test_flags_that_fall_back(
-    case: Case, flags: dict[str, bool], launches: list[backend.Variant]
-) -> None:
+def test_flags_that_fall_back(case: Case, flags: dict[str, bool], launches: list[Variant]) -> None:
     p, q = two_copies(new_param(5))
     ours = case.ours([p], **flags)
     theirs = case.theirs([q])
@@ -49,9 +47,7 @@ def test_differentiable_falls_back(case: Case) -> None:
 
 
 @every_state
-def test_a_parameter_that_is_not_dense_falls_back(
-    case: Case, launches: list[backend.Variant]
-) -> None:
+def test_a_parameter_that_is_not_dense_falls_back(case: Case, launches: list[Variant]) -> None:
     bases = [torch.randn(6, 8, device=DEVICE) for _ in range(1)]
     p, q = (Parameter(bases[0].clone()[:, ::2]) for _ in range(2))
     for param in (p, q):
@@ -74,7 +70,7 @@ def test_conjugate_gradient() -> None:
 
 
 @every_state
-def test_a_gradient_that_loses_its_alignment(case: Case, launches: list[backend.Variant]) -> None:
+def test_a_gradient_that_loses_its_alignment(case: Case, launches: list[Variant]) -> None:
     p, q = two_copies(new_param(BLOCK + 1))
     ours, theirs = case.ours([p]), case.theirs([q])
     for offset in (0, 0, 1, 1, 0):
@@ -129,7 +125,7 @@ def test_what_the_kernels_cannot_update(param: Tensor, grad: Tensor, reason: str
     assert reason in str(routing.tensors_unsupported(param, grad))
 
 
-def test_an_inference_tensor_in_inference_mode(launches: list[backend.Variant]) -> None:
+def test_an_inference_tensor_in_inference_mode(launches: list[Variant]) -> None:
     param = _inference_tensor()
     optimizer = triton_optim.SGD([param], lr=0.5)
     with torch.inference_mode():
@@ -174,7 +170,7 @@ def test_a_parameter_put_into_a_group_that_falls_back_too() -> None:
     torch.testing.assert_close(*params)
 
 
-def test_a_flag_that_a_group_gets_later(launches: list[backend.Variant]) -> None:
+def test_a_flag_that_a_group_gets_later(launches: list[Variant]) -> None:
     """RMSprop's `fused` is no key of its groups until somebody makes it one."""
     optimizer = triton_optim.RMSprop([new_param(5)])
     optimizer.step()

@@ -13,11 +13,12 @@ from torch.nn import Parameter
 
 import triton_optim
 from triton_optim.launch import backend
+from triton_optim.launch.variant import Variant
 from triton_optim.step import routing
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adagrad"])
-def test_sparse_gradients_beside_dense_ones(name: str, launches: list[backend.Variant]) -> None:
+def test_sparse_gradients_beside_dense_ones(name: str, launches: list[Variant]) -> None:
     kwargs: dict[str, Any] = {"lr": 0.1}
     embeddings = [torch.nn.Embedding(10, 3, sparse=True, device=DEVICE) for _ in range(2)]
     embeddings[1].load_state_dict(embeddings[0].state_dict())
@@ -59,7 +60,7 @@ def test_sparse_gradients_on_rdna(monkeypatch: pytest.MonkeyPatch) -> None:
         assert routing.tensors_unsupported(dense, dense.grad, row_wise=True) is None
 
 
-def test_a_sparse_gradient_that_becomes_dense(launches: list[backend.Variant]) -> None:
+def test_a_sparse_gradient_that_becomes_dense(launches: list[Variant]) -> None:
     p, q = two_copies(new_param(4, 3))
     ours, theirs = triton_optim.Adagrad([p]), torch.optim.Adagrad([q])
     for is_sparse in (True, True, False, False, True, False):

@@ -10,18 +10,18 @@ from cases import CASES, DEVICE, Case, every_state, grad_of, skip_without_late_s
 from paired_optimizers import Pair, two_groups
 from torch.nn import Parameter
 
-from triton_optim.launch import backend
+from triton_optim.launch.variant import Variant
 from triton_optim.step import view
 
 
 @every_state
-def test_groups_have_their_own_hyperparameters(case: Case, launches: list[backend.Variant]) -> None:
+def test_groups_have_their_own_hyperparameters(case: Case, launches: list[Variant]) -> None:
     Pair(case, two_groups).step(3)
     assert len(launches) == 3
 
 
 @every_state
-def test_gradients_that_stay_in_place(case: Case, launches: list[backend.Variant]) -> None:
+def test_gradients_that_stay_in_place(case: Case, launches: list[Variant]) -> None:
     pair = Pair(case)
     pair.step()
     for _ in range(3):
@@ -106,7 +106,7 @@ def test_state_replaced_and_removed(case: Case) -> None:
 
 
 @every_state
-def test_hyperparameters_change_between_steps(case: Case, launches: list[backend.Variant]) -> None:
+def test_hyperparameters_change_between_steps(case: Case, launches: list[Variant]) -> None:
     pair = Pair(case, two_groups)
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in pair.optimizers]
     for _ in range(3):

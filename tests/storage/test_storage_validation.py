@@ -141,6 +141,22 @@ def test_a_remainder_that_does_not_fit(
             optimizer.step()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_model_that_is_converted_later(dtype: torch.dtype) -> None:
+    """Its remainders would be lost in silence."""
+    model = torch.nn.Linear(3, 2, device=DEVICE, dtype=BFLOAT16)
+    optimizer = triton_optim.RMSprop(model.parameters(), master_weight_bits=32)
+    for _ in range(2):
+        model(torch.ones(1, 3, device=DEVICE, dtype=model.weight.dtype)).sum().backward()
+        if model.weight.dtype == BFLOAT16:
+            optimizer.step()
+        optimizer.zero_grad()
+        model.to(dtype)
+    model(torch.ones(1, 3, device=DEVICE, dtype=dtype)).sum().backward()
+    with raises(f"is {dtype} now.*fp32_state_dict", optimizer, [*model.parameters()]):
+        optimizer.step()
+
+
 def test_state_of_another_dtype_than_asked_for() -> None:
     tensors = [new_param(5)]
     optimizer = triton_optim.AdamW(tensors, state_dtype=BFLOAT16)

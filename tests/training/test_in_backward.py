@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import triton_optim
 from triton_optim import step_in_backward
-from triton_optim.launch import backend
 from triton_optim.launch.launcher import record_launches
+from triton_optim.launch.variant import Variant
 from triton_optim.training.grad_buckets import assign_buckets
 
 
@@ -103,7 +103,7 @@ def test_live_gradients_are_bounded() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("head", [True, False])
-def test_checkpoints(reentrant: bool, head: bool, launches: list[backend.Variant]) -> None:
+def test_checkpoints(reentrant: bool, head: bool, launches: list[Variant]) -> None:
     """Passes of reentrant checkpoints, inside the model's, end without stepping half a bucket."""
     pair = PairedModels(MOMENTUM, bucket_bytes=1 << 20)
     pair.step(reentrant=reentrant, head=head)

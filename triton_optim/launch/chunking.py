@@ -14,8 +14,7 @@ from ..options import Options
 from ..rule import Rule, State
 from ..tensors.layout import Layout
 from ..tensors.sharding import ReduceGroups, local
-from . import backend
-from .backend import GradVariant
+from . import backend, kernel_args
 from .formats import Stored
 from .launcher import LaunchSpec
 from .pointer_tables import (
@@ -27,6 +26,7 @@ from .pointer_tables import (
     real_numel,
 )
 from .row_launcher import Kind, address_of, kind_of
+from .variant import ITEM_SIZES, STORAGE_DTYPES, GradVariant, Variant
 
 
 class GradSignature(NamedTuple):
@@ -109,7 +109,7 @@ def chunk_tensors(
         Stored.of(p.param, s, p.state_names, rule, p.place, p.where, options)
         for p, s in zip(planned, states, strict=True)
     ]
-    members: dict[backend.Variant, list[int]] = defaultdict(list)
+    members: dict[Variant, list[int]] = defaultdict(list)
     for i, item in enumerate(planned):
         if numels[i]:
             members[_variant(rule, item, stored[i], addresses[i])].append(i)
@@ -126,7 +126,7 @@ def chunk_tensors(
     norm_first, grads = chunk_grads(numels, variants, reduced, device)
     rows: list[int] = []
     for i, item in enumerate(planned):
-        rows += backend.row(numels[i], item.group, first[i], addresses[i], norm_first[i])
+        rows += kernel_args.row(numels[i], item.group, first[i], addresses[i], norm_first[i])
     formats = None
     if any(variant.has_formats for variant in members):
         formats = _table(chain.from_iterable(item.row for item in stored), backend.FORMAT_WIDTH)
@@ -154,7 +154,7 @@ def chunk_grads(
         sizes = [numels[i] for i in indices]
         blocks = max(config.blocks, -(-sum(sizes) // (config.block_size * MAX_PROGRAMS)))
         programs = assign_programs(indices, sizes, config.block_size * blocks, first)
-        n_bytes = backend.ITEM_SIZES[variant.dtype] * sum(sizes)
+        n_bytes = ITEM_SIZES[variant.dtype] * sum(sizes)
         specs.append(GradLaunchSpec(variant, reduce_groups, programs, blocks, n_bytes))
     return first, specs
 
@@ -177,11 +177,9 @@ def assign_programs(
     return torch.repeat_interleave(rows, torch.tensor(counts, device="cpu"))
 
 
-def _variant(
-    rule: Rule, item: PlannedParam, stored: Stored, addresses: Sequence[int]
-) -> backend.Variant:
+def _variant(rule: Rule, item: PlannedParam, stored: Stored, addresses: Sequence[int]) -> Variant:
     grad, (param_dtype, *state_dtypes) = _grad_variant(item), stored.formats
-    variant = backend.Variant(
+    variant = Variant(
         flags=item.flags,
         param_dtype=param_dtype,
         grad_dtype=grad.dtype,
@@ -196,4 +194,4 @@ def _variant(
 def _grad_variant(item: PlannedParam) -> GradVariant:
     assert item.signature.grad is not None
     aligned = item.reordered or item.signature.is_aligned
-    return GradVariant(backend.STORAGE_DTYPES[item.signature.grad.dtype], aligned)
+    return GradVariant(STORAGE_DTYPES[item.signature.grad.dtype], aligned)

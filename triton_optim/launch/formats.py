@@ -15,6 +15,7 @@ from ..rule import Rule, State, StateTensor
 from ..storage import EIGHT_BITS, EXPONENTS, REMAINDER
 from ..tensors.sharding import GlobalIndex, global_index, local
 from . import backend
+from .variant import STOCHASTIC, STORAGE_DTYPES
 
 
 class Stored(NamedTuple):
@@ -51,7 +52,7 @@ class Stored(NamedTuple):
         states = {item.name: item for item in rule.states}
         formats = [_format_of_param(shard, options)]
         formats += (_format(states[n], local(state[n]).dtype, options) for n in names)
-        rounds = not backend.STOCHASTIC.isdisjoint(formats)
+        rounds = not STOCHASTIC.isdisjoint(formats)
         if not beside and not rounds:
             return cls(tuple(formats))
         index = global_index(param, where) if rounds else GlobalIndex()
@@ -66,13 +67,13 @@ class Stored(NamedTuple):
 def _format_of_param(shard: Tensor, options: Options) -> str:
     if options.keeps_remainder(shard):
         return "bfloat16_remainder"
-    return backend.STORAGE_DTYPES[shard.dtype] + "_stochastic" * options.rounds_param(shard)
+    return STORAGE_DTYPES[shard.dtype] + "_stochastic" * options.rounds_param(shard)
 
 
 def _format(item: StateTensor, dtype: torch.dtype, options: Options) -> str:
     if dtype == EIGHT_BITS:
         return "float8_e5m3" if item.is_denominator else "float8_e4m3"
-    return backend.STORAGE_DTYPES[dtype] + "_stochastic" * options.rounds_state(item.name, dtype)
+    return STORAGE_DTYPES[dtype] + "_stochastic" * options.rounds_state(item.name, dtype)
 
 
 def random_key(seed: int, group: int, position: int) -> int:

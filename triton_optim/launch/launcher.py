@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ..rule import Rule
-from . import backend
-from .backend import COMPILED, Tables, Variant
+from . import backend, kernel_args
+from .backend import COMPILED
+from .kernel_args import Tables
 from .tuning import Config
+from .variant import Variant
 
 if backend.DEVICE_TYPE:
     import triton
@@ -130,7 +132,7 @@ class RuleLaunch(Launch):
 class LaunchSpec(NamedTuple):
     """What one update launch updates, cut into programs."""
 
-    variant: backend.Variant
+    variant: Variant
     config: Config
     block_to_tensor: Tensor  # int32, one a program: the row of its tensor
     n_bytes: int
@@ -158,10 +160,12 @@ class UpdateLaunch(RuleLaunch):
             "max_norm_ptr": tables.max_norm,
             "step_status_ptr": tables.step_status,
             "n_bytes": float(spec.n_bytes),
-            **dict.fromkeys(backend.unused_pointers(variant)),
-            **backend.constants(rule, variant, config, tables.hypers.shape[1]),
+            **dict.fromkeys(kernel_args.unused_pointers(variant)),
+            **kernel_args.constants(rule, variant, config, tables.hypers.shape[1]),
         }
-        options = backend.options(variant, config, backend.architecture(device)) if COMPILED else {}
+        options = (
+            kernel_args.options(variant, config, backend.architecture(device)) if COMPILED else {}
+        )
         kernel = multi_tensor.multi_tensor_kernel
         super().__init__(kernel, variant, len(spec.block_to_tensor), arguments, options, device)
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..rule import RowWise, Rule, State
-from . import backend, row_launcher
+from . import row_launcher
 from .chunking import PlannedParam
 from .pointer_tables import addresses_of, as_tensor, column
 from .row_launcher import RowVariant, rows_and_width
+from .variant import STORAGE_DTYPES
 
 MAX_KEYS = 2**31  # of int32, which are sorted in half the time of int64
 
@@ -68,7 +69,7 @@ def _variant(rule: Rule, state: State, item: PlannedParam) -> RowVariant:
     held = [state[name] for name in item.state_names if name in state]
     rows = rule.row_wise or RowWise()
     by_row = item.row_state is not None
-    storage = backend.STORAGE_DTYPES
+    storage = STORAGE_DTYPES
     return RowVariant(
         sparse=kind.layout == torch.sparse_coo,
         flags=item.flags,

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from ..rule import Rule
 from ..tensors.layout import is_contiguous_resolved
-from . import backend, tuning
-from .backend import ALIGNMENT, COMPILED, ITEM_SIZES, Tables
+from . import backend, kernel_args, tuning
+from .backend import ALIGNMENT, COMPILED
+from .kernel_args import Tables
 from .launcher import Launch, RuleLaunch
 from .pointer_tables import is_aligned
 from .tuning import RowConfig
+from .variant import ITEM_SIZES
 
 if backend.DEVICE_TYPE:
     from ..kernels import keys
@@ -130,7 +132,7 @@ def constants(rule: Rule, variant: RowVariant, config: RowConfig, n_hypers: int)
     }
     return {
         **dict.fromkeys(name for name, is_used in used.items() if not is_used),
-        **backend.rule_constants(rule, rule.row_function, variant.flags),
+        **kernel_args.rule_constants(rule, rule.row_function, variant.flags),
         "N_HYPERS": n_hypers,
         "N_STATES": variant.n_states,
         "PARAM_DTYPE": dtype(variant.param_dtype),

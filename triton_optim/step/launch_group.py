@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..launch import backend
-from ..launch.backend import Tables
 from ..launch.chunking import PlannedParam
 from ..launch.device_buffer import Buffer
+from ..launch.kernel_args import Tables
 from ..launch.launcher import Launch
 from ..launch.pointer_tables import addresses_of, on_device
 from ..rule import State

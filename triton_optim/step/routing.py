@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..launch import backend, tuning
 from ..launch.row_launcher import MAX_NNZ, few_enough, rows_and_width
+from ..launch.variant import STORAGE_DTYPES
 from ..options import Group
 from ..rule import State
 from ..tensors.layout import is_non_overlapping_and_dense, same_memory_order
@@ -61,8 +62,8 @@ def tensors_unsupported(param: Tensor, grad: Tensor, *, row_wise: bool = False) 
     if param.layout != torch.strided or grad.layout not in layouts:
         return f"its gradient is {grad.layout}"
     for tensor in (param, grad):
-        if tensor.dtype not in backend.STORAGE_DTYPES:
-            return f"{tensor.dtype} is none of {list(backend.STORAGE_DTYPES)}"
+        if tensor.dtype not in STORAGE_DTYPES:
+            return f"{tensor.dtype} is none of {list(STORAGE_DTYPES)}"
     if param.is_complex() != grad.is_complex():
         return f"it is {param.dtype} with a {grad.dtype} gradient"
     if not is_non_overlapping_and_dense(param) or param.is_conj() or param.is_neg():

@@ -113,6 +113,11 @@ def check_state_of(
 ) -> list[tuple[Tensor, str]]:
     """Refuse bad state. Returns the tensors that the kernels will write, with their names."""
     rule, state = view.rule, view.state[param]
+    if REMAINDER in state and not view.options.keeps_remainder(param):
+        raise RuntimeError(
+            f"{where} is {param.dtype} now, and its state has what it lacked as bfloat16; take "
+            "fp32_state_dict() before a model is converted, and make another optimizer"
+        )
     is_new = state.keys() <= {REMAINDER}
     names = () if is_new else rule.state_names(group)
     if view.options.keeps_remainder(param) and REMAINDER in state:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..launch import backend
-from ..launch.backend import Tables
+from ..launch.kernel_args import Tables
 from ..launch.launcher import Launch
 from ..launch.pointer_tables import as_tensor, column, on_device
 from ..launch.row_launcher import dtype_name

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import backend
+from ..launch.variant import STORAGE_DTYPES
 from ..options import Group, Options
 from ..rule import Rule, State
 from ..storage import EIGHT_BITS, REMAINDER
@@ -201,7 +201,7 @@ def check_state(
         elif dtype == EIGHT_BITS and not same_memory_order(value, shard):
             found = "lies in memory in another order than the parameter, and so do its groups"
         elif dtype is None and (
-            value.dtype not in backend.STORAGE_DTYPES or value.is_complex() != param.is_complex()
+            value.dtype not in STORAGE_DTYPES or value.is_complex() != param.is_complex()
         ):
             found = f"is {value.dtype}, the parameter {param.dtype}"
         elif value.is_meta or (

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..launch import backend
 from ..launch.launcher import UpdateLaunch, record_launches
+from ..launch.variant import Variant
 from ..optimizer import FusedOptimizer
 from ..storage import StorageOptions
 
@@ -337,7 +338,7 @@ def _check_state_dict(
 
 
 def _check_compiled(
-    optimizer_class: type[FusedOptimizer], variants: Sequence[tuple[backend.Variant, int]]
+    optimizer_class: type[FusedOptimizer], variants: Sequence[tuple[Variant, int]]
 ) -> Iterator[str]:
     from .compiled import compile_updates
 

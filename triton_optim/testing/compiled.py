@@ -21,7 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..launch import backend, tuning
+from ..launch import backend, kernel_args, tuning
+from ..launch.variant import Variant
 from ..rule import Rule
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -92,14 +93,14 @@ def compile_for(
     return triton.compile(source, target=target, options=dict(options))
 
 
-def compile_update(rule: Rule, variant: backend.Variant, n_hypers: int, architecture: str) -> Any:
+def compile_update(rule: Rule, variant: Variant, n_hypers: int, architecture: str) -> Any:
     """The kernel that updates whole tensors, as a launch on such a GPU would have it compiled."""
     from ..kernels.multi_tensor import multi_tensor_kernel
 
     config = tuning.config(architecture, half=variant.half)
-    constants = backend.constants(rule, variant, config, n_hypers)
-    constants |= dict.fromkeys(backend.unused_pointers(variant))
-    options = backend.options(variant, config, architecture)
+    constants = kernel_args.constants(rule, variant, config, n_hypers)
+    constants |= dict.fromkeys(kernel_args.unused_pointers(variant))
+    options = kernel_args.options(variant, config, architecture)
     return compile_for(architecture, multi_tensor_kernel, constants, options)
 
 
@@ -137,7 +138,7 @@ def widest_access(architecture: str, kernel: Any) -> int:
 
 
 def compile_updates(
-    optimizer_class: type[Any], variants: Sequence[tuple[backend.Variant, int]]
+    optimizer_class: type[Any], variants: Sequence[tuple[Variant, int]]
 ) -> list[Compiled]:
     """A class's update kernels on `ARCHITECTURES`; in a process of its own, if these interpret.
 
@@ -178,7 +179,7 @@ def answer() -> None:
     sys.stdout.buffer.write(pickle.dumps(rows))
 
 
-def _compile_updates(rule: Rule, variants: Sequence[tuple[backend.Variant, int]]) -> list[Compiled]:
+def _compile_updates(rule: Rule, variants: Sequence[tuple[Variant, int]]) -> list[Compiled]:
     rows = []
     for architecture in ARCHITECTURES:
         for variant, n_hypers in variants:

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 
-from ..launch import backend
-from ..launch.backend import GradVariant
+from ..launch import backend, kernel_args
 from ..launch.chunking import chunk_grads
 from ..launch.pointer_tables import (
     addresses_of,
@@ -24,6 +23,7 @@ from ..launch.pointer_tables import (
     on_device,
     real_numel,
 )
+from ..launch.variant import STORAGE_DTYPES, GradVariant
 from ..options import checked_max_norm
 from ..step import grad_norm
 from ..step.grad_norm import GradNorm, grad_launch
@@ -103,11 +103,11 @@ def _clip(grads: list[Tensor], max_norm: float, error_if_nonfinite: bool) -> Ten
     addresses = addresses_of(shards)
     numels = [real_numel(shard) for shard in shards]
     variants = [
-        GradVariant(backend.STORAGE_DTYPES[shard.dtype], is_aligned([address]))
+        GradVariant(STORAGE_DTYPES[shard.dtype], is_aligned([address]))
         for shard, address in zip(shards, addresses, strict=True)
     ]
     first, specs = chunk_grads(numels, variants, [reduce_groups(grad) for grad in grads], device)
-    rows = [x for n, f in zip(numels, first, strict=True) for x in backend.row(n, 0, 0, (), f)]
+    rows = [x for n, f in zip(numels, first, strict=True) for x in kernel_args.row(n, 0, 0, (), f)]
     columns = (column("q", rows), column("q", addresses), column("d", [max_norm]))
     lengths = [len(part) // 8 for part in columns]
     tables = on_device(as_tensor(b"".join(columns)), device).split(lengths)
