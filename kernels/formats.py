@@ -54,13 +54,12 @@ def join_remainder(x, remainder):
 def split_remainder(x):
     """x as bfloat16, to nearest with ties away from zero, and what is missing from it as int16.
 
-    NaN has none: of its two halves one might look like a number.
+    NaN stays NaN whatever is added.
     """
     bits = x.to(tl.uint32, bitcast=True)
     high = tl.where(x == x, (bits + 0x8000) >> 16, 0x7FC0)
-    low = tl.where(x == x, bits, 0)
     rounded = high.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return rounded, low.to(tl.uint16).to(tl.int16, bitcast=True)
+    return rounded, bits.to(tl.uint16).to(tl.int16, bitcast=True)
 
 
 @triton.jit

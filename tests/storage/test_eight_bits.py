@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
+from triton_optim import FusedOptimizer, Rule
 from triton_optim.kernels import float8 as kernels
 from triton_optim.tensors import float8
 from triton_optim.tensors.float8 import GROUP_SIZE
@@ -135,6 +136,33 @@ def test_the_largest_numbers() -> None:
         y, *_ = round_trip(-x, torch.tensor(noise), denominator=False)
         assert (y < 0).all()
         assert (y > -torch.inf).all()
+
+
+@kinds
+def test_no_finite_number_becomes_infinite(denominator: bool) -> None:
+    for largest in (1.6, 1.7, 1.99):
+        noise = torch.tensor([[0], [NOISES - 1]]).expand(2, GROUP_SIZE)
+        y, *_ = round_trip(torch.full((2, GROUP_SIZE), largest), noise, denominator=denominator)
+        assert (y <= 2).all()
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _large_without_gradient(param, grad, state, hyper, step, FLAGS: tl.constexpr):  # type: ignore[no-untyped-def]
+    return param, (tl.where(grad == 0, 1e6, grad),)
+
+
+class LargeWithoutGradient(FusedOptimizer):
+    rule = Rule(_large_without_gradient, state=("buffer",), hyperparameters={"lr": 0.1})
+
+
+def test_what_is_not_there_has_no_say() -> None:
+    """In a group that a tensor does not fill."""
+    param = Parameter(torch.ones(5, device=DEVICE))
+    optimizer = LargeWithoutGradient([param], state_dtype="8bit")
+    param.grad = torch.full_like(param, 1e-3)
+    optimizer.step()
+    (state,) = optimizer.state_dict()["state"].values()
+    torch.testing.assert_close(state["buffer"].float(), param.grad, rtol=0.13, atol=0)
 
 
 SPECS = (

@@ -87,6 +87,8 @@ def test_largest_numbers_infinities_and_nan(dtype: torch.dtype) -> None:
     assert {*rounded(below, dtype).tolist()} <= {largest, *neighbours(below, dtype)}
     for value in (largest, -largest, torch.inf, -torch.inf):
         assert {*rounded(value, dtype).tolist()} == {value}
+    beyond = float(torch.nextafter(torch.tensor(largest), torch.tensor(torch.inf)))
+    assert {*rounded(-beyond, dtype).tolist()} == {-largest}
     assert rounded(torch.nan, dtype).isnan().all()
 
 

@@ -90,10 +90,9 @@ def _joined(param: Tensor, remainder: Tensor) -> Tensor:
 def _split(value: Tensor) -> tuple[Tensor, Tensor]:
     """As kernels/formats.py does."""
     value = value.float()
-    bits, is_nan = value.view(torch.int32), value.isnan()
-    high = ((bits + 0x8000) >> 16).to(torch.int16).masked_fill_(is_nan, 0x7FC0)
-    low = (bits << 16 >> 16).to(torch.int16).masked_fill_(is_nan, 0)
-    return high.view(torch.bfloat16), low
+    bits = value.view(torch.int32)
+    high = ((bits + 0x8000) >> 16).to(torch.int16).masked_fill_(value.isnan(), 0x7FC0)
+    return high.view(torch.bfloat16), (bits << 16 >> 16).to(torch.int16)
 
 
 def _shardwise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
