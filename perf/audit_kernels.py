@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", choices=GPUS, default=[*GPUS])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
-    every = "each N-th kernel and step, but every dense one of sm_90"
+    every = "each N-th kernel and step"
     parser.add_argument("--every", type=int, default=1, metavar="N", help=every)
     args = parser.parse_args()
     audited = audit(args.arch, args.kinds, args.every)
@@ -71,11 +71,10 @@ def audit(architectures: Sequence[str], kinds: Sequence[str] = KINDS, every: int
         if ROWS in kinds:
             cases = interpreted_rows.cases()[::every]
             steps = [pool.submit(interpreted_rows.measure, *case) for case in cases]
-        dense = _dense(pool, architectures, kinds)
-    chosen = {a: of if a == "sm_90" else of[::every] for a, of in dense.items()}
+        dense = _dense(pool, architectures, kinds, every)
     by_rows = dict.fromkeys(architectures, row_kernels()[::every]) if ROWS in kinds else {}
     with _workers(interpret=False) as pool:
-        tasks = [_examined(pool, chosen), _examined(pool, by_rows)]
+        tasks = [_examined(pool, dense), _examined(pool, by_rows)]
         kernels, rows = (
             {a: dict(sorted(chain(*(task.result() for task in of)))) for a, of in kind.items()}
             for kind in tasks
@@ -103,7 +102,7 @@ def _workers(*, interpret: bool) -> Iterator[ProcessPoolExecutor]:
 
 
 def _dense(
-    pool: ProcessPoolExecutor, architectures: Sequence[str], kinds: Sequence[str]
+    pool: ProcessPoolExecutor, architectures: Sequence[str], kinds: Sequence[str], every: int
 ) -> dict[str, list[Kernel]]:
     """The dense kernels of each architecture: of dtypes of torch, and of other formats."""
     # Where launches are cut alike, steps move the same.
@@ -114,7 +113,7 @@ def _dense(
     names = {getattr(triton_optim, n).rule.name: n for n in reversed(optimizers)}.values()
     asked = [(kernels_of, name) for name in names if DENSE in kinds]
     asked += [(formats_of, name) for name in FORMATTED if FORMATS in kinds]
-    tasks = {a: [pool.submit(of, a, name) for of, name in asked] for a in first.values()}
+    tasks = {a: [pool.submit(of, a, name, every) for of, name in asked] for a in first.values()}
     found = {a: [kernel for task in of for kernel in task.result()] for a, of in tasks.items()}
     return {a: [k for k in found[first[cuts[a]]] if k.is_followed(a)] for a in architectures}
 

@@ -28,6 +28,15 @@ from triton_optim.step.launch_group import LaunchGroup
 from triton_optim.step.plan import Plan
 
 PTX = os.environ.get("PTX")
+# Files that take longest begin first, so that all processes end at about the same time.
+SLOWEST = ("test_audit", "test_distributed", "test_programs", "test_rules", "test_gpu_report",
+           "test_interruptions", "test_check", "test_conformance", "test_train_lm", "test_fuzz",
+           "test_plan", "test_text_classifier", "test_integration", "test_packaging")  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # to begin with the files of most tests
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -52,6 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "ptx": None if PTX else "needs PTX=sm_90, or another architecture, in the environment",
         "interpreted": "is about Triton's interpreter" if backend.COMPILED else None,
     }
+    items.sort(key=lambda item: item.path.stem not in SLOWEST)
     for item in items:
         for name, reason in skipped.items():
             if reason and item.get_closest_marker(name):

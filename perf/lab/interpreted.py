@@ -50,23 +50,27 @@ CHUNKS = 4  # of a tensor, whole ones
 TENSORS = 2  # a group each
 
 
-def kernels_of(architecture: str, name: str) -> list[Kernel]:
-    """An optimizer's, with an architecture's block sizes: over aligned addresses, then others."""
+def kernels_of(architecture: str, name: str, every: int) -> list[Kernel]:
+    """An optimizer's, with an architecture's block sizes: over aligned addresses, then others.
+
+    Args:
+        every: which of them, one in so many.
+    """
     storages = [*((False, s) for s in STORAGES), *((True, s) for s in GATED_STORAGES)]
     # Without state, its dtype makes no other kernel.
     found = {
         kernel.variant: kernel
-        for kwargs, (gated, storage) in product(flag_sets(name), storages)
+        for kwargs, (gated, storage) in [*product(flag_sets(name), storages)][::every]
         for kernel in [measure(architecture, name, kwargs, storage, gated=gated)]
     }
     return [*found.values(), *(kernel.misaligned() for kernel in found.values())]
 
 
-def formats_of(architecture: str, name: str) -> list[Kernel]:
+def formats_of(architecture: str, name: str, every: int) -> list[Kernel]:
     """Those of an optimizer with options of storage: over aligned addresses, others, and shards."""
     whole = [
         measure(architecture, name, {**FORMATTED[name], **options}, storage, gated=gated)
-        for (options, storage), gated in product(FORMATS, (False, True))
+        for (options, storage), gated in [*product(FORMATS, (False, True))][::every]
     ]
     shards = [
         kernel._replace(variant=kernel.variant._replace(sharding=sharding))

@@ -20,6 +20,11 @@ from triton_optim import __main__ as self_check
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def _small_blocks() -> None:
+    """Blocks as a newcomer has them."""
+
+
 def _run(*command: str, code: int = 0) -> str:
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False
