@@ -43,6 +43,8 @@ COUNTED_FORMATS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("rmsprop", {"stochastic_rounding": True}),
     ("adagrad", {"stochastic_rounding": True}),
     ("sgd-momentum", {"stochastic_rounding": True}),
+    *((n, {"master_weight_bits": 32, "state_dtype": "8bit"}) for n in ("adamw", "sgd-momentum")),
+    *((n, {"stochastic_rounding": True, "state_dtype": "8bit"}) for n in ("rmsprop", "adagrad")),
 )
 CHUNKS = 2
 
