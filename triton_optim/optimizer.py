@@ -33,8 +33,9 @@ from .step.loading import (
     restore_uncast,
     widen_steps,
 )
+from .step.state_validation import check_entries, check_values
 from .step.stepper import Stepper
-from .step.validation import check_entries, check_groups, check_rule, check_values
+from .step.validation import check_groups, check_rule
 from .step.view import OptimizerView
 from .tensors.sharding import local
 

@@ -19,8 +19,9 @@ from triton_optim.launch.launcher import Launch, UpdateLaunch
 from triton_optim.launch.row_launcher import KeysLaunch, RowLaunch
 from triton_optim.launch.variant import ITEM_SIZES
 from triton_optim.step.conditions import StepConditions
-from triton_optim.step.launch_group import GradCopies, LaunchGroup, StepTensors
+from triton_optim.step.launch_group import LaunchGroup
 from triton_optim.step.row_wise import RowWiseLaunchGroup
+from triton_optim.step.step_tensors import GradCopies, StepTensors
 
 Span = tuple[int, int]  # first byte, and the one after the last
 

@@ -6,6 +6,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from assertions import assert_same_bits
 from parallel_models import local
 from process_groups import Scenario, World
@@ -31,7 +32,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.nn import Module, Parameter
+from torch.nn import Linear, Module, Parameter, Sequential
+from torch.nn.parallel import DistributedDataParallel
 
 from triton_optim import AdamW, fp32_state_dict, load_fp32_state_dict
 from triton_optim.tensors.sharding import global_index
@@ -229,6 +231,24 @@ def zero(world: World) -> None:
     assert len(mine) == {2: 1, 4: int(world.rank < 2)}[world.size]
 
 
+def replicas(name: str, world: World) -> None:
+    """Under DistributedDataParallel all processes keep the same bits, remainders and state too."""
+    torch.manual_seed(0)
+    model = Sequential(Linear(5, 7), Linear(7, 6)).to(world.device, BFLOAT16)
+    wrapped = DistributedDataParallel(model)
+    optimizer = FORMATS[name](wrapped.parameters())
+    for step in range(3):
+        x = torch.full((2, 5), 0.1 * (world.rank + step), dtype=BFLOAT16, device=world.device)
+        wrapped(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    mine = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    all_of_them: list[Any] = [None] * world.size
+    dist.all_gather_object(all_of_them, mine)
+    for other in all_of_them:
+        assert_same_bits(other, mine)
+
+
 def storage_scenarios() -> list[Scenario]:
     found = [
         Scenario("shards_of_two_dims", shards_of_two_dims, (4,)),
@@ -238,6 +258,7 @@ def storage_scenarios() -> list[Scenario]:
         Scenario("stored_resharded-8bit", eight_bits_resharded, (2, 4, 1)),
     ]
     for name in FORMATS:
+        found.append(Scenario(f"stored-replicas-{name}", partial(replicas, name), (2,)))
         found.append(Scenario(f"stored_resharded-{name}", partial(resharded, name), (2, 4, 1)))
         for parallelism, sizes in PARALLELISMS.items():
             run = partial(the_same_bits, parallelism, name)

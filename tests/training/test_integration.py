@@ -110,6 +110,51 @@ def test_lightning_resumes(case: Case, tmp_path: Path) -> None:
     _assert_resumed(_with_lightning(case.ours), lambda: _with_lightning(case.ours, half))
 
 
+in_bfloat16 = pytest.mark.parametrize(
+    "options",
+    [
+        {"master_weight_bits": 32},
+        {"stochastic_rounding": True},
+        {"master_weight_bits": 32, "state_dtype": "8bit"},
+    ],
+    ids=str,
+)
+
+
+def _of_bfloat16(options: dict[str, Any]) -> Make:
+    """Makes an optimizer of a model that it converts."""
+
+    def make(params: Any) -> Any:
+        params = [*params]
+        for param in params:
+            param.data = param.data.bfloat16()
+        return triton_optim.AdamW(params, lr=1e-3, **options)
+
+    return make
+
+
+@in_bfloat16
+def test_trainer_in_bfloat16(options: dict[str, Any], tmp_path: Path) -> None:
+    """The model's weights are loaded behind the optimizer's back, and then their remainders."""
+    make, half = _of_bfloat16(options), tmp_path / f"checkpoint-{STEPS // 2}"
+    whole = frameworks.with_trainer(make, tmp_path)
+    _assert_resumed(whole, lambda: frameworks.with_trainer(make, tmp_path, half))
+
+
+@in_bfloat16
+def test_accelerate_in_bfloat16(options: dict[str, Any], tmp_path: Path) -> None:
+    make = _of_bfloat16(options)
+    whole = frameworks.with_accelerate(make, tmp_path)
+    _assert_resumed(whole, lambda: frameworks.with_accelerate(make, tmp_path, resume=True))
+
+
+@in_bfloat16
+def test_lightning_in_bfloat16(options: dict[str, Any], tmp_path: Path) -> None:
+    make, half = _of_bfloat16(options), tmp_path / "half.ckpt"
+    frameworks.fit(frameworks.lightning_module(make), epochs=1).save_checkpoint(half)
+    _assert_resumed(_with_lightning(make), lambda: _with_lightning(make, half))
+
+
 def _run_guide(framework: str, names: dict[str, Any]) -> dict[str, Any]:
     """Run the guide's lines for a framework, given what they take as given."""
     guide = (Path(__file__).parents[2] / "triton_optim" / "README.md").read_text()

@@ -23,8 +23,9 @@ from ..tensors.layout import Layout, LayoutGuard
 from ..tensors.sharding import is_dtensor, local_of, redistribute_grad, same_sharding, spec_of
 from .conditions import StepConditions
 from .grad_norm import GradNorm
-from .launch_group import CurrentTensors, GradCopies, LaunchGroup, StepTensors, present_of
+from .launch_group import LaunchGroup
 from .state import counters_of
+from .step_tensors import CurrentTensors, GradCopies, StepTensors, present_of
 from .view import OptimizerView
 
 _grad_of = attrgetter("grad")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from itertools import compress, cycle, repeat
+from itertools import compress, repeat
 from operator import is_not
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,39 +23,8 @@ from .conditions import StepConditions
 from .host_scalars import HostScalars
 from .state import Holders, bring_together, counters_of, states_of
 from .step_counts import DeviceCounts, HostCounts, SeenCounts
+from .step_tensors import CurrentTensors, GradCopies, StepTensors, present_of
 from .view import OptimizerView
-
-GradCopies = list[tuple[int, Tensor]]  # what stands in for a gradient, by its index
-
-
-class CurrentTensors(NamedTuple):
-    """The optimizer's tensors as they are now: nothing of it is kept."""
-
-    params: Sequence[Tensor]  # of all groups
-    keys: Sequence[Tensor]  # of optimizer.state
-    states: Sequence[State]
-
-    @classmethod
-    def of(cls, view: OptimizerView, params: Sequence[Tensor]) -> CurrentTensors:
-        return cls(params, [*view.state], [*view.state.values()])
-
-
-class StepTensors(NamedTuple):
-    """What one step reads and writes, looked up and checked for this step: shards of DTensors."""
-
-    grads: Sequence[Tensor | None]  # of sparse ones, the values; None of one that is missing
-    present: bytes  # 1 of a gradient that is there
-    shards: Sequence[Tensor]  # all parameters
-    written: Sequence[Tensor]  # parameters that have a gradient, and their state
-    dtensors: Sequence[Tensor]  # those of which `written` are shards
-    steps: Sequence[Tensor]  # all step counts, then each other scalar of all tensors
-    ids: Sequence[Tensor] = ()  # int64 [1, rows], of sparse gradients
-    remainders: Sequence[tuple[Tensor, Tensor]] = ()  # written parameters, and theirs
-
-    @property
-    def counted(self) -> Iterable[Tensor]:
-        """The step counts and other scalars of parameters that have a gradient."""
-        return self.steps if 0 not in self.present else compress(self.steps, cycle(self.present))
 
 
 class LaunchGroup:
@@ -340,8 +309,3 @@ class LaunchGroup:
                 if all(value.data_ptr() in addresses for value in held):
                     del states[param]
         self._may_have_skipped = False
-
-
-def present_of(grads: Iterable[Tensor | None]) -> bytes:
-    """1 of each that is there."""
-    return bytes(map(is_not, grads, repeat(None)))

@@ -18,8 +18,9 @@ from ..tensors.layout import LayoutGuard
 from . import grad_norm
 from .conditions import StepConditions
 from .dense import DenseLaunchGroup
-from .launch_group import CurrentTensors, GradCopies, LaunchGroup, StepTensors, present_of
+from .launch_group import LaunchGroup
 from .routing import is_traced, unsupported
+from .step_tensors import CurrentTensors, GradCopies, StepTensors, present_of
 from .validation import check_indices, check_unscaling
 from .view import OptimizerView
 

@@ -23,12 +23,12 @@ from .plan import Others, Plan, Values
 from .routing import is_traced, laid_out_like, misplaced, unsupported
 from .row_wise import RowWiseLaunchGroup
 from .state import check_state_of
+from .state_validation import check_requested
 from .validation import (
     check_fallback,
     check_indices,
     check_meshes,
     check_no_overlap,
-    check_requested,
     check_row_wise,
     check_tensors,
 )

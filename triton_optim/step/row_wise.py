@@ -25,8 +25,9 @@ from ..launch.row_launcher import (
 from ..rule import State
 from ..tensors.layout import Layout, LayoutGuard, is_contiguous_resolved
 from .conditions import StepConditions
-from .launch_group import CurrentTensors, GradCopies, LaunchGroup, StepTensors, present_of
+from .launch_group import LaunchGroup
 from .state import counters_of
+from .step_tensors import CurrentTensors, GradCopies, StepTensors, present_of
 from .validation import check_indices
 from .view import OptimizerView
 

@@ -17,7 +17,7 @@ from ..storage import REMAINDER
 from ..tensors.layout import picker
 from ..tensors.sharding import local
 from .float8 import made
-from .validation import (
+from .state_validation import (
     check_counter,
     check_exponents,
     check_row_state,
