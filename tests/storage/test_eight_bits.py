@@ -282,6 +282,42 @@ def test_the_sum_of_adagrad_is_right_in_the_mean(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
+    ("name", "kwargs", "largest"),
+    [
+        ("AdamW", {"weight_decay": 0.0}, 0.13),
+        ("RMSprop", {}, 0.095),
+        ("Adagrad", {}, 0.12),
+        ("SGD", {"momentum": 0.9}, 0.085),
+        ("Lion", {"weight_decay": 0.0}, 0.3),  # of signs, some of which turn
+    ],
+)
+def test_the_error_of_an_update(
+    name: str, kwargs: dict[str, Any], largest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root mean square, over that of the update from float32 state; after some steps, or 2,000."""
+    n, steps = 2048, 2000 if SOAK else 60
+    monkeypatch.setattr(backend, "INTERPRETED_BLOCK_SIZES", (n,))
+    draw = torch.Generator().manual_seed(0)
+    scales = torch.exp(0.5 * torch.randn(n, generator=draw))
+    params = [Parameter(torch.zeros(n, device=DEVICE)) for _ in range(2)]
+    make = getattr(triton_optim, name)
+    optimizers = [make(params[:1], **kwargs), make(params[1:], state_dtype="8bit", **kwargs)]
+    errors, sizes = 0.0, 0.0
+    for step in range(steps):
+        grad = (torch.randn(n, generator=draw) * scales).to(DEVICE)
+        updates = []
+        for param, optimizer in zip(params, optimizers, strict=True):
+            param.grad, before = grad.clone(), param.detach().double()
+            optimizer.step()
+            updates.append(param.detach().double() - before)
+        if step >= steps // 2:
+            errors += float((updates[1] - updates[0]).square().mean())
+            sizes += float(updates[0].square().mean())
+    print(f"{name}: {(errors / sizes) ** 0.5:.4f}")
+    assert (errors / sizes) ** 0.5 < largest
+
+
+@pytest.mark.parametrize(
     ("make", "options", "message"),
     [
         (triton_optim.ASGD, {}, "not enough for the state 'ax'"),
