@@ -46,7 +46,7 @@ PRINT = "print(*audit.findings())"
          "32 bits on its main path"),
         (DENSE, "kernels/multi_tensor.py", "if remaining >=", "if -1 >=", "without a mask"),
         (DENSE, "kernels/chunks.py", "if ALIGNED:", "if False:", "32 bits on its main path"),
-        (DENSE, "triton_optim/launch/backend.py", '{"num_warps"', '{"maxnreg": 32, "num_warps"',
+        (DENSE, "triton_optim/launch/kernel_args.py", '{"num_warps"', '{"maxnreg": 32, "num_warps"',
          "spills"),
         (
             DENSE,
