@@ -48,15 +48,20 @@ def objective_gradient(param, grad, weight_decay, FLAGS: tl.constexpr):
 
 
 @triton.jit
-def descend(param, update, lr, weight_decay, FLAGS: tl.constexpr):
-    """p - update, or with decoupled weight decay p - (lr weight_decay p + update).
+def descend(param, size, direction, lr, weight_decay, FLAGS: tl.constexpr):
+    """p - size direction, or with decoupled weight decay p - (lr weight_decay p + size direction).
 
-    Not p (1 - lr weight_decay): in float32 that factor is off by the same in every step.
+    Not p (1 - lr weight_decay): in float32 that factor is off by the same in every step. Fused by
+    name: on sm_100 the compiler fuses for some storage formats only, and bits would differ.
+
+    size: a scalar, or a block, in arithmetic precision.
     """
     if DECOUPLED & FLAGS:
         rate = (lr * weight_decay).to(param.dtype)
-        update = tl.where(rate == 0, update, tl.fma(rate, param, update))
-    return param - update
+        update = size * direction
+        return param - tl.where(rate == 0, update, tl.fma(rate, param, update))
+    else:
+        return tl.fma(-size, direction, param)
 
 
 @triton.jit
@@ -76,7 +81,7 @@ def sgd_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
         momentum_buffer = mu * state[0] + dampened
         update = update + mu * momentum_buffer if NESTEROV & FLAGS else momentum_buffer
         state = (momentum_buffer,)
-    return descend(param, lr.to(param.dtype) * update, lr, weight_decay, FLAGS), state
+    return descend(param, lr.to(param.dtype), update, lr, weight_decay, FLAGS), state
 
 
 @triton.jit
@@ -87,8 +92,8 @@ def adagrad_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
         lr = lr * reciprocal(1 + step * lr_decay)
     grad = objective_gradient(param, grad, weight_decay, FLAGS)
     sum = state[0] + grad * grad
-    update = lr.to(param.dtype) * div(grad, sqrt(sum, FLAGS) + eps.to(param.dtype), FLAGS)
-    return descend(param, update, lr, weight_decay, FLAGS), (sum,)
+    update = div(grad, sqrt(sum, FLAGS) + eps.to(param.dtype), FLAGS)
+    return descend(param, lr.to(param.dtype), update, lr, weight_decay, FLAGS), (sum,)
 
 
 @triton.jit
@@ -116,7 +121,7 @@ def rmsprop_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
         new_state = new_state + (update,)
     if CENTERED & FLAGS:
         new_state = new_state + (grad_avg,)
-    return descend(param, lr.to(param.dtype) * update, lr, weight_decay, FLAGS), new_state
+    return descend(param, lr.to(param.dtype), update, lr, weight_decay, FLAGS), new_state
 
 
 @triton.jit
@@ -140,8 +145,8 @@ def adam_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
         largest = tl.maximum(state[2], exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
         new_state = new_state + (largest,)
     denominator = sqrt(largest, FLAGS) * scale + eps.to(DTYPE)
-    update = step_size * div(exp_avg, denominator, FLAGS)
-    return descend(param, update, lr, weight_decay, FLAGS), new_state
+    update = div(exp_avg, denominator, FLAGS)
+    return descend(param, step_size, update, lr, weight_decay, FLAGS), new_state
 
 
 @triton.jit
@@ -163,8 +168,8 @@ def radam_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     ratio = div((length - 4) * (length - 2) * longest, (longest - 4) * (longest - 2) * length)
     step_size *= tl.where(tractable, sqrt(ratio * correction2), 1.0)
     denominator = tl.where(tractable, sqrt(exp_avg_sq, FLAGS) + eps.to(DTYPE), 1.0)
-    update = step_size * div(exp_avg, denominator, FLAGS)
-    return descend(param, update, lr, weight_decay, FLAGS), (exp_avg, exp_avg_sq)
+    update = div(exp_avg, denominator, FLAGS)
+    return descend(param, step_size, update, lr, weight_decay, FLAGS), (exp_avg, exp_avg_sq)
 
 
 @triton.jit
@@ -196,7 +201,8 @@ def nadam_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     exp_avg_sq = tl.fma(beta2.to(DTYPE), state[1], one_minus_beta2.to(DTYPE) * grad * grad)
     denominator = sqrt(exp_avg_sq, FLAGS) * scale.to(DTYPE) + eps.to(DTYPE)
     update = div(update, denominator, FLAGS)
-    return descend(param, update, lr, weight_decay, FLAGS), (exp_avg, exp_avg_sq)
+    size = tl.full((), 1, DTYPE)  # the rate is in the weights
+    return descend(param, size, update, lr, weight_decay, FLAGS), (exp_avg, exp_avg_sq)
 
 
 @triton.jit
@@ -223,7 +229,7 @@ def adamax_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     exp_avg = lerp(state[0], grad, one_minus_beta1)
     decayed, norm = beta2.to(DTYPE) * state[1], tl.abs(grad) + eps.to(DTYPE)
     exp_inf = tl.maximum(decayed, norm, propagate_nan=tl.PropagateNan.ALL)
-    return param - step_size * div(exp_avg, exp_inf, FLAGS), (exp_avg, exp_inf)
+    return tl.fma(-step_size, div(exp_avg, exp_inf, FLAGS), param), (exp_avg, exp_inf)
 
 
 @triton.jit
@@ -238,7 +244,7 @@ def adadelta_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     square_avg = tl.fma(rho, state[0], one_minus_rho * grad * grad)
     delta = div(sqrt(state[1] + eps, FLAGS), sqrt(square_avg + eps, FLAGS), FLAGS) * grad
     acc_delta = tl.fma(rho, state[1], one_minus_rho * delta * delta)
-    return param - lr.to(DTYPE) * delta, (square_avg, acc_delta)
+    return tl.fma(-lr.to(DTYPE), delta, param), (square_avg, acc_delta)
 
 
 @triton.jit
@@ -256,7 +262,7 @@ def rprop_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     step_size = tl.maximum(state[1] * factor, smallest.to(DTYPE), tl.PropagateNan.ALL)
     step_size = tl.minimum(step_size, largest.to(DTYPE), tl.PropagateNan.ALL)
     grad = tl.where(turned < 0, 0.0, grad)
-    return param - sign(grad) * step_size, (grad, step_size)
+    return tl.fma(-sign(grad), step_size, param), (grad, step_size)
 
 
 @triton.jit
@@ -265,9 +271,9 @@ def lion_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     lr, one_minus_beta1, one_minus_beta2, weight_decay = hyper
     if MAXIMIZE & FLAGS:
         grad = grad * -1.0
-    update = lr.to(param.dtype) * sign(lerp(state[0], grad, one_minus_beta1))
+    update = sign(lerp(state[0], grad, one_minus_beta1))
     exp_avg = lerp(state[0], grad, one_minus_beta2)
-    return descend(param, update, lr, weight_decay, DECOUPLED), (exp_avg,)
+    return descend(param, lr.to(param.dtype), update, lr, weight_decay, DECOUPLED), (exp_avg,)
 
 
 @triton.jit

@@ -62,6 +62,9 @@ def _expected(op: str, operands: Sequence[int]) -> int | None:
     if kind == "bf16" and head == "setp":
         numbers = [value_of(operand, kind) for operand in operands]
         return _float_result(head, middle, kind, numbers, operands)
+    if kind in ("bf16", "f16") and head in ("add", "sub"):
+        numbers = [value_of(operands[0], kind), value_of(operands[1], "f32")]
+        return _float_result(head, [], "f32", numbers, operands)
     if kind == "bf16" or (head == "cvt" and middle[-1].startswith(("bf16", "f16x2"))):
         return _narrow_pair(middle[-1], operands)
     if head == "cvt":
@@ -186,7 +189,9 @@ def test_result(op: str) -> None:
     function, sources, result = OPERATIONS[op]
     halves = op.endswith("f32x2")  # two float32 in a register
     random = Random(op)
-    kinds = ["f32" if halves else "bf16" if op.endswith(".bf16") else kind for kind in sources]
+    narrow = op.endswith(".bf16")
+    kinds = ["bf16" if narrow and kind != "f32" else kind for kind in sources]
+    kinds = ["f32"] * len(sources) if halves else kinds
     operands = [_patterns(kind, random) for kind in kinds]
     arrays = [_array(patterns, kind) for patterns, kind in zip(operands, kinds, strict=True)]
     if halves:

@@ -34,7 +34,7 @@ DEFAULT_64_LANES = Pair(wide=Config(1024, 2), half=Config(2048, 4))
 # Of launches over gradients alone: longer chunks, because each leaves a partial sum.
 GRADS = Pair(wide=Config(1024, 4, blocks=16), half=Config(2048, 8, blocks=8))
 GRADS_64_LANES = Pair(wide=Config(1024, 2, blocks=16), half=Config(2048, 4, blocks=8))
-# By architecture, such as "sm_90" or "gfx942". Of sm_90 the wide default was the fastest on an H100.
+# By architecture, such as "sm_90" or "gfx942". On an H100 the wide default was the fastest.
 TUNED: dict[str, Pair] = {}
 
 

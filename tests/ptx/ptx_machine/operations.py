@@ -85,6 +85,11 @@ def _add_float_arithmetic() -> None:
             teach(f"sub{rounding}.{kind}", np.subtract, two, kind)
             teach(f"mul{rounding}.{kind}", np.multiply, two, kind)
         teach(f"fma.rn.{kind}", floats.fma, three, kind)
+    # of sm_100: the first operand of another precision, exactly
+    teach("add.rn.f32.bf16", lambda a, b: floats.float32_of(a) + b, "b16 f32", "f32")
+    teach("sub.rn.f32.bf16", lambda a, b: floats.float32_of(a) - b, "b16 f32", "f32")
+    teach("add.rn.f32.f16", lambda a, b: a.astype(np.float32) + b, "f16 f32", "f32")
+    teach("sub.rn.f32.f16", lambda a, b: a.astype(np.float32) - b, "f16 f32", "f32")
     for kind in ("f32", "f64"):
         two = f"{kind} {kind}"
         teach(f"div.rn.{kind}", np.divide, two, kind)
