@@ -48,20 +48,15 @@ def objective_gradient(param, grad, weight_decay, FLAGS: tl.constexpr):
 
 
 @triton.jit
-def descend(param, size, direction, lr, weight_decay, FLAGS: tl.constexpr):
-    """p - size direction, or with decoupled weight decay p - (lr weight_decay p + size direction).
+def descend(param, update, lr, weight_decay, FLAGS: tl.constexpr):
+    """p - update, or with decoupled weight decay p - (lr weight_decay p + update).
 
-    Not p (1 - lr weight_decay): in float32 that factor is off by the same in every step. Fused by
-    name: on sm_100 the compiler fuses for some storage formats only, and bits would differ.
-
-    size: a scalar, or a block, in arithmetic precision.
+    Not p (1 - lr weight_decay): in float32 that factor is off by the same in every step.
     """
     if DECOUPLED & FLAGS:
         rate = (lr * weight_decay).to(param.dtype)
-        update = size * direction
-        return param - tl.where(rate == 0, update, tl.fma(rate, param, update))
-    else:
-        return tl.fma(-size, direction, param)
+        update = tl.where(rate == 0, update, tl.fma(rate, param, update))
+    return param - update
 
 
 @triton.jit
@@ -81,7 +76,11 @@ def sgd_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
         momentum_buffer = mu * state[0] + dampened
         update = update + mu * momentum_buffer if NESTEROV & FLAGS else momentum_buffer
         state = (momentum_buffer,)
-    return descend(param, lr.to(param.dtype), update, lr, weight_decay, FLAGS), state
+    if DECOUPLED & FLAGS:
+        return descend(param, lr.to(param.dtype) * update, lr, weight_decay, FLAGS), state
+    else:
+        # On sm_100 the compiler fuses this for some storage formats only, and bits would differ.
+        return tl.fma(-lr.to(param.dtype), update, param), state
 
 
 @triton.jit
@@ -92,8 +91,8 @@ def adagrad_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
         lr = lr * reciprocal(1 + step * lr_decay)
     grad = objective_gradient(param, grad, weight_decay, FLAGS)
     sum = state[0] + grad * grad
-    update = div(grad, sqrt(sum, FLAGS) + eps.to(param.dtype), FLAGS)
-    return descend(param, lr.to(param.dtype), update, lr, weight_decay, FLAGS), (sum,)
+    update = lr.to(param.dtype) * div(grad, sqrt(sum, FLAGS) + eps.to(param.dtype), FLAGS)
+    return descend(param, update, lr, weight_decay, FLAGS), (sum,)
 
 
 @triton.jit
@@ -121,7 +120,7 @@ def rmsprop_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
         new_state = new_state + (update,)
     if CENTERED & FLAGS:
         new_state = new_state + (grad_avg,)
-    return descend(param, lr.to(param.dtype), update, lr, weight_decay, FLAGS), new_state
+    return descend(param, lr.to(param.dtype) * update, lr, weight_decay, FLAGS), new_state
 
 
 @triton.jit
@@ -145,8 +144,8 @@ def adam_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
         largest = tl.maximum(state[2], exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
         new_state = new_state + (largest,)
     denominator = sqrt(largest, FLAGS) * scale + eps.to(DTYPE)
-    update = div(exp_avg, denominator, FLAGS)
-    return descend(param, step_size, update, lr, weight_decay, FLAGS), new_state
+    update = step_size * div(exp_avg, denominator, FLAGS)
+    return descend(param, update, lr, weight_decay, FLAGS), new_state
 
 
 @triton.jit
@@ -168,8 +167,8 @@ def radam_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     ratio = div((length - 4) * (length - 2) * longest, (longest - 4) * (longest - 2) * length)
     step_size *= tl.where(tractable, sqrt(ratio * correction2), 1.0)
     denominator = tl.where(tractable, sqrt(exp_avg_sq, FLAGS) + eps.to(DTYPE), 1.0)
-    update = div(exp_avg, denominator, FLAGS)
-    return descend(param, step_size, update, lr, weight_decay, FLAGS), (exp_avg, exp_avg_sq)
+    update = step_size * div(exp_avg, denominator, FLAGS)
+    return descend(param, update, lr, weight_decay, FLAGS), (exp_avg, exp_avg_sq)
 
 
 @triton.jit
@@ -201,8 +200,7 @@ def nadam_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     exp_avg_sq = tl.fma(beta2.to(DTYPE), state[1], one_minus_beta2.to(DTYPE) * grad * grad)
     denominator = sqrt(exp_avg_sq, FLAGS) * scale.to(DTYPE) + eps.to(DTYPE)
     update = div(update, denominator, FLAGS)
-    size = tl.full((), 1, DTYPE)  # the rate is in the weights
-    return descend(param, size, update, lr, weight_decay, FLAGS), (exp_avg, exp_avg_sq)
+    return descend(param, update, lr, weight_decay, FLAGS), (exp_avg, exp_avg_sq)
 
 
 @triton.jit
@@ -229,7 +227,7 @@ def adamax_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     exp_avg = lerp(state[0], grad, one_minus_beta1)
     decayed, norm = beta2.to(DTYPE) * state[1], tl.abs(grad) + eps.to(DTYPE)
     exp_inf = tl.maximum(decayed, norm, propagate_nan=tl.PropagateNan.ALL)
-    return tl.fma(-step_size, div(exp_avg, exp_inf, FLAGS), param), (exp_avg, exp_inf)
+    return param - step_size * div(exp_avg, exp_inf, FLAGS), (exp_avg, exp_inf)
 
 
 @triton.jit
@@ -244,7 +242,7 @@ def adadelta_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     square_avg = tl.fma(rho, state[0], one_minus_rho * grad * grad)
     delta = div(sqrt(state[1] + eps, FLAGS), sqrt(square_avg + eps, FLAGS), FLAGS) * grad
     acc_delta = tl.fma(rho, state[1], one_minus_rho * delta * delta)
-    return tl.fma(-lr.to(DTYPE), delta, param), (square_avg, acc_delta)
+    return param - lr.to(DTYPE) * delta, (square_avg, acc_delta)
 
 
 @triton.jit
@@ -262,7 +260,7 @@ def rprop_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     step_size = tl.maximum(state[1] * factor, smallest.to(DTYPE), tl.PropagateNan.ALL)
     step_size = tl.minimum(step_size, largest.to(DTYPE), tl.PropagateNan.ALL)
     grad = tl.where(turned < 0, 0.0, grad)
-    return tl.fma(-sign(grad), step_size, param), (grad, step_size)
+    return param - sign(grad) * step_size, (grad, step_size)
 
 
 @triton.jit
@@ -271,9 +269,9 @@ def lion_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):
     lr, one_minus_beta1, one_minus_beta2, weight_decay = hyper
     if MAXIMIZE & FLAGS:
         grad = grad * -1.0
-    update = sign(lerp(state[0], grad, one_minus_beta1))
+    update = lr.to(param.dtype) * sign(lerp(state[0], grad, one_minus_beta1))
     exp_avg = lerp(state[0], grad, one_minus_beta2)
-    return descend(param, lr.to(param.dtype), update, lr, weight_decay, DECOUPLED), (exp_avg,)
+    return descend(param, update, lr, weight_decay, DECOUPLED), (exp_avg,)
 
 
 @triton.jit

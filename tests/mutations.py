@@ -50,8 +50,8 @@ def _each_rule(name: str, old: str, new: str, test_file: str, test: str) -> list
 MUTATIONS = [
     _rule(
         "SGD: sign", "sgd",
-        "lr.to(param.dtype), update, lr, weight_decay, FLAGS), state",
-        "-lr.to(param.dtype), update, lr, weight_decay, FLAGS), state",
+        "tl.fma(-lr.to(param.dtype), update, param), state",
+        "tl.fma(lr.to(param.dtype), update, param), state",
     ),
     # SGD has no eps. Dampening comes nearest: a scalar beside the gradient, 0 by default.
     _rule(
@@ -66,8 +66,8 @@ MUTATIONS = [
     ),
     _rule(
         "Adagrad: sign", "adagrad",
-        "lr.to(param.dtype), update, lr, weight_decay, FLAGS), (sum,)",
-        "-lr.to(param.dtype), update, lr, weight_decay, FLAGS), (sum,)",
+        "descend(param, update, lr, weight_decay, FLAGS), (sum,)",
+        "descend(param, -update, lr, weight_decay, FLAGS), (sum,)",
     ),
     _rule(
         "Adagrad: eps inside the root", "adagrad-eps",
@@ -77,8 +77,8 @@ MUTATIONS = [
     _rule("Adagrad: first step", "adagrad-lr_decay", "step * lr_decay", "(step + 1) * lr_decay"),
     _rule(
         "RMSprop: sign", "rmsprop",
-        "lr.to(param.dtype), update, lr, weight_decay, FLAGS), new_state",
-        "-lr.to(param.dtype), update, lr, weight_decay, FLAGS), new_state",
+        "lr.to(param.dtype) * update, lr, weight_decay, FLAGS), new_state",
+        "-lr.to(param.dtype) * update, lr, weight_decay, FLAGS), new_state",
     ),
     _rule(
         "RMSprop: eps inside the root", "rmsprop-eps",
@@ -91,10 +91,7 @@ MUTATIONS = [
         'StateTensor("square_avg", is_denominator=True),\n        StateTensor("momentum',
         'StateTensor("square_avg", 1.0),\n        StateTensor("momentum',
     ),
-    _rule(
-        "Adam: sign", "adam",
-        "tl.fma(-size, direction, param)", "tl.fma(size, direction, param)",
-    ),
+    _rule("Adam: sign", "adam", "    return param - update", "    return param + update"),
     _rule(
         "Adam: eps inside the root", "adam-eps",
         "sqrt(largest, FLAGS) * scale + eps.to(DTYPE)",
@@ -126,9 +123,8 @@ MUTATIONS = [
         "sqrt(square_avg + eps, FLAGS)", "sqrt(state[0] + eps, FLAGS)",
     ),
     _rule("Rprop: a turned gradient is kept", "rprop", "tl.where(turned < 0, 0.0, grad)", "grad"),
-    Mutation("Lion: sign", "lr.to(param.dtype), update, lr, weight_decay, DECOUPLED)",
-             "-lr.to(param.dtype), update, lr, weight_decay, DECOUPLED)", "test_lion.py",
-             "equation"),
+    Mutation("Lion: sign", "descend(param, update, lr, weight_decay, DECOUPLED)",
+             "descend(param, -update, lr, weight_decay, DECOUPLED)", "test_lion.py", "equation"),
     Mutation("AdamW: decay with a bias", "tl.fma(rate, param, update)",
              "(1 - (1 - rate)) * param + update", "test_adam.py", "no_bias"),
     Mutation("bias corrections cancel", "-y * series", "1 - tl.exp2(x.to(DTYPE))",
