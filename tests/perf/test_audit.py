@@ -33,7 +33,7 @@ BASELINE = ROOT / "perf/results/audit.json"
 REWRITE = "python perf/audit_kernels.py --json perf/results/audit.json"
 # Some of the kernels, and of steps by rows. All of them: `REWRITE` changes nothing then.
 OPTIONS = {
-    "dense": ("formats", "--every", "7"),
+    "dense": ("formats", "--every", "13"),
     "rows": ("--every", "40", "--arch", "sm_90", "gfx942"),
 }
 
