@@ -41,14 +41,13 @@ from lab.implementations import IMPLEMENTATIONS, Implementation
 from lab.machine import package_version, processor_and_threads
 from lab.report import print_goals, print_group, print_launches, print_missing
 from lab.rows import FAILED, OURS, WRONG, Row, Table
-from lab.rules import EMBEDDING_RULES, FORMATS, RULES, STORAGES
+from lab.rules import ALL_STORAGES, EMBEDDING_RULES, RULES, STORAGES
 from lab.suites import SMALL_TENSORS, SUITES, Layout
 
 RESULTS = Path(__file__).parent / "results"
 COUNTING = 0.2  # share of a run's time that counting launches may take
 CPU_GIB = 8.0
 IMPLEMENTED = {item.name for item in (*IMPLEMENTATIONS, *EMBEDDING_IMPLEMENTATIONS)}
-ALL_STORAGES = [storage.name for storage in (*STORAGES, *FORMATS)]
 
 
 def typical(suite: str) -> Layout | Tables:
@@ -68,7 +67,7 @@ def groups(args: argparse.Namespace) -> list[Group]:
         for group in groups_of(suite, layout)
         if group.rule.name in args.rules and group.storage.name in args.storages
     ]
-    return sorted(found, key=lambda group: ALL_STORAGES.index(group.storage.name))
+    return sorted(found, key=lambda group: [*ALL_STORAGES].index(group.storage.name))
 
 
 def chosen(group: Group, names: Sequence[str] | None) -> list[Implementation]:

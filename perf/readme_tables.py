@@ -16,15 +16,8 @@ from lab import gpu_tables, scaling, tables
 from lab import host_rows as columns
 from lab.host_rows import DTENSOR, FRESH, PLAIN, SERIES, Row, found, read
 from lab.rows import OURS
+from lab.rules import TITLES
 
-TITLES = {
-    "sgd": "SGD",
-    "momentum": "SGD, momentum",
-    "adagrad": "Adagrad",
-    "rmsprop": "RMSprop",
-    "rmsprop-cm": "RMSprop, centered, momentum",
-    "adamw": "AdamW",
-}
 HEAD = ("tensors", *(f"torch {name}" if name in columns.TORCH else name for name in SERIES))
 FRESH_SHOWN = ((PLAIN, 10), (PLAIN, 300), (PLAIN, 1000), (DTENSOR, 300))
 COUNTS_SHOWN = (300, 20_000)

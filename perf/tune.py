@@ -34,7 +34,7 @@ from lab.bench import bench
 from lab.device import Device
 from lab.group import Group, groups_of
 from lab.implementations import IMPLEMENTATIONS
-from lab.rules import FORMATS, RULES, STORAGES, Rule
+from lab.rules import ALL_STORAGES, RULES, Rule
 from lab.suites import Layout
 from lab.workload import Workload
 
@@ -47,8 +47,7 @@ LAYOUTS = (
     Layout("small", [(f"weight{i}", (32, 64)) for i in range(1000)]),
 )
 COMPILED = Layout("compiled", [("weight", (4096,))])  # a kernel serves any layout
-ALL_STORAGES = {storage.name: storage for storage in (*STORAGES, *FORMATS)}
-HALF = ("bfloat16", "exact16", "stochastic", "8bit")  # of no tensor of 32 bits
+HALF = {s.name for s in ALL_STORAGES.values() if max(s.param.itemsize, s.state.itemsize) < 4}
 OURS = IMPLEMENTATIONS[0]
 BLOCK_SIZES = (512, 1024, 2048, 4096)
 ELEMENTS_PER_THREAD = (4, 8, 16)
@@ -221,7 +220,7 @@ def main() -> int:
     architecture = backend.architecture(here)
     lanes = torch.cuda.get_device_properties(here).warp_size
     begin, best, trials = time.monotonic(), {}, []
-    kinds = {"wide": {*args.storages} - {*HALF}, "half": {*args.storages} & {*HALF}}
+    kinds = {"wide": {*args.storages} - HALF, "half": {*args.storages} & HALF}
     asked = {kind: names for kind, names in kinds.items() if names}
     for i, (kind, names) in enumerate(asked.items(), start=1):
         default = tuning.config(architecture, half=kind == "half")

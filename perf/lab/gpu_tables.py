@@ -7,16 +7,9 @@ from pathlib import Path
 
 from lab import rows, tables
 from lab.rows import OK, OURS, Row
-from lab.rules import FORMATS, RULES, STORAGES
+from lab.rules import ALL_STORAGES, TITLES
 
 RIVALS = ("torch fused", "torch foreach", "torch compiled", "optimi", "FlashOptim")
-SHOWN = {
-    "sgd": "SGD",
-    "momentum": "SGD, momentum",
-    "adagrad": "Adagrad",
-    "rmsprop": "RMSprop",
-    "adamw": "AdamW",
-}
 LAYOUTS = {"1x100M": "1 tensor of 100 M", "1000x1024": "1,000 tensors of 1,024"}
 WAITS = "waits"  # the GPU, for launches of the host
 OF_FORMATS = "gpt2"
@@ -41,9 +34,9 @@ def beside_torch(found: Sequence[Row]) -> str:
             yield "" if row is None else WAITS if (row.gaps or 0) > 0.5 else f"{row.gpu_us:,.0f}"
 
     body = [
-        [f"{title}, {SHOWN[rule]}", *cells(layout, rule)]
+        [f"{title}, {TITLES[rule]}", *cells(layout, rule)]
         for layout, title in LAYOUTS.items()
-        for rule in SHOWN
+        for rule in TITLES
         if (layout, rule, OURS) in times
     ]
     return f"{_machine(found)}\n\n{tables.markdown(('', OURS, *RIVALS), body)}"
@@ -53,18 +46,18 @@ def by_storage(found: Iterable[Row]) -> str:
     """What one layout takes in every storage: microseconds, and the share of a copy's bandwidth."""
     ours = [row for row in found if (row.layout, row.implementation) == (OF_FORMATS, OURS)]
     times = {(row.rule, row.storage): row for row in ours}
-    names = [rule.name for rule in RULES if any(rule.name == key[0] for key in times)]
+    names = [name for name in TITLES if any(name == key[0] for key in times)]
 
     def cell(rule: str, storage: str) -> str:
         row = times.get((rule, storage))
         return f"{row.gpu_us:,.0f} ({row.percent_of_copy:.0f} %)" if row else ""
 
     body = [
-        [storage.name, *(cell(name, storage.name) for name in names)]
-        for storage in (*STORAGES, *FORMATS)
-        if any(storage.name == key[1] for key in times)
+        [storage, *(cell(name, storage) for name in names)]
+        for storage in ALL_STORAGES
+        if any(storage == key[1] for key in times)
     ]
-    head = ("", *(SHOWN[name] for name in names))
+    head = ("", *(TITLES[name] for name in names))
     return f"{_machine(ours)}\n\n{tables.markdown(head, body)}"
 
 

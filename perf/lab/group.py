@@ -10,7 +10,7 @@ import torch
 from lab.device import Device
 from lab.embedding_tables import Tables
 from lab.embeddings import Embeddings
-from lab.rules import EMBEDDING_RULES, FORMATS, RULES, STORAGES, Rule, Storage
+from lab.rules import ALL_STORAGES, EMBEDDING_RULES, RULES, STORAGES, Rule, Storage
 from lab.suites import Layout
 from lab.workload import Workload
 
@@ -59,7 +59,7 @@ def groups_of(suite: str, layout: Layout | Tables) -> Iterator[Group]:
     if isinstance(layout, Tables):
         yield from (Group(suite, layout, rule, STORAGES[0]) for rule in EMBEDDING_RULES)
         return
-    for storage in (*STORAGES, *FORMATS):
+    for storage in ALL_STORAGES.values():
         for rule in RULES:
             if rule.states or storage in STORAGES[:2]:  # without state, some are one
                 yield Group(suite, layout, rule, storage)

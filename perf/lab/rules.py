@@ -42,6 +42,15 @@ RULES = (
         ("exp_avg", "exp_avg_sq"),
     ),
 )
+# Of rules over dense gradients, as READMEs name them.
+TITLES = {
+    "sgd": "SGD",
+    "momentum": "SGD, momentum",
+    "adagrad": "Adagrad",
+    "rmsprop": "RMSprop",
+    "rmsprop-cm": "RMSprop, centered, momentum",
+    "adamw": "AdamW",
+}
 # Of embedding tables with sparse gradients.
 ROWWISE = Rule("rowwise-adagrad", "RowwiseAdagrad", {"lr": 0.1}, (), 1)
 LAZY_RMSPROP = Rule("rmsprop-lazy", "RMSprop", {"lr": 0.01}, ("square_avg",), 1)
@@ -74,6 +83,7 @@ FORMATS = (
     Storage("stochastic", BF16, BF16, (("stochastic_rounding", True),)),
     Storage("8bit", BF16, torch.uint8, (EXACT, ("state_dtype", "8bit")), 2),
 )
+ALL_STORAGES = {storage.name: storage for storage in (*STORAGES, *FORMATS)}
 
 
 def bytes_per_param(rule: Rule, storage: Storage) -> int:

@@ -16,6 +16,7 @@ import readme_tables
 from lab import host_rows, host_tensors, tables
 from lab.host_rows import DTENSOR, PARAMS, PLAIN, Row
 from lab.host_steps import Case, measure
+from lab.rules import TITLES
 
 from triton_optim.tensors.sharding import is_dtensor, local, spec_of
 
@@ -61,7 +62,7 @@ def _rows() -> list[Row]:
     """Microseconds that tell the columns apart: tensors, rule, parameters, implementation."""
     rows = []
     for (i, rule), (k, params), n in product(
-        enumerate(readme_tables.TITLES), enumerate(PARAMS), (10, 300, 1000, 20_000)
+        enumerate(TITLES), enumerate(PARAMS), (10, 300, 1000, 20_000)
     ):
         for gradients, (j, name) in product(host_rows.GRADIENTS, enumerate(host_rows.SERIES)):
             us = n + 1000 * j + 100_000 * i + 10_000 * k + 0.25
