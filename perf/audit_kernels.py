@@ -38,6 +38,7 @@ from lab.row_kernels import row_kernels
 
 import triton_optim
 from triton_optim.launch import tuning
+from triton_optim.testing.interpreter import speed_up
 
 WORKERS = 2
 BATCH = 12  # kernels that are disassembled together
@@ -96,7 +97,7 @@ def _workers(*, interpret: bool) -> Iterator[ProcessPoolExecutor]:
     """Processes in which Triton interprets kernels or compiles them: it decides once."""
     with (
         patch.dict(os.environ, {"TRITON_INTERPRET": str(int(interpret))}),
-        ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool,
+        ProcessPoolExecutor(WORKERS, get_context("spawn"), speed_up if interpret else None) as pool,
     ):
         yield pool
 

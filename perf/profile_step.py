@@ -14,7 +14,6 @@ kernels run in Triton's interpreter: that shows how a trace reads, not how long 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lab.language_model import make_model
-from lab.training import OPTIMIZERS, make_optimizer
+from lab.training import OPTIMIZERS, interpret, make_optimizer
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -90,8 +89,7 @@ def main() -> None:
     args.lr = args.max_grad_norm = None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when triton_optim imports triton
-        torch.set_num_threads(1)
+        interpret()
     torch.manual_seed(0)
     model = make_model(args.model, VOCABULARY, args.size, args.context).to(device)
     optimizer = make_optimizer(args, model, args.optimizer, args.by)

@@ -25,24 +25,20 @@ import os
 import sys
 from argparse import Namespace
 
-import torch
 from lab import compared, machine
 from lab.checkpoints import DamagedCheckpoint, last_of_each
 from lab.curves import ONE_PROCESS, plot, report
 from lab.language_model import Text
 from lab.options import arguments
 from lab.processes import ALONE, Processes, ends_with_a_message, joined
-from lab.training import Run, train
+from lab.training import Run, interpret, train
 
 
 def main() -> None:
     args, text = arguments((__doc__ or "").partition("\n")[0])
     first = os.environ.get("RANK", "0") == "0"
     if args.device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when triton_optim imports triton
-        # OpenMP's threads spin for one another: where another process holds a core, two are 100
-        # times as slow as one, which this model keeps busy anyway.
-        torch.set_num_threads(1)
+        interpret()
         if first:
             print("On the CPU the very same kernels run in Triton's interpreter.")
     if first:

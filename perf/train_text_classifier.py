@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import ast
 import math
-import os
 import re
 import sys
 import sysconfig
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 from lab.curves import apart, plot, report
 from lab.options import positive
 from lab.tables import Column
-from lab.training import Run, new_optimizer, timed_step
+from lab.training import Run, interpret, new_optimizer, timed_step
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import TensorDataset
@@ -207,8 +206,7 @@ def arguments() -> tuple[argparse.Namespace, Corpus]:
 def main() -> None:
     args, corpus = arguments()
     if args.device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when triton_optim imports triton
-        torch.set_num_threads(1)  # see train_lm.py
+        interpret()
         print("On the CPU the very same kernels run in Triton's interpreter.")
     # Said outright, for torch warns where it was not.
     torch.sparse.check_sparse_tensor_invariants.disable()

@@ -50,9 +50,9 @@ if PTX:
 
     on_ptx.start(PTX)
 elif not backend.COMPILED:
-    from faster_interpreter import patch_once_a_launch
+    from triton_optim.testing.interpreter import speed_up
 
-    patch_once_a_launch()
+    speed_up()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

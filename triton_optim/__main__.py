@@ -55,7 +55,12 @@ def main() -> int:
         print("which are checked so below:\n", flush=True)
         command = [sys.executable, "-m", "triton_optim"]
         return subprocess.call(command, env={**os.environ, "TRITON_INTERPRET": "1"})
-    how = "compiled" if backend.DEVICE_TYPE == "cuda" else "in Triton's interpreter"
+    how = "compiled"
+    if backend.DEVICE_TYPE == "cpu":
+        from triton_optim.testing.interpreter import speed_up
+
+        how = "in Triton's interpreter"
+        speed_up()
     print(f"dense parameters on {backend.DEVICE_TYPE} through the kernels, {how}\n")
     failed = 0
     for name, kwargs in RULES:

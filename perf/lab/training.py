@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import time
 from importlib import import_module
 from pathlib import Path
@@ -51,6 +52,15 @@ OPTIMIZERS = {
 WITHOUT_TORCH = ("lion",)  # for which torch has no class
 SQUARES = {"adagrad": "sum", "rmsprop": "square_avg"}  # state under the root
 N_RATES = 100  # effective step sizes that a run records
+
+
+def interpret() -> None:
+    """Have Triton's interpreter run our kernels, before anything imports triton_optim."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    # OpenMP's threads spin for one another: where another process holds a core, two are 100 times
+    # as slow as one, which these models keep busy anyway.
+    torch.set_num_threads(1)
+    import_module("triton_optim.testing.interpreter").speed_up()
 
 
 class Run(NamedTuple):

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from cases import STATEFUL_CASES, Case
 from checkpoint_scenarios import checkpoint_scenarios
 from clipping_scenarios import clipping_scenarios
-from faster_interpreter import patch_once_a_launch
 from parallel_models import (
     PARALLELISMS,
     Parallelism,
@@ -41,6 +40,7 @@ from storage_scenarios import storage_scenarios
 from torch.nn import Module
 
 import triton_optim
+from triton_optim.testing.interpreter import speed_up
 
 CASES = [case for case in STATEFUL_CASES if case.name != "sgd"]  # which keeps no state
 # What is imported at a first step: once, before the processes fork.
@@ -149,7 +149,7 @@ SCENARIOS = _scenarios()
 
 
 def main() -> None:
-    patch_once_a_launch()
+    speed_up()
     backend, *sizes = sys.argv[1:]
     for name in PRELOAD:
         with suppress(ModuleNotFoundError):  # Triton before 3.4 has no Gluon
