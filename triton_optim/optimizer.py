@@ -11,18 +11,14 @@ import torch
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from torch._compile import _disable_dynamo
-from torch.optim import lr_scheduler
-from torch.optim.optimizer import (
-    ParamsT,
-    _global_optimizer_post_hooks,
-    _global_optimizer_pre_hooks,
-)
+from torch.optim.optimizer import ParamsT
 
 from .launch import backend
-from .options import Group, Options, signature
+from .options import Group, Options, defaults_of, signature
 from .rule import Rule
+from .step.calls import has_hooks, is_overridden, is_scaled_through_wrapper, is_wrapped
 from .step.catch_up import caught_up
-from .step.conditions import StepConditions, is_scaled_through_wrapper
+from .step.conditions import StepConditions
 from .step.fallback import decays, for_torch, make_missing_state, reference_step
 from .step.float8 import decoded_states
 from .step.loading import (
@@ -102,7 +98,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if torchs is not None:
             super().__init__(params, *args, **kwargs)
         else:
-            super().__init__(params, self._rule_defaults(rule, args, kwargs))
+            super().__init__(params, defaults_of(type(self), rule.hyperparameters, args, kwargs))
         if self._stepper.options.fused:  # which torch's class does not take
             if self.defaults.get("differentiable"):
                 raise RuntimeError("`fused` does not support `differentiable`")
@@ -135,28 +131,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         cls.__signature__ = signature(  # type: ignore[attr-defined]
             constructor, more, cls._without_options
         )
-
-    def _rule_defaults(
-        self, rule: Rule, args: tuple[Any, ...], given: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Hyperparameters of the rule, or a dict that the class's own constructor hands on.
-
-        Raises:
-            TypeError: an argument that there is not.
-        """
-        known = {} if callable(rule.hyperparameters) else {**rule.hyperparameters}
-        if args and isinstance(args[0], dict):
-            known, args = args[0], args[1:]
-            unknown = sorted(given)
-        else:
-            unknown = sorted(given.keys() - known.keys())
-        if args or unknown:
-            what = f"an unexpected keyword argument {unknown[0]!r}" if unknown else f"{args[0]!r}"
-            raise TypeError(
-                f"{type(self).__name__}(params, ...) got {what}; its hyperparameters are keywords "
-                f"{[*known]}, or what its own constructor hands on as a dict"
-            )
-        return {**known, **given}
 
     def _current_rule(self) -> Rule:
         """The class's; an option may choose another."""
@@ -268,40 +242,16 @@ class FusedOptimizer(torch.optim.Optimizer):
                 parameters that fall back to it may be updated already.
         """
         # torch wraps a step in a profiler's range and a loop over hooks: 9 us where there are none.
-        if (self._has_hooks or _profiler_enabled()) and not self._is_wrapped():
+        hooked = FusedOptimizer._hooked_step
+        if (has_hooks(self) or _profiler_enabled()) and not is_wrapped(self, hooked):
             return self._hooked_step(*args, **kwargs)
         return self._step_with_closure(*args, **kwargs)
 
     step.__signature__ = inspect.signature(_step_with_closure)  # type: ignore[attr-defined]
     step.hooked = True  # type: ignore[attr-defined]
 
-    @property
-    def _has_hooks(self) -> bool:
-        return bool(
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-        )
-
-    def _is_wrapped(self) -> bool:
-        """Whether torch has wrapped the class's step: one that overrides ours."""
-        step: Any = type(self).step
-        while step is not None:
-            if getattr(step, "__code__", None) is FusedOptimizer._hooked_step.__code__:
-                return True
-            step = getattr(step, "__wrapped__", None)
-        return False
-
     def _is_overridden(self) -> bool:
-        """Whether calling `step` runs another one: a subclass's, or one put on the instance."""
-        step: Any = vars(self).get("step", type(self).step)
-        # A scheduler's patch only tells it that the step was called.
-        while getattr(step, "__globals__", None) is vars(lr_scheduler):
-            step = step.__wrapped__
-        return type(self).step is not FusedOptimizer.step or (
-            getattr(step, "__func__", step) is not FusedOptimizer.step
-        )
+        return is_overridden(self, FusedOptimizer.step)
 
     def _fused_fallback(self, view: OptimizerView, params: Iterable[Tensor]) -> None:
         """Step these parameters with torch's implementation, or the rule's reference.
@@ -422,7 +372,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._stepper.amp_scaling
             and all(options.is_fused(g) and not options.unsupported(g) for g in self.param_groups)
             and any(local(p).device.type == backend.DEVICE_TYPE for p in self._fused_view().params)
-            and not self._has_hooks
+            and not has_hooks(self)
             and not self._is_overridden()
             and not is_scaled_through_wrapper(self)
         )

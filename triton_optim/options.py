@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, TypedDict
@@ -113,6 +113,33 @@ def checked_max_norm(max_norm: float, name: str) -> float:
     if math.isnan(value) or value < 0:
         raise ValueError(f"Invalid {name} value: {max_norm}; it must be 0 or more")
     return value
+
+
+def defaults_of(
+    optimizer_class: type, hyperparameters: object, args: Sequence[Any], given: dict[str, Any]
+) -> dict[str, Any]:
+    """Of a class without torch's constructor: its rule's, or a dict from its own constructor.
+
+    Args:
+        optimizer_class: for messages.
+        hyperparameters: the rule's.
+        args, given: what was given after `params`, without options.
+
+    Raises:
+        TypeError: an argument that there is not.
+    """
+    known = {**hyperparameters} if isinstance(hyperparameters, Mapping) else {}
+    handed_on = bool(args) and isinstance(args[0], dict)
+    if handed_on:
+        known, args = args[0], args[1:]
+    unknown = sorted(given if handed_on else given.keys() - known.keys())
+    if args or unknown:
+        what = f"an unexpected keyword argument {unknown[0]!r}" if unknown else f"{args[0]!r}"
+        raise TypeError(
+            f"{optimizer_class.__name__}(params, ...) got {what}; its hyperparameters are keywords "
+            f"{[*known]}, or what its own constructor hands on as a dict"
+        )
+    return {**known, **given}
 
 
 def signature(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
-from types import FrameType
 from typing import NamedTuple
 
 import torch
@@ -102,11 +100,3 @@ def as_scalar_tensor(value: object, name: str) -> Tensor | None:
 
 
 UNCONDITIONAL = StepConditions()
-
-
-def is_scaled_through_wrapper(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a GradScaler asks on behalf of another object, where it will leave its numbers."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not torch.amp.GradScaler.step.__code__:
-        frame = frame.f_back
-    return frame is not None and frame.f_locals.get("optimizer") is not optimizer
