@@ -160,7 +160,7 @@ class DenseLaunchGroup(LaunchGroup):
                 addresses[i] = copy.data_ptr() or NOWHERE
             grad_column = column("q", addresses)
         self._buffer.send(
-            grad_column, hypers, max_norm or 0.0, self._steps_to_send(tensors, hypers)
+            grad_column, hypers, max_norm or 0.0, self._counting.to_send(tensors.steps, hypers)
         )
         return copies
 

@@ -15,14 +15,12 @@ from ..launch import backend
 from ..launch.chunking import PlannedParam
 from ..launch.device_buffer import Buffer
 from ..launch.kernel_args import Tables
-from ..launch.launcher import Launch
 from ..launch.pointer_tables import addresses_of, on_device
 from ..rule import State
 from ..tensors.layout import LayoutGuard, picker
 from .conditions import StepConditions
-from .host_scalars import HostScalars
-from .state import Holders, bring_together, counters_of, states_of
-from .step_counts import DeviceCounts, HostCounts, SeenCounts
+from .counting import Counting
+from .state import Holders, states_of
 from .step_tensors import CurrentTensors, GradCopies, StepTensors, present_of
 from .view import OptimizerView
 
@@ -59,61 +57,28 @@ class LaunchGroup:
         self._all = bytes(repeat(1, len(planned)))
         self._holders = Holders(planned, counts_steps=self._rule.counts_step)
         self._pick_stateful = picker(self._holders.stateful)
-        self._private: Tensor | None = None  # float64, counts that no state has
-        self._may_have_skipped = False
-        self._ids: dict[int, int] = {}  # where parameters stand in it
-        self._n_hypers = n_hypers // len(view.groups)
-        counts = self._counts_of(view, planned, states)
-        self._device_counts = counts if isinstance(counts, DeviceCounts) else None
-        self._host_counts = None if isinstance(counts, DeviceCounts) else counts
-        sends = self._reads_step(planned) and self._host_counts is not None
-        self._n_steps_sent = len(planned) * self._rule.step_columns if sends else 0
-
+        self._counting = Counting(
+            view, planned, states, [*map(bool, self._new)], device, reads=self._reads_step(planned)
+        )
         grads, params = [item.grad for item in planned], [item.param for item in planned]
         tensors = self._tensors(grads, params, self._pick_stateful(states))
         self.first_inputs = self._of_present(tensors, present_of(tensors.grads))
         self._addresses = addresses_of([*tensors.written, *tensors.steps])
         self._guard = self._layout_guard(planned, tensors)
         rows = self._chunk(planned, states)
-        buffer = Buffer(device, self._grad_columns * len(planned), n_hypers, self._n_steps_sent)
-        on_device_steps = None if self._device_counts is None else self._device_counts.column
+        counting = self._counting
+        buffer = Buffer(device, self._grad_columns * len(planned), n_hypers, counting.n_sent)
         self._buffer = buffer
         self.tables = Tables(
             rows=on_device(rows, device),
             grads=buffer.grads,
             hypers=buffer.hypers.view(len(view.groups), -1),
-            steps=buffer.steps if sends else on_device_steps,
+            steps=buffer.steps if counting.n_sent else counting.column,
             formats=None if self._formats is None else on_device(self._formats, device),
             max_norm=buffer.max_norm,
         )
         self._launches: dict[frozenset[str], list[Any]] = {}
-        self._count_launches: dict[frozenset[str], Launch] = {}
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-
-    def _counts_of(
-        self, view: OptimizerView, planned: Sequence[PlannedParam], states: Sequence[State]
-    ) -> HostCounts | HostScalars | SeenCounts | DeviceCounts | None:
-        reads_step, on_host = self._reads_step(planned), not view.counts_on_device
-        if self._rule.counts_step:
-            scalars, steps = self._rule.scalars, counters_of(self._rule, states)
-            if on_host and all(step.is_cpu for step in steps):
-                if scalars is None:
-                    return HostCounts(steps, view.counters)
-                groups = [item.group for item in planned]
-                return HostScalars(scalars, steps, groups, view.counters)
-            bring_together(steps[: len(planned)], self.device)
-            bring_together(steps[len(planned) :], self.device)
-            return DeviceCounts(steps, self.device, reads=reads_step, scalars=scalars)
-        if not reads_step:
-            return None
-        seen = [not new for new in self._new]
-        if on_host:
-            return SeenCounts(seen)
-        # No weak references: with one, torch.utils.swap_tensors refuses a parameter.
-        self._ids = {id(item.param): i for i, item in enumerate(planned)}
-        private = torch.tensor(seen, dtype=torch.float64, device="cpu")
-        self._private = on_device(private, self.device)
-        return DeviceCounts(self._private.unbind(), self.device, reads=True)
 
     def _reads_step(self, planned: Iterable[PlannedParam]) -> bool:
         """Whether a kernel reads how often a tensor was updated."""
@@ -185,27 +150,15 @@ class LaunchGroup:
         self._launches[enabled] = self._compile(enabled)
 
     def _compile_counts(self, enabled: frozenset[str], tables: Tables) -> None:
-        if self._device_counts is not None:
-            n = self._grad_columns * len(self._all)
-            grads = tables.grads[:n].view(-1, self._grad_columns)
-            launch = self._device_counts.launch(grads, enabled, tables)
-            self._count_launches[enabled] = launch
+        n = self._grad_columns * len(self._all)
+        grads = tables.grads[:n].view(-1, self._grad_columns)
+        self._counting.compile(enabled, grads, tables)
 
     def upload(
         self, tensors: StepTensors, hypers: list[float | Tensor], max_norm: float | None
     ) -> GradCopies:
         """Bring the tables up to date; what the launches read instead of some gradients."""
         raise NotImplementedError
-
-    def _steps_to_send(
-        self, tensors: StepTensors, hypers: Sequence[float | Tensor]
-    ) -> Sequence[float]:
-        counts = self._host_counts
-        if counts is None or not self._n_steps_sent:
-            return ()
-        if isinstance(counts, HostScalars):
-            return counts.values(tensors.steps, hypers, self._n_hypers)
-        return counts.values(tensors.steps)
 
     def _launch(self, scalars: Mapping[str, Tensor], conditions: StepConditions) -> bool:
         """Launch the updates; False if there was nothing to launch."""
@@ -221,17 +174,14 @@ class LaunchGroup:
             return
         self.drop_stale(tensors)
         scalars = conditions.kernel_args(self.device) if conditions.enabled else {}
-        if self._device_counts is not None:
-            launch = self._count_launches[conditions.enabled]
-            launch.run(**{k: v for k, v in scalars.items() if k in launch.arguments})
+        self._counting.launch(scalars, conditions)
         launched = self._launch(scalars, conditions)
         if conditions.may_skip and not launched:  # a rank without elements counts as the others do
             assert self.step_status is not None
             taken = self._is_taken(conditions)
             self.step_status.copy_(torch.stack([taken, ~taken]))
-        if self._host_counts is not None:
-            everyone = tensors.present is self._all
-            self._host_counts.add(tensors.steps, None if everyone else tensors.present)
+        everyone = tensors.present is self._all
+        self._counting.add(tensors.steps, None if everyone else tensors.present)
         if conditions.grad_scale is not None:
             for i, copy in copies:
                 grad = tensors.grads[i]
@@ -239,7 +189,6 @@ class LaunchGroup:
                 grad.copy_(copy)
             increment_version([grad for grad in tensors.grads if grad is not None])
         self.bump_versions(tensors)
-        self._may_have_skipped |= conditions.may_skip
         self._outlive_the_stream()
 
     def drop_stale(self, tensors: StepTensors) -> None:
@@ -273,9 +222,9 @@ class LaunchGroup:
             return
         stream = torch.cuda.current_stream(self.device)
         if stream != self._stream:
-            counts = self._device_counts.tensors if self._device_counts is not None else ()
             tables = (self._buffer.memory, self.tables.rows, self.tables.formats)
-            for tensor in (*tables, self.step_status, self._private, *self._own_tensors(), *counts):
+            own = (*self._own_tensors(), *self._counting.tensors)
+            for tensor in (*tables, self.step_status, *own):
                 if tensor is not None and tensor.is_cuda:
                     tensor.record_stream(stream)
 
@@ -295,17 +244,5 @@ class LaunchGroup:
             self._pick_states = picker([places[id(param)] for param in stateful])
 
     def forget_skipped(self, states: MutableMapping[Tensor, State]) -> None:
-        """Take back state of which no step was taken yet, if that can be; waits for the device.
-
-        Where the rule must know its first update and state does not tell.
-        """
-        if self._private is None or not self._may_have_skipped:
-            return
-        updates, addresses = self._private.tolist(), {*self._addresses}
-        for param, state in [*states.items()]:
-            place = self._ids.get(id(param))
-            if place is not None and updates[place] == 0:
-                held = (value for value in state.values() if isinstance(value, Tensor))
-                if all(value.data_ptr() in addresses for value in held):
-                    del states[param]
-        self._may_have_skipped = False
+        """Take back state of which no step was taken yet; see `Counting.forget_skipped`."""
+        self._counting.forget_skipped(states, {*self._addresses})

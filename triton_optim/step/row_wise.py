@@ -153,7 +153,7 @@ class RowWiseLaunchGroup(LaunchGroup):
         ids = [*addresses_of(tensors.ids), *[0] * (len(counts) - self._n_sparse)]
         rows = zip(counts, first, positions, ids, grad_addresses_of(values), strict=False)
         grads = column("q", [*chain.from_iterable(rows)])
-        self._buffer.send(grads, hypers, 0.0, self._steps_to_send(tensors, hypers))
+        self._buffer.send(grads, hypers, 0.0, self._counting.to_send(tensors.steps, hypers))
         keys = self._sorted_keys(counts[: self._n_sparse])
         self._work = []
         for (variant, _), (n_programs, chunk) in zip(self._cuts, sizes, strict=True):
@@ -212,7 +212,6 @@ class RowWiseLaunchGroup(LaunchGroup):
         """Launch once without counting a step, for flags that leave parameters alone."""
         self.compile(frozenset())
         self.upload(self.first_inputs, hypers, None)
-        if self._device_counts is not None:
-            self._device_counts.read(self.first_inputs.steps)
+        self._counting.read(self.first_inputs.steps)
         self._launch({}, StepConditions())
         increment_version(self.first_inputs.written[len(self.first_inputs.shards) :])
