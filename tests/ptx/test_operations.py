@@ -62,8 +62,9 @@ def _expected(op: str, operands: Sequence[int]) -> int | None:
     if kind == "bf16" and head == "setp":
         numbers = [value_of(operand, kind) for operand in operands]
         return _float_result(head, middle, kind, numbers, operands)
-    if kind in ("bf16", "f16") and head in ("add", "sub"):
-        numbers = [value_of(operands[0], kind), value_of(operands[1], "f32")]
+    if kind in ("bf16", "f16") and head in ("add", "sub", "fma"):
+        *narrow, wide = operands
+        numbers = [*(value_of(operand, kind) for operand in narrow), value_of(wide, "f32")]
         return _float_result(head, [], "f32", numbers, operands)
     if kind == "bf16" or (head == "cvt" and middle[-1].startswith(("bf16", "f16x2"))):
         return _narrow_pair(middle[-1], operands)

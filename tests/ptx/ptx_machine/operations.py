@@ -85,11 +85,8 @@ def _add_float_arithmetic() -> None:
             teach(f"sub{rounding}.{kind}", np.subtract, two, kind)
             teach(f"mul{rounding}.{kind}", np.multiply, two, kind)
         teach(f"fma.rn.{kind}", floats.fma, three, kind)
-    # of sm_100: the first operand of another precision, exactly
-    teach("add.rn.f32.bf16", lambda a, b: floats.float32_of(a) + b, "b16 f32", "f32")
-    teach("sub.rn.f32.bf16", lambda a, b: floats.float32_of(a) - b, "b16 f32", "f32")
-    teach("add.rn.f32.f16", lambda a, b: a.astype(np.float32) + b, "f16 f32", "f32")
-    teach("sub.rn.f32.f16", lambda a, b: a.astype(np.float32) - b, "f16 f32", "f32")
+    _add_mixed_precision("bf16", "b16", floats.float32_of)
+    _add_mixed_precision("f16", "f16", _as(np.float32))
     for kind in ("f32", "f64"):
         two = f"{kind} {kind}"
         teach(f"div.rn.{kind}", np.divide, two, kind)
@@ -109,6 +106,14 @@ def _add_float_arithmetic() -> None:
     teach("sqrt.rn.ftz.f32", _flushing(np.sqrt), "f32", "f32")
     teach("rcp.approx.ftz.f64", floats.approximate_reciprocal, "f64", "f64")
     teach("abs.ftz.f32", _flushing(np.abs), "f32", "f32")
+
+
+def _add_mixed_precision(narrow: str, kind: str, wide: Callable[[Array], Array]) -> None:
+    """Of sm_100: a float32 is the last operand, and what it goes with is narrow."""
+    teach(f"add.rn.f32.{narrow}", lambda a, c: wide(a) + c, f"{kind} f32", "f32")
+    teach(f"sub.rn.f32.{narrow}", lambda a, c: wide(a) - c, f"{kind} f32", "f32")
+    fma = f"{kind} {kind} f32"
+    teach(f"fma.rn.f32.{narrow}", lambda a, b, c: floats.fma(wide(a), wide(b), c), fma, "f32")
 
 
 def _add_integer_arithmetic() -> None:
