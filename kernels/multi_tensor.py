@@ -153,7 +153,8 @@ def multi_tensor_kernel(
         clip = clip_coef(grad_norm_ptr, max_norm_ptr, COMPUTE_DTYPE)
 
     hyper = scalars(hyperparameters_ptr + tl.load(row_ptr + GROUP) * N_HYPERS, N_HYPERS)
-    step, random = None, None
+    step = None
+    random = None
     if steps_ptr is not None:
         if STEP_COLUMNS < 3:
             step = tl.load(steps_ptr + tensor * STEP_COLUMNS).to(tl.float64)

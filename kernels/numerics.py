@@ -16,7 +16,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def sqrt(x, FLAGS: tl.constexpr = 0):
     """Square root, correctly rounded. x: a float32 or float64 block."""
-    if x.dtype == tl.float64 or APPROXIMATE & FLAGS:
+    if APPROXIMATE & FLAGS or x.dtype == tl.float64:
         return tl.sqrt(x)
     else:
         return tl.sqrt_rn(x)
@@ -25,7 +25,7 @@ def sqrt(x, FLAGS: tl.constexpr = 0):
 @triton.jit
 def div(x, y, FLAGS: tl.constexpr = 0):
     """x / y, correctly rounded. x, y: blocks of one dtype, float32 or float64."""
-    if x.dtype == tl.float64 or APPROXIMATE & FLAGS:
+    if APPROXIMATE & FLAGS or x.dtype == tl.float64:
         return x / y
     else:
         return tl.div_rn(x, y)

@@ -89,13 +89,18 @@ def test_vectors_and_narrow_numbers() -> None:
         mov.b32 {%rs4, _}, %r10;
         mul.wide.u32 %rd5, %r10, 1;
         { .reg .b32 tmp; mov.b64 {tmp, %r12}, %rd5; }
+        {
+        .reg .b32 %temp;
+        mov.b64 	{%r13, %temp}, %rd5;
+        }
         cvt.u32.u16 %r11, %rs4;
         setp.eq.b32 %p1, %r2, 0;
         @%p1 st.global.v2.b32 [%rd4 + 8], {%r10, %r11};
-        @%p1 st.global.b32 [%rd4 + 16], %r12;
+        @%p1 st.global.v2.b32 [%rd4 + 16], {%r12, %r13};
     """
     launch(body, values)
     assert values[4] == 0
+    assert values[5] == values[2]
     assert [hex(value) for value in values[2:4]] == ["0xff808000", "0x8000"]
 
 

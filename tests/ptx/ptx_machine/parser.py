@@ -83,8 +83,10 @@ IGNORED = re.compile(
     r"\)|\.(version|target|address_size|maxnreg|minnctapersm|maxntid|file)\b"
     r"|\.global \.align 1 \.b8 _\$_str"
 )
-# The upper half of a register, as Triton 3.3 takes it.
-HALF = re.compile(r"\{ \.reg \.b(?:16|32) tmp; (mov\.b\d+ \{[^}]*\}, %\w+;) \}$")
+# Half of a register, as Triton 3.3 takes it: the other goes to a register of its own.
+HALF = re.compile(
+    r"\{(\s*)\.reg \.b(?:16|32) (%temp|tmp);(\s*)(mov\.b\d+\s+\{[^}]*\}, %\w+;)(\s*)\}"
+)
 ENDS = ("bra", "bra.uni", "ret", "bar.sync")
 
 
@@ -105,10 +107,9 @@ def parse(text: str) -> Kernel:
     kernel = Kernel()
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"(?:[^"]*/)?([^"]*)"', text, re.MULTILINE))
     read, source = _head, ""
+    text = HALF.sub(lambda found: "".join(found.group(1, 3, 4, 5)).replace(found[2], "_"), text)
     for number, raw in enumerate(text.splitlines(), 1):
         line = raw.split("//")[0].strip()
-        if found := HALF.match(line):
-            line = re.sub(r"\btmp\b", "_", found[1])
         if line == "{" and read is _head and kernel.name:
             read = _declaration
         elif line == "}":
