@@ -144,6 +144,7 @@ def draw_hosts(rows: Sequence[host_rows.Row], path: Path) -> None:
 def draw(files: Sequence[Path], folder: Path) -> list[Path]:
     """Write the PNG files; returns their paths."""
     hosts = [file for file in files if file.name.startswith(HOST)]
+    folder.mkdir(parents=True, exist_ok=True)
     written = [folder / file.with_suffix(".png").name for file in hosts]
     for file, path in zip(hosts, written, strict=True):
         draw_hosts(host_rows.read(file), path)

@@ -9,6 +9,7 @@ in perf/README.md what a step costs on many ranks, which is computed.
 from __future__ import annotations
 
 import statistics
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -110,6 +111,7 @@ def texts() -> dict[Path, str]:
 
 
 def main() -> None:
+    ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     for path, text in texts().items():
         path.write_text(text)
 

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from argparse import ArgumentParser
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -39,6 +40,7 @@ RULES: list[tuple[str, dict[str, Any]]] = [
 
 def main() -> int:
     """Print versions, device, route and a table a rule; 1 if one is worse than torch."""
+    ArgumentParser("python -m triton_optim", description=__doc__).parse_args()
     print(f"triton_optim {triton_optim.__version__}, torch {torch.__version__}, ", end="")
     print(f"Triton {_version('triton')}, Python {platform.python_version()}")
     if torch.cuda.is_available():

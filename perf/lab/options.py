@@ -176,6 +176,7 @@ def _check_checkpoints(
         now, then = args.settings[name], settings[name]
         if now != then:
             option = "--" + name.replace("_", "-")
+            then = "the default" if then is None else then
             parser.error(f"{option} {now}: the checkpoints of {args.resume} have {then}")
     if args.settings["text_sha256"] != settings["text_sha256"]:
         parser.error(f"--text: not the bytes that the checkpoints of {args.resume} were trained on")

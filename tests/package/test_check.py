@@ -113,6 +113,24 @@ def test_what_is_wrong_is_named(optimizer_class: Any, kwargs: Any, message: str)
         check(optimizer_class, compiled=False, lr=0.1, **kwargs)
 
 
+class Narrow(Lion):
+    rule = replace(Lion.rule, doubles=False)
+
+
+class NarrowWithoutDecay(Lion):
+    rule = replace(NoDecay.rule, doubles=False)
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "hints"), [(Narrow, True), (NarrowWithoutDecay, False)]
+)
+def test_scalars_that_lose_digits(optimizer_class: Any, hints: bool) -> None:
+    """Named where float64 parameters are right."""
+    with pytest.raises(AssertionError) as error:
+        check(optimizer_class, compiled=False, lr=0.1, beta2=0.9999, weight_decay=0.1)
+    assert ("1 - beta lose digits" in str(error.value)) == hints
+
+
 def test_a_scaler_that_is_not_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a step under a found_inf happens after all."""
     read = conditions.as_scalar_tensor
@@ -138,7 +156,9 @@ def test_spills_and_narrow_accesses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_cannot_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeError, match=r"give Rule\.reference"):
+    with pytest.raises(
+        RuntimeError, match="WithoutReference has nothing to be compared with; give"
+    ):
         check(WithoutReference, compiled=False)
     with pytest.raises(ValueError, match="takes no stochastic_rounding; leave it out"):
         check(triton_optim.AdamW, stochastic_rounding=True)

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from assertions import raises
+from assertions import assert_same_bits, raises
 from cases import DEVICE, new_param
 from torch import Tensor
 from torch.nn import Embedding, Parameter
 
 import triton_optim
+from triton_optim import fp32_state_dict, load_fp32_state_dict
 from triton_optim.rule import Rule
 
 BFLOAT16 = torch.bfloat16
@@ -51,6 +52,18 @@ def test_by_the_constructor(
 ) -> None:
     with pytest.raises(error, match=message):
         triton_optim.AdamW([param(dtype)], **kwargs)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, triton_optim.SGD], ids=["torch", "ours"])
+def test_float32_weights_of_an_optimizer_that_has_none(make: Any) -> None:
+    model = torch.nn.Linear(2, 2).bfloat16()
+    optimizer = make(model.parameters(), lr=0.1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"SGD has no float32 values .* master_weight_bits=32"):
+        fp32_state_dict(model, optimizer)
+    with pytest.raises(ValueError, match="SGD has no float32 values"):
+        load_fp32_state_dict(model, optimizer, torch.nn.Linear(2, 2).state_dict())
+    assert_same_bits(dict(model.state_dict()), before)
 
 
 def test_in_a_group() -> None:

@@ -192,6 +192,12 @@ def test_capturable_needs_the_kernels(name: str, kwargs: dict[str, Any]) -> None
         getattr(triton_optim, name)([Parameter(torch.ones(1))], capturable=True, **kwargs)
 
 
+def test_a_graph_of_parameters_on_the_cpu() -> None:
+    optimizer = triton_optim.SGD([Parameter(torch.ones(3))], lr=0.1)
+    with pytest.raises(RuntimeError, match="parameters are on cpu, where there are no CUDA graphs"):
+        triton_optim.GraphedStep(optimizer)
+
+
 @pytest.mark.usefixtures("cuda")
 def test_a_parameter_that_was_written_before_a_capture() -> None:
     """Its remainder is to be dropped once, and not in every replay."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,9 +37,11 @@ from .validation import (
 from .view import NamedParam, OptimizerView
 
 Named = list[tuple[Tensor, str]]  # tensors, each with its description
+# Of what may stand between `_warn` and the program.
+BETWEEN = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), contextlib.__file__)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _gc_paused() -> Iterator[None]:
     """Collect no garbage meanwhile: among many new objects that takes as long as making them."""
     was_enabled = gc.isenabled()
@@ -77,6 +81,7 @@ class Planning:
         self._written_later: Named = []  # once there is a gradient again
         self._facts = [(view.rule.state_names(g), view.rule.active_flags(g)) for g in view.groups]
         self._listed = Counter(map(id, params))
+        self._unkept: list[str] = []  # parameters for which `fused=True` is not, with the reason
         for item in view.named():
             self._add(item)
         check_no_overlap(self._written)
@@ -85,6 +90,8 @@ class Planning:
         if view.options.max_grad_norm is not None:
             check_meshes(param for param in params if param.grad is not None)
         self._values = Values(view, uses_kernels=bool(self._planned))
+        if self._unkept:
+            _warn(self._unkept)
 
     @property
     def gpus(self) -> set[torch.device]:
@@ -204,7 +211,7 @@ class Planning:
             if view.rule.row_wise is not None:
                 view.rule.row_wise.check_fallback(grad, state, where, reason)
             if view.options.is_fused(group):
-                _check_insisting(param, where, reason)
+                self._insist(param, f"{where}: {reason}")
             if type(param) in PLAIN_TYPES and view.rule.has_state(state):
                 check_requested(state, names, flags, where)
                 check_state_of(view, param, group, where, kernels=False)
@@ -224,6 +231,15 @@ class Planning:
                 if name in state and state[name].device != param.device
             )
 
+    def _insist(self, param: Tensor, why: str) -> None:
+        """Where there are no kernels, a warning will do."""
+        if not param.is_cpu or backend.DEVICE_TYPE == "cpu":
+            raise RuntimeError(
+                f"`fused=True` cannot be kept for {why}; leave `fused` out and torch's "
+                "implementation takes it"
+            )
+        self._unkept.append(why)
+
     def _leave_out_overlapping(self) -> None:
         """Where those without a gradient share memory, let them wait for one."""
         try:
@@ -241,8 +257,12 @@ def _held(state: State, names: Iterable[str]) -> list[str]:
     return [name for name in (*names, REMAINDER) if name in state]
 
 
-def _check_insisting(param: Tensor, where: str, reason: str) -> None:
-    message = f"`fused=True` cannot be kept for {where}: {reason}"
-    if not param.is_cpu or backend.DEVICE_TYPE == "cpu":
-        raise RuntimeError(f"{message}; leave `fused` out and torch's implementation takes it")
-    warnings.warn(f"{message}; torch's for-loop steps it", stacklevel=2)
+def _warn(unkept: Sequence[str]) -> None:
+    """That `fused=True` is not kept for these parameters: once, where the program made the step."""
+    first, _, reason = unkept[0].partition(": ")
+    more, them = (f" and {len(unkept) - 1} more", "them") if len(unkept) > 1 else ("", "it")
+    message = f"`fused=True` cannot be kept for {first}{more}: {reason}; torch's for-loop steps"
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(BETWEEN):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"{message} {them}", stacklevel=level)

@@ -40,10 +40,15 @@ class GraphedStep:
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self._optimizer = optimizer
-        self._graph = torch.cuda.CUDAGraph()
         view = optimizer._fused_view()
-        view.drop_stale_remainders()
         param = next(iter(view.params))
+        if local(param).device.type not in backend.CAPTURABLE_DEVICE_TYPES:
+            raise RuntimeError(
+                f"parameters are on {local(param).device}, where there are no CUDA graphs; call "
+                "step()"
+            )
+        self._graph = torch.cuda.CUDAGraph()
+        view.drop_stale_remainders()
         with backend.current(local(param).device), torch.cuda.graph(self._graph):
             optimizer.step()
         stepper = optimizer._stepper

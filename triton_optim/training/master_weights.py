@@ -25,7 +25,11 @@ def fp32_state_dict(model: Module, optimizer: FusedOptimizer) -> dict[str, Any]:
 
     Returns:
         Copies of bfloat16 parameters as float32; everything else as `model.state_dict()` has it.
+
+    Raises:
+        ValueError: the optimizer is not made with `master_weight_bits=32`.
     """
+    _check_has_float32(optimizer)
     state_dict: dict[str, Any] = model.state_dict(keep_vars=True)
     for name, value in state_dict.items():
         if isinstance(value, Parameter) and value.dtype == torch.bfloat16:
@@ -52,9 +56,11 @@ def load_fp32_state_dict(
         What `model.load_state_dict` does.
 
     Raises:
+        ValueError: the optimizer is not made with `master_weight_bits=32`.
         RuntimeError: names or shapes differ; see `torch.nn.Module.load_state_dict`. No remainder
             has been written then.
     """
+    _check_has_float32(optimizer)
     view, params = optimizer._fused_view(), model.state_dict(keep_vars=True)
     ids = {id(param) for param in view.params if view.options.keeps_remainder(param)}
     rounded, remainders = dict(state_dict), []
@@ -73,6 +79,16 @@ def load_fp32_state_dict(
         state[REMAINDER].copy_(remainder)
         view.remainders.keep([(local(param), local(state[REMAINDER]))])
     return outcome
+
+
+def _check_has_float32(optimizer: object) -> None:
+    options = optimizer._stepper.options if isinstance(optimizer, FusedOptimizer) else None
+    if options is None or options.master_weight_bits is None:
+        raise ValueError(
+            f"{type(optimizer).__name__} has no float32 values of parameters; give an optimizer of "
+            "triton_optim that was made with master_weight_bits=32, or use the model's own "
+            "state_dict()"
+        )
 
 
 def _float32(optimizer: FusedOptimizer, param: Tensor) -> Tensor:
