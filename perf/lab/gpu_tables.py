@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lab import rows, tables
@@ -22,19 +22,25 @@ def measured(folder: Path) -> list[Row]:
 
 
 def beside_torch(found: Sequence[Row]) -> str:
-    """float32, by layout and rule: GPU time of everybody who was right."""
+    """float32, by layout and rule, of everybody who was right: GPU time, and a share or all time.
+
+    Where the host is the limit, a copy's bandwidth means nothing, and all time is shown.
+    """
     times = {(r.layout, r.rule, r.implementation): r for r in found if r.storage == "float32"}
 
-    def cells(layout: str, rule: str) -> Iterator[str]:
-        ours = times[layout, rule, OURS]
-        share = f" ({ours.percent_of_copy:.0f} %)" if ours.percent_of_copy else ""
-        yield f"{ours.gpu_us:,.0f}{share}" if share else f"{ours.gpu_us:.1f}"
-        for rival in RIVALS:
-            row = times.get((layout, rule, rival))
-            yield "" if row is None else WAITS if (row.gaps or 0) > 0.5 else f"{row.gpu_us:,.0f}"
+    def cell(row: Row | None) -> str:
+        if row is None:
+            return ""
+        gpu = WAITS if (row.gaps or 0) > 0.5 else f"{row.gpu_us:,.{int((row.gpu_us or 0) < 10)}f}"
+        if row.percent_of_copy:
+            return f"{gpu} ({row.percent_of_copy:.0f} %)"
+        return f"{gpu} ({(row.wall_us or 0) / 1e3:.2f} ms)"
 
     body = [
-        [f"{title}, {TITLES[rule]}", *cells(layout, rule)]
+        [
+            f"{title}, {TITLES[rule]}",
+            *(cell(times.get((layout, rule, name))) for name in (OURS, *RIVALS)),
+        ]
         for layout, title in LAYOUTS.items()
         for rule in TITLES
         if (layout, rule, OURS) in times
