@@ -44,10 +44,14 @@ def stored_pointer(address, start, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def join_remainder(x, remainder):
-    """The float32 that was split. x: a block of bfloat16; remainder: of int16."""
+    """The float32 that was split. x: a block of bfloat16; remainder: of int16.
+
+    A zero that was written since has a remainder of another number: 0 is not to become NaN by it.
+    """
     high = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-    low = remainder.to(tl.int32).to(tl.uint32, bitcast=True)
-    return (high + low).to(tl.float32, bitcast=True)
+    bits = high + remainder.to(tl.int32).to(tl.uint32, bitcast=True)
+    wrapped = (bits & 0x7FFFFFFF) >= 0x7FFF0000
+    return tl.where(wrapped, high, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -165,7 +169,7 @@ def store(
         stored, remainder = split_remainder(x)
         tl.store(beside_ptr + offsets, remainder, mask=mask)
     elif (FORMAT == BFLOAT16_STOCHASTIC) | (FORMAT == FLOAT16_STOCHASTIC):
-        stored = round_stochastically(x, noise, FORMAT)
+        stored = round_stochastically(x.to(tl.float32), noise, FORMAT)
     elif FORMAT >= FLOAT8_E5M3:
         if mask is not None:  # what is not there has no say in a group's exponent
             x = tl.where(mask, x, 0.0)

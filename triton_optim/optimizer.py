@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from .launch import backend
-from .options import Group, Options, defaults_of, signature
+from .options import OF_ALL_GRADIENTS, Group, Options, defaults_of, signature
 from .rule import Rule
 from .step.calls import has_hooks, is_overridden, is_scaled_through_wrapper, is_wrapped
 from .step.catch_up import caught_up
@@ -29,6 +29,7 @@ from .step.loading import (
     restore_uncast,
     widen_steps,
 )
+from .step.remainders import check_counted_apart
 from .step.state_validation import check_entries, check_values
 from .step.stepper import Stepper
 from .step.validation import check_groups, check_rule
@@ -110,8 +111,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         reasons = [*filter(None, map(self._stepper.options.unsupported, self.param_groups))]
         if self._stepper.options.capturable and reasons:
             raise RuntimeError(f"`capturable` does not support {reasons[0]}")
-        names = [item.name for item in rule.states]
-        self._stepper.options.check_used(self._fused_view().params, names)
+        kept = {name for group in self.param_groups for name in rule.state_names(group)}
+        self._stepper.options.check_used(self._fused_view().params, kept)
         if rule.eager_state:
             remake_state(self._fused_view(), self.param_groups)
         adopt_steps(self._fused_view(), replaces=False)
@@ -171,22 +172,28 @@ class FusedOptimizer(torch.optim.Optimizer):
         if misplaced := sorted((Options.OF_THE_WHOLE & param_group.keys()) - of_torch - repeated):
             option, name = misplaced[0], type(self).__name__
             taken = option in self._stepper.option_names
-            remedy = (
-                f"give it to {name}(params, ...)" if taken else f"{name} takes none; leave it out"
-            )
+            remedy = f"{name} takes none; leave it out"
+            if taken:
+                remedy = f"give it to {name}(params, ...)"
+            if option in OF_ALL_GRADIENTS:
+                remedy += ". Under ZeroRedundancyOptimizer, which puts it there, clip before a step"
             raise ValueError(f"{option} is for the whole optimizer and not for a group; {remedy}")
         from_defaults = self._stepper.option_names - (param_group.keys() - repeated)
         super().add_param_group(param_group)
         for name in from_defaults:
             param_group.pop(name, None)  # groups are torch's, and so are state dicts
         try:
-            group, rule = self.param_groups[-1], self._current_rule()
-            exact = [
-                s.name for s in rule.states if s.is_exact and s.name in rule.state_names(group)
-            ]
-            self._stepper.options.check_params(group["params"], exact)
-            rule.check_group(group, self._stepper.options)
-        except ValueError:
+            group, rule, options = (
+                self.param_groups[-1],
+                self._current_rule(),
+                self._stepper.options,
+            )
+            options.check_params(group["params"])
+            rule.check_state_dtypes(group, options)
+            rule.check_group(group, options)
+            if options.master_weight_bits is not None:
+                check_counted_apart((p.param, p.where) for p in self._fused_view().named())
+        except (ValueError, RuntimeError):
             del self.param_groups[-1]
             raise
 
@@ -343,7 +350,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                 group.setdefault("fused", None)  # torch sets False, which would refuse the kernels
         if loads:
             view = self._fused_view(state["param_groups"], state["state"])
-            view.remainders.forget()
             if view.rule.counts_step and not type(self).rule.counts_step:
                 count_from_here(view)
             check_entries(view.rule, state["state"], view.groups)
@@ -358,6 +364,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             check_loaded(self._fused_view())
         adopt_steps(self._fused_view(), replaces=loads)
         widen_steps(self._fused_view())
+        if loads:
+            self._stepper.remainders.forget()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

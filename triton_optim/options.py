@@ -13,6 +13,8 @@ from .storage import StateDtype, StorageOptions
 
 Group = dict[str, Any]
 
+OF_ALL_GRADIENTS = frozenset({"max_grad_norm", "error_if_nonfinite", "skip_nonfinite"})
+
 
 class BaseOptions(TypedDict, total=False):
     """Keyword arguments of every optimizer; see `FusedOptimizer`."""
@@ -54,9 +56,7 @@ class Options(StorageOptions):
 
     OF_THE_WHOLE: ClassVar = frozenset(
         {
-            "max_grad_norm",
-            "error_if_nonfinite",
-            "skip_nonfinite",
+            *OF_ALL_GRADIENTS,
             "sparse",
             "decoupled_weight_decay",
             *StorageOptions.__annotations__,
@@ -82,6 +82,8 @@ class Options(StorageOptions):
         if self.max_grad_norm is not None:
             self.max_grad_norm = checked_max_norm(self.max_grad_norm, "max_grad_norm")
         for name in ("error_if_nonfinite", "skip_nonfinite"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; give True or False")
             if getattr(self, name) and self.max_grad_norm is None:
                 raise ValueError(
                     f"{name}=True looks at the norm of the gradients; give max_grad_norm too "
@@ -89,6 +91,14 @@ class Options(StorageOptions):
                 )
         if self.error_if_nonfinite and self.skip_nonfinite:
             raise ValueError("error_if_nonfinite and skip_nonfinite exclude one another; choose")
+
+    def repeated_by(self, group: Group) -> set[str]:
+        """Of these options, those that a parameter group has too, with the same value.
+
+        But for those that look at all gradients, which a part of the optimizer does not see.
+        """
+        names = (self.OF_THE_WHOLE - OF_ALL_GRADIENTS) & group.keys()
+        return {name for name in names if group[name] == getattr(self, name)}
 
     def is_fused(self, group: Group) -> bool | None:
         """True insists on the kernels for a parameter group, False excludes them."""

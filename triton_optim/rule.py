@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .options import Group, Options
 from .scalar_state import ScalarState
-from .storage import REMAINDER
+from .storage import EIGHT_BITS, REMAINDER
 
 State = dict[str, Any]
 Scalars = tuple[float | Tensor, ...]
@@ -32,14 +33,14 @@ class StateTensor:
             parameter group. Both parts of a complex element start from it.
         when: whether a parameter group keeps it; None: every group does.
         is_denominator: never negative, and 0 in no sense but a start: in 8 bits it has neither a
-            sign nor a zero.
+            sign nor a zero. None: not said, and 8 bits or float16 are refused.
         is_exact: 8 bits are not enough for it.
     """
 
     name: str
     initial: float | Callable[[Group], float] = 0.0
     when: Callable[[Group], bool] | None = None
-    is_denominator: bool = False
+    is_denominator: bool | None = False
     is_exact: bool = False
 
     def new(self, param: Tensor, group: Group, dtype: torch.dtype | None = None) -> Tensor:
@@ -163,11 +164,39 @@ class Rule:
 
     @property
     def states(self) -> tuple[StateTensor, ...]:
-        return tuple(StateTensor(s) if isinstance(s, str) else s for s in self.state)
+        return tuple(
+            StateTensor(s, is_denominator=None) if isinstance(s, str) else s for s in self.state
+        )
 
     def state_names(self, group: Group) -> tuple[str, ...]:
         """Keys of the state tensors of a group's parameters, in the function's order."""
         return tuple(s.name for s in self.states if s.when is None or s.when(group))
+
+    def check_state_dtypes(self, group: Group, options: Options) -> None:
+        """Refuse what a group's states cannot be kept in.
+
+        Raises:
+            ValueError: `state_dtype` asks for that.
+        """
+        kept = [state for state in self.states if state.name in self.state_names(group)]
+        for state, param in product(kept, group["params"]):
+            dtype = options.dtype_of(state.name, param)
+            if dtype == EIGHT_BITS and state.is_exact:
+                raise ValueError(
+                    f"8 bits are not enough for the state {state.name!r}; ask for bfloat16, or "
+                    "name the others in a dict"
+                )
+            if dtype == torch.float16 and state.is_denominator:
+                raise ValueError(
+                    f"float16 holds no squares of small gradients, which the state {state.name!r} "
+                    "has; ask for bfloat16, or name the others in a dict"
+                )
+            if dtype in (EIGHT_BITS, torch.float16) and state.is_denominator is None:
+                raise ValueError(
+                    f"{dtype} for the state {state.name!r} of a rule that does not say whether it "
+                    f"is divided by; give the Rule a StateTensor({state.name!r}, "
+                    "is_denominator=...), or ask for bfloat16"
+                )
 
     def active_flags(self, group: Group) -> frozenset[str]:
         return frozenset(name for name, is_set in self.flags.items() if is_set(group))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,8 +52,10 @@ class StorageOptions:
                 f"rounding_seed={self.rounding_seed}, but nothing is rounded stochastically; give "
                 "stochastic_rounding=True, or leave it out"
             )
+        if isinstance(self.state_dtype, Mapping):
+            self.state_dtype = dict(self.state_dtype)  # the caller's may change
         for dtype in self._given_dtypes:
-            if dtype not in STATE_DTYPES:
+            if not isinstance(dtype, str | torch.dtype) or dtype not in STATE_DTYPES:
                 names = ", ".join(map(repr, STATE_DTYPES))
                 raise ValueError(f"Invalid state_dtype value: {dtype!r}; give one of {names}")
         if self.stochastic_rounding is False and "8bit" in self._given_dtypes:
@@ -79,11 +80,6 @@ class StorageOptions:
     @property
     def has_eight_bits(self) -> bool:
         return "8bit" in self._given_dtypes
-
-    def repeated_by(self, group: Mapping[str, Any]) -> set[str]:
-        """Of these options, those that a parameter group has too, with the same value."""
-        names = StorageOptions.__annotations__.keys() & group.keys()
-        return {name for name in names if group[name] == getattr(self, name)}
 
     def keeps_remainder(self, param: Tensor) -> bool:
         """Whether a parameter has float32 values, of which the state has a part."""
@@ -135,12 +131,8 @@ class StorageOptions:
         plain = len({*dtypes.values()}) < 2 if by_rows else {*dtypes.values()} <= {param.dtype}
         return None if plain else f"state_dtype={self.state_dtype}"
 
-    def check_params(self, params: Iterable[Tensor], exact: Iterable[str]) -> None:
-        """Refuse parameters that cannot be stored so.
-
-        Args:
-            exact: names of their state for which 8 bits are not enough.
-        """
+    def check_params(self, params: Iterable[Tensor]) -> None:
+        """Refuse parameters that cannot be stored so."""
         for position, param in enumerate(params):
             where = f"parameter {position} of the group is {param.dtype}"
             if self.master_weight_bits and param.dtype == torch.float16:
@@ -151,21 +143,20 @@ class StorageOptions:
                 )
             if self.state_dtype is not None and param.is_complex():
                 raise ValueError(f"{where}; state_dtype takes real ones: leave it out")
-            if bad := [name for name in exact if self.dtype_of(name, param) == EIGHT_BITS]:
-                raise ValueError(
-                    f"8 bits are not enough for the state {bad[0]!r}; ask for bfloat16, or name "
-                    "the others in a dict"
-                )
 
-    def check_used(self, params: Iterable[Tensor], names: Iterable[str]) -> None:
-        """Refuse options that do nothing for these parameters and states."""
+    def check_used(self, params: Iterable[Tensor], names: Collection[str]) -> None:
+        """Refuse options that do nothing for these parameters and states, of these names."""
+        dtypes = {param.dtype for param in params}
+        if not dtypes:  # of one process of several
+            return
         if isinstance(self.state_dtype, Mapping) and (unknown := {*self.state_dtype} - {*names}):
             raise ValueError(
                 f"state_dtype names {sorted(unknown)[0]!r}, and the state has {sorted(names)}"
             )
-        dtypes = {param.dtype for param in params}
-        if not dtypes:  # of one process of several
-            return
+        if self.state_dtype is not None and not names:
+            raise ValueError(
+                f"state_dtype={self.state_dtype}, but these options keep no state; leave it out"
+            )
         if self.master_weight_bits and torch.bfloat16 not in dtypes:
             raise ValueError(
                 "master_weight_bits=32, but no parameter is bfloat16: float32 ones are exact "

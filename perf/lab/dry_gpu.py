@@ -39,6 +39,7 @@ class DryGPU:
         self.architecture = architecture
         self.launches: list[tuple[Any, ...]] = []
         self.utils = SimpleNamespace(
+            unload_module=lambda _: None,
             load_binary=self._load_binary,
             get_device_properties=lambda _: {"max_shared_mem": SHARED_MEMORY},
         )

@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import Linear, Module, Parameter, Sequential
 from torch.nn.parallel import DistributedDataParallel
 
+import triton_optim
 from triton_optim import AdamW, fp32_state_dict, load_fp32_state_dict
 from triton_optim.tensors.sharding import global_index
 
@@ -210,14 +211,15 @@ def from_float32(world: World) -> None:
     problem.train([0])
 
 
-def zero(world: World) -> None:
+def zero(name: str, options: dict[str, Any], world: World) -> None:
     """Each process has the remainders of its own parameters; with four, two have none."""
     from torch.distributed.optim import ZeroRedundancyOptimizer  # with warnings, errors in pytest
 
     results = []
-    for make in (AdamW, partial(ZeroRedundancyOptimizer, optimizer_class=AdamW)):
+    cls = getattr(triton_optim, name)
+    for make in (cls, partial(ZeroRedundancyOptimizer, optimizer_class=cls)):
         model = Layers().to(world.device)
-        optimizer = make([*model.down.parameters()], lr=1e-4, master_weight_bits=32)
+        optimizer = make([*model.down.parameters()], lr=1e-4, master_weight_bits=32, **options)
         for value in (0.1, 0.3):
             for param in model.down.parameters():
                 param.grad = torch.full_like(param, value)
@@ -249,12 +251,17 @@ def replicas(name: str, world: World) -> None:
         assert_same_bits(other, mine)
 
 
+DECOUPLED = {"weight_decay": 0.1, "decoupled_weight_decay": True}
+
+
 def storage_scenarios() -> list[Scenario]:
     found = [
         Scenario("shards_of_two_dims", shards_of_two_dims, (4,)),
         Scenario("transposed_rows", transposed_rows, (4,)),
         Scenario("stored-from_float32", from_float32, (2,)),
-        Scenario("stored-zero", zero, (2, 4)),
+        Scenario("stored-zero", partial(zero, "AdamW", {}), (2, 4)),
+        # options of the whole optimizer, which ZeroRedundancyOptimizer puts into groups
+        Scenario("stored-zero-decoupled", partial(zero, "RMSprop", DECOUPLED), (2,)),
         Scenario("stored_resharded-8bit", eight_bits_resharded, (2, 4, 1)),
     ]
     for name in FORMATS:

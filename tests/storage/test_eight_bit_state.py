@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim import FusedOptimizer, Rule
+from triton_optim import FusedOptimizer, Rule, StateTensor
 from triton_optim.launch import backend
 from triton_optim.tensors import float8
 from triton_optim.tensors.float8 import GROUP_SIZE
@@ -30,7 +30,9 @@ def _large_without_gradient(param, grad, state, hyper, step, FLAGS: tl.constexpr
 
 
 class LargeWithoutGradient(FusedOptimizer):
-    rule = Rule(_large_without_gradient, state=("buffer",), hyperparameters={"lr": 0.1})
+    rule = Rule(
+        _large_without_gradient, state=(StateTensor("buffer"),), hyperparameters={"lr": 0.1}
+    )
 
 
 def test_what_is_not_there_has_no_say() -> None:
@@ -52,7 +54,7 @@ SPECS = (
     Spec("grad-unlike", lambda draw: draw(6, 11), lambda draw: draw(11, 6).t()),
 )
 EIGHT_BIT_CASES = (
-    Case("adamw", "AdamW", {"lr": 0.01, "amsgrad": True}),
+    Case("adamw", "AdamW", {"lr": 0.01}),
     Case("adagrad", "Adagrad", {"lr": 0.1, "initial_accumulator_value": 0.1}),
     Case("rmsprop", "RMSprop", {"lr": 0.01, "momentum": 0.9}),
     Case("sgd", "SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.1}),

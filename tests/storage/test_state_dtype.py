@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from assertions import assert_same_bits
-from cases import SCALARS, Case, Spec, Tensors, each, every_state, with_state
+from cases import (
+    SCALARS,
+    STATEFUL_CASES,
+    Case,
+    Spec,
+    Tensors,
+    each,
+    grad_of,
+    with_state,
+)  # fmt: skip
 from torch import Tensor
 
 import triton_optim
@@ -35,7 +45,7 @@ def kept(optimizer: Any) -> Kept:
 
 @with_state
 @pytest.mark.parametrize("storage", [FLOAT32, BFLOAT16], ids=str)
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 def test_it_is_kept_and_one_launch_steps_all(
     case: Case, storage: torch.dtype, dtype: torch.dtype
 ) -> None:
@@ -46,6 +56,22 @@ def test_it_is_kept_and_one_launch_steps_all(
     assert len(launches) == 1
     assert {*kept(optimizer).values()} == {dtype}
     assert all(param.dtype == storage for param in tensors.params)
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, torch.float16], ids=str)
+def test_16_bits_beside_float64(dtype: torch.dtype) -> None:
+    """Rounded stochastically from arithmetic in float64; float32 parameters in another launch."""
+    tensors = Tensors(torch.float64, specs=SMALL), Tensors(FLOAT32, specs=SMALL)
+    params = [*tensors[0].params, *tensors[1].params]
+    optimizer = triton_optim.SGD(params, lr=0.1, momentum=0.5, state_dtype=dtype)
+    for of in tensors:
+        of.new_gradients()
+    optimizer.step()
+    unit = torch.finfo(dtype).eps
+    for param in params:
+        grad, state = grad_of(param), optimizer.state[param]["momentum_buffer"]
+        assert state.dtype == dtype
+        torch.testing.assert_close(state.to(grad.dtype), grad, rtol=unit, atol=0)
 
 
 def test_by_name() -> None:
@@ -99,18 +125,24 @@ def test_sixteen_bits_are_rounded_stochastically_unless_told(dtype: torch.dtype)
     assert 0 < error[0] < error[1]
 
 
-@every_state
+LOADING: tuple[dict[str, Any], ...] = (
+    {"master_weight_bits": 32},
+    {"master_weight_bits": 32, "state_dtype": BFLOAT16},
+    {"stochastic_rounding": True},
+    {"state_dtype": FLOAT32},
+    {"state_dtype": BFLOAT16, "stochastic_rounding": False},
+    {},
+)
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("case", "options"),
     [
-        {"master_weight_bits": 32},
-        {"master_weight_bits": 32, "state_dtype": BFLOAT16},
-        {"stochastic_rounding": True},
-        {"state_dtype": FLOAT32},
-        {"state_dtype": torch.float16, "stochastic_rounding": False},
-        {},
+        (case, options)
+        for case, options in product(STATEFUL_CASES, LOADING)
+        if case.name != "sgd" or "state_dtype" not in options  # which keeps no state
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 @pytest.mark.parametrize("storage", [FLOAT32, BFLOAT16], ids=str)
 def test_checkpoints_of_torch_load_into_every_format(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from assertions import assert_same_bits, raises
 from cases import DEVICE, new_param
+from lion import Lion
 from torch import Tensor
 from torch.nn import Embedding, Parameter
 
@@ -41,6 +42,16 @@ REFUSED: list[tuple[torch.dtype, dict[str, Any], type[Exception], str]] = [
     (BFLOAT16, {"stochastic_rounding": True, "rounding_seed": 2**63}, ValueError, "64 bits"),
     (BFLOAT16, {"state_dtype": torch.int8}, ValueError, "Invalid state_dtype value: torch.int8"),
     (BFLOAT16, {"state_dtype": "8bits"}, ValueError, "Invalid state_dtype value: '8bits'"),
+    (BFLOAT16, {"state_dtype": [BFLOAT16]}, ValueError, r"Invalid state_dtype value: \[torch"),
+    (
+        BFLOAT16,
+        {"state_dtype": torch.float16},
+        ValueError,
+        "float16 holds no squares .*'exp_avg_sq",
+    ),
+    (BFLOAT16, {"state_dtype": {"max_exp_avg_sq": BFLOAT16}}, ValueError, "names 'max_exp_avg_sq'"),
+    (BFLOAT16, {"amsgrad": True, "state_dtype": "8bit"}, ValueError, "the state 'max_exp_avg_sq'"),
+    (BFLOAT16, {"max_grad_norm": 1.0, "skip_nonfinite": "no"}, TypeError, "give True or False"),
     (BFLOAT16, {"state_dtype": {"exp": BFLOAT16}}, ValueError, r"names 'exp', .*\['exp_avg'"),
     (torch.complex64, {"state_dtype": BFLOAT16}, ValueError, "state_dtype takes real ones"),
 ]
@@ -66,6 +77,29 @@ def test_float32_weights_of_an_optimizer_that_has_none(make: Any) -> None:
     assert_same_bits(dict(model.state_dict()), before)
 
 
+@pytest.mark.parametrize("dtype", [BFLOAT16, "8bit"], ids=str)
+def test_state_that_is_not_kept(dtype: Any) -> None:
+    with pytest.raises(ValueError, match="these options keep no state; leave it out"):
+        triton_optim.SGD([param()], state_dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, "8bit"], ids=str)
+def test_a_rule_that_does_not_say_what_its_state_is(dtype: Any) -> None:
+    """Divided by, small numbers of such state count; taken for a signed one they become 0."""
+    with pytest.raises(ValueError, match=r"StateTensor\('exp_avg', is_denominator=...\)"):
+        Lion([param()], state_dtype=dtype)
+    Lion([param()], state_dtype=BFLOAT16)
+
+
+def test_a_dict_that_changes_later() -> None:
+    asked = {"exp_avg": BFLOAT16}
+    optimizer = triton_optim.AdamW([param(torch.float32)], state_dtype=asked)
+    asked.clear()
+    optimizer.step()
+    (state,) = optimizer.state.values()
+    assert state["exp_avg"].dtype == BFLOAT16
+
+
 def test_in_a_group() -> None:
     with pytest.raises(ValueError, match="master_weight_bits is for the whole optimizer"):
         triton_optim.SGD([{"params": [param()], "master_weight_bits": 32}])
@@ -86,7 +120,7 @@ FALLBACKS: list[tuple[dict[str, Any], str]] = [
     ({"master_weight_bits": 32}, "master_weight_bits=32"),
     ({"stochastic_rounding": True}, "stochastic_rounding=True"),
     ({"state_dtype": torch.float32}, "state_dtype=torch.float32"),
-    ({"state_dtype": torch.float16}, "state_dtype=torch.float16"),
+    ({"state_dtype": {"square_avg": torch.float32}}, "state_dtype={'square_avg': torch.float32}"),
 ]
 
 
@@ -126,7 +160,7 @@ def test_state_of_rows_has_one_dtype() -> None:
 BAD_REMAINDERS: list[tuple[Any, str]] = [
     (torch.zeros(4, dtype=torch.int16), r"has shape \(4,\)"),
     (torch.zeros(5, dtype=torch.int32), "is torch.int32, and the optimizer's options ask for"),
-    (torch.zeros(5, dtype=BFLOAT16), "is torch.bfloat16, and the optimizer's options ask for"),
+    (torch.zeros(5, dtype=torch.bool), "is torch.bool, and the optimizer's options ask for"),
     (None, "is None"),
 ]
 

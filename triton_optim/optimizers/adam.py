@@ -24,7 +24,10 @@ RULE = Rule(
     state=(
         StateTensor("exp_avg"),
         StateTensor("exp_avg_sq", is_denominator=True),
-        StateTensor("max_exp_avg_sq", when=lambda g: g["amsgrad"], is_denominator=True),
+        # The maximum of numbers that are rounded at random grows beyond that of the numbers.
+        StateTensor(
+            "max_exp_avg_sq", when=lambda g: g["amsgrad"], is_denominator=True, is_exact=True
+        ),
     ),
     hyperparameters=_hyperparameters,
     flags={

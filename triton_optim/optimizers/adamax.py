@@ -21,7 +21,7 @@ def _hyperparameters(group: Group) -> Scalars:
 
 RULE = Rule(
     rules.adamax_rule,
-    state=("exp_avg", StateTensor("exp_inf", is_denominator=True)),
+    state=(StateTensor("exp_avg"), StateTensor("exp_inf", is_denominator=True)),
     hyperparameters=_hyperparameters,
     flags={"MAXIMIZE": lambda group: group["maximize"]},
     reads_step=True,

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from ..launch.backend import rules
 from ..optimizer import FusedOptimizer
 from ..options import CommonOptions, Group
-from ..rule import RowWise, Rule, Scalars, State
+from ..rule import RowWise, Rule, Scalars, State, StateTensor
 from .betas import beta_scalars
 
 _ALWAYS_DECOUPLED = "Lion's weight decay is always decoupled; leave decoupled_weight_decay out"
@@ -43,7 +43,7 @@ def _check_fallback(grad: Tensor, state: State, where: str, reason: str) -> None
 
 RULE = Rule(
     rules.lion_rule,
-    state=("exp_avg",),
+    state=(StateTensor("exp_avg"),),
     hyperparameters=_hyperparameters,
     flags={"MAXIMIZE": lambda group: group["maximize"]},
     doubles=True,

@@ -35,7 +35,7 @@ def _advance(
 
 RULE = Rule(
     rules.nadam_rule,
-    state=("exp_avg", StateTensor("exp_avg_sq", is_denominator=True)),
+    state=(StateTensor("exp_avg"), StateTensor("exp_avg_sq", is_denominator=True)),
     hyperparameters=_hyperparameters,
     flags={
         "MAXIMIZE": lambda group: group["maximize"],

@@ -26,7 +26,7 @@ def _hyperparameters(group: Group) -> Scalars:
 
 RULE = Rule(
     rules.radam_rule,
-    state=("exp_avg", StateTensor("exp_avg_sq", is_denominator=True)),
+    state=(StateTensor("exp_avg"), StateTensor("exp_avg_sq", is_denominator=True)),
     hyperparameters=_hyperparameters,
     flags={
         "MAXIMIZE": lambda group: group["maximize"],

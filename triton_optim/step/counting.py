@@ -12,6 +12,7 @@ from ..launch.kernel_args import Tables
 from ..launch.launcher import Launch
 from ..launch.pointer_tables import on_device
 from ..rule import State
+from ..storage import REMAINDER
 from .conditions import StepConditions
 from .host_scalars import HostScalars
 from .state import bring_together, counters_of
@@ -139,5 +140,8 @@ class Counting:
             if place is not None and updates[place] == 0:
                 held = (value for value in state.values() if isinstance(value, Tensor))
                 if all(value.data_ptr() in addresses for value in held):
-                    del states[param]
+                    for name in state.keys() - {REMAINDER}:  # which may have been loaded
+                        del state[name]
+                    if not state:
+                        del states[param]
         self._may_have_skipped = False

@@ -26,7 +26,7 @@ def made(view: OptimizerView, item: StateTensor, param: Tensor, group: Group) ->
 def encoded(item: StateTensor, param: Tensor, values: Tensor) -> State:
     """What is kept of a state's values: of a parameter's shape, sharded as it is."""
     laid_out = torch.empty_like(local(param), dtype=torch.float32).copy_(local(values))
-    parts = float8.encode(laid_out.detach(), is_denominator=item.is_denominator)
+    parts = float8.encode(laid_out.detach(), is_denominator=bool(item.is_denominator))
     if is_dtensor(param):
         codes, exponents = dtensor_like(param, parts[0]), dtensor_like(param, parts[1], rows=True)
         parts = codes, exponents
@@ -42,7 +42,7 @@ def decoded_states(view: OptimizerView) -> defaultdict[Tensor, State]:
         for name in items.keys() & state.keys():
             item = items[name]
             parts = local(state[item.name]), local(state[name])
-            values = float8.decode(*parts, is_denominator=item.is_denominator)
+            values = float8.decode(*parts, is_denominator=bool(item.is_denominator))
             is_sharded = is_dtensor(state[item.name])
             states[param][item.name] = dtensor_like(param, values) if is_sharded else values
     return states

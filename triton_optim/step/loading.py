@@ -102,6 +102,8 @@ def _restore(view: OptimizerView, param: Tensor, state: State, name: str, value:
         device = getattr(state.get("step"), "device", "cpu")
         kept = value.dtype in _COUNTER_DTYPES or value.is_complex()  # which is refused
         state[name] = value.to(device, value.dtype if kept else step_dtype())
+    elif name == REMAINDER and value.is_floating_point():  # torch's own optimizer has cast it
+        del state[name]
     elif name == REMAINDER or value.dtype == EIGHT_BITS:
         state[name] = value.to(param.device)
     else:

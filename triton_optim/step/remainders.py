@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.autograd.graph import increment_version
+
+from ..tensors.sharding import local
 
 _Written = tuple[int, int]
 
@@ -46,6 +51,39 @@ class Remainders:
     def forget(self) -> None:
         """State was replaced."""
         self._seen.clear()
+
+
+def check_counted_apart(params: Iterable[tuple[Tensor, str]]) -> None:
+    """Refuse parameters that were cut from one tensor: torch counts their writes together.
+
+    A step of one would look like a write of the other from outside, at every step.
+
+    Args:
+        params: each with its description.
+
+    Raises:
+        RuntimeError: there are some.
+    """
+    by_memory = defaultdict(list)
+    for param, where in params:
+        shard = local(param)
+        if shard.dtype == torch.bfloat16 and not (shard.is_meta or shard.is_inference()):
+            by_memory[shard.untyped_storage().data_ptr()].append((shard, where))
+    for (first, where), *others in by_memory.values():
+        for other, where_other in others:
+            if first is not other and _share_a_counter(first, other):
+                raise RuntimeError(
+                    f"{where} and {where_other} were cut from one tensor, so that torch counts "
+                    "their writes together, and master_weight_bits=32 cannot tell which of them "
+                    "was written; give each memory of its own, as .clone() makes it"
+                )
+
+
+def _share_a_counter(one: Tensor, other: Tensor) -> bool:
+    with _unsafe_preserve_version_counter(one):
+        before = other._version
+        increment_version(one)
+        return other._version != before
 
 
 def _written(tensor: Tensor) -> _Written:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,45 +10,52 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from ..optimizer import FusedOptimizer
+from ..options import Group
 from ..step.state import new_state
+from ..step.view import OptimizerView
 from ..storage import REMAINDER
 from ..tensors.sharding import dtensor_like, is_dtensor, local, local_of
 
+Optimizers = FusedOptimizer | Iterable[FusedOptimizer]
 
-def fp32_state_dict(model: Module, optimizer: FusedOptimizer) -> dict[str, Any]:
+
+def fp32_state_dict(model: Module, optimizer: Optimizers) -> dict[str, Any]:
     """`model.state_dict()` with the float32 values of its bfloat16 parameters.
 
     Args:
         model: any; parameters may be DTensors, whose shards are given.
-        optimizer: over all or some of its parameters, made with `master_weight_bits=32`. A
-            parameter without a remainder there has the value that it shows.
+        optimizer: over all or some of its parameters, made with `master_weight_bits=32`; or several
+            of them. A parameter without a remainder there has the value that it shows.
 
     Returns:
         Copies of bfloat16 parameters as float32; everything else as `model.state_dict()` has it.
 
     Raises:
-        ValueError: the optimizer is not made with `master_weight_bits=32`.
+        ValueError: the optimizer is not made with `master_weight_bits=32`, or has no parameter of
+            the model.
     """
-    _check_has_float32(optimizer)
     state_dict: dict[str, Any] = model.state_dict(keep_vars=True)
+    owners = _owners(state_dict, optimizer)
     for name, value in state_dict.items():
         if isinstance(value, Parameter) and value.dtype == torch.bfloat16:
-            state_dict[name] = _float32(optimizer, value)
+            view, _ = owners.get(id(value), (None, {}))
+            state_dict[name] = value.detach().float() if view is None else _float32(view, value)
         elif isinstance(value, Tensor):
             state_dict[name] = value.detach()
     return state_dict
 
 
 def load_fp32_state_dict(
-    model: Module, optimizer: FusedOptimizer, state_dict: Mapping[str, Any], strict: bool = True
+    model: Module, optimizer: Optimizers, state_dict: Mapping[str, Any], strict: bool = True
 ) -> Any:
     """Load float32 weights into bfloat16 parameters and their remainders: `fp32_state_dict` back.
 
     Args:
         model: as `fp32_state_dict` takes it.
-        optimizer: likewise; what else it has of these parameters stays as it is. Load its state
-            before: `load_state_dict` replaces remainders, and torch.distributed.checkpoint makes
-            state to load into only where there is none.
+        optimizer: likewise; what else it has of these parameters stays as it is. Give all that the
+            model has: parameters of others are rounded. Load their state before: `load_state_dict`
+            replaces remainders, and torch.distributed.checkpoint makes state to load into only
+            where there is none.
         state_dict: by name; values of bfloat16 parameters may be of any real dtype.
         strict: see `torch.nn.Module.load_state_dict`.
 
@@ -56,24 +63,23 @@ def load_fp32_state_dict(
         What `model.load_state_dict` does.
 
     Raises:
-        ValueError: the optimizer is not made with `master_weight_bits=32`.
+        ValueError: as `fp32_state_dict`.
         RuntimeError: names or shapes differ; see `torch.nn.Module.load_state_dict`. No remainder
             has been written then.
     """
-    _check_has_float32(optimizer)
-    view, params = optimizer._fused_view(), model.state_dict(keep_vars=True)
-    ids = {id(param) for param in view.params if view.options.keeps_remainder(param)}
+    params = model.state_dict(keep_vars=True)
+    owners = _owners(params, optimizer)
     rounded, remainders = dict(state_dict), []
     for name, value in state_dict.items():
-        if id(params.get(name)) in ids and isinstance(value, Tensor):
+        owner = owners.get(id(params.get(name)))
+        if owner is not None and isinstance(value, Tensor):
             rounded[name] = _shardwise(lambda x: _split(x)[0], value)
-            remainders.append((params[name], _shardwise(lambda x: _split(x)[1], value)))
+            remainders.append((*owner, params[name], _shardwise(lambda x: _split(x)[1], value)))
     outcome = model.load_state_dict(rounded, strict)
-    groups = {id(param): group for group in view.groups for param in group["params"]}
-    for param, remainder in remainders:
-        state = optimizer.state[param]
+    for view, group, param, remainder in remainders:
+        state = view.state.setdefault(param, {})
         if view.rule.counts_step and not view.rule.has_state(state):
-            state.update(new_state(view, param, groups[id(param)]))  # torch asks for its step
+            state.update(new_state(view, param, group))  # torch asks for its step
         if REMAINDER not in state:
             state[REMAINDER] = torch.empty_like(param, dtype=torch.int16, requires_grad=False)
         state[REMAINDER].copy_(remainder)
@@ -81,26 +87,46 @@ def load_fp32_state_dict(
     return outcome
 
 
-def _check_has_float32(optimizer: object) -> None:
-    options = optimizer._stepper.options if isinstance(optimizer, FusedOptimizer) else None
-    if options is None or options.master_weight_bits is None:
-        raise ValueError(
-            f"{type(optimizer).__name__} has no float32 values of parameters; give an optimizer of "
-            "triton_optim that was made with master_weight_bits=32, or use the model's own "
-            "state_dict()"
-        )
+def _owners(params: Mapping[str, Any], optimizers: Any) -> dict[int, tuple[OptimizerView, Group]]:
+    """By id of a parameter, the optimizer that has its float32 values, and its group."""
+    owners: dict[int, tuple[OptimizerView, Group]] = {}
+    ids = {*map(id, params.values())}
+    for optimizer in optimizers if isinstance(optimizers, Iterable) else [optimizers]:
+        options = optimizer._stepper.options if isinstance(optimizer, FusedOptimizer) else None
+        if options is None or options.master_weight_bits is None:
+            raise ValueError(
+                f"{type(optimizer).__name__} has no float32 values of parameters; give an "
+                "optimizer of triton_optim that was made with master_weight_bits=32, or use the "
+                "model's own state_dict()"
+            )
+        view = optimizer._fused_view()
+        if ids.isdisjoint(map(id, view.params)):
+            raise ValueError(
+                f"no parameter of {type(optimizer).__name__} is in the model; make the optimizer "
+                "anew where load_state_dict(assign=True) replaced them"
+            )
+        owners |= {
+            id(param): (view, group)
+            for group in view.groups
+            for param in group["params"]
+            if options.keeps_remainder(param)
+        }
+    return owners
 
 
-def _float32(optimizer: FusedOptimizer, param: Tensor) -> Tensor:
-    remainder = optimizer.state.get(param, {}).get(REMAINDER)
+def _float32(view: OptimizerView, param: Tensor) -> Tensor:
+    remainder = view.state.get(param, {}).get(REMAINDER)
     pairs = [] if remainder is None else [(local(param), local(remainder))]
-    if remainder is None or optimizer._stepper.remainders.stale(pairs):
+    if remainder is None or view.remainders.stale(pairs):
         return param.detach().float()
     return _shardwise(_joined, param.detach(), remainder)
 
 
 def _joined(param: Tensor, remainder: Tensor) -> Tensor:
-    return ((param.view(torch.int16).int() << 16) + remainder).view(torch.float32)
+    """As kernels/formats.py does."""
+    high = param.view(torch.int16).int() << 16
+    bits = high + remainder
+    return torch.where((bits & 0x7FFFFFFF) >= 0x7FFF0000, high, bits).view(torch.float32)
 
 
 def _split(value: Tensor) -> tuple[Tensor, Tensor]:

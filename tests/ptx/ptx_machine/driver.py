@@ -60,6 +60,7 @@ class Machine:
         self.after: list[Callable[[Run], object]] = []
         self.n_launches = 0
         self.utils = SimpleNamespace(
+            unload_module=lambda _: None,
             load_binary=self._load,
             get_device_properties=lambda _: {"max_shared_mem": SHARED_MEMORY[architecture]},
         )
