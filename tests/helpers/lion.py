@@ -5,13 +5,13 @@ Chen et al., "Symbolic discovery of optimization algorithms", 2023.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from triton_optim import FusedOptimizer, Rule
-from triton_optim.options import Group
-from triton_optim.rule import State
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -25,7 +25,9 @@ def lion_rule(param, grad, state, hyper, step, FLAGS: tl.constexpr):  # type: ig
     return param, (beta2.to(grad.dtype) * exp_avg + (1 - beta2).to(grad.dtype) * grad,)
 
 
-def lion_reference(param: Tensor, grad: Tensor, state: State, group: Group) -> None:
+def lion_reference(
+    param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
+) -> None:
     exp_avg, beta1, beta2 = state["exp_avg"], group["beta1"], group["beta2"]
     update = (beta1 * exp_avg + (1 - beta1) * grad).sign_()
     param.sub_(group["lr"] * (update + group["weight_decay"] * param))
