@@ -299,13 +299,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         rows = view.rule.row_wise
         if self._stepper.plan is not None:
             self._stepper.plan.forget_skipped(view)
-        try:
+
+        def show(_: torch.optim.Optimizer) -> None:
             if rows is not None and rows.lazy is not None:
                 self.state = caught_up(view, self._stepper.lazy_values or [])
             elif view.options.has_eight_bits:
                 self.state = decoded_states(view)
+
+        last = self.register_state_dict_pre_hook(show)  # others may write to the state
+        try:
             return super().state_dict()
         finally:
+            last.remove()
             self.state = state
 
     @_disable_dynamo

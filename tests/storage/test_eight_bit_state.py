@@ -121,6 +121,19 @@ def test_saved_and_resumed_to_the_bit(case: Case) -> None:
     tensors.train(theirs, 1)
 
 
+def test_what_a_hook_puts_into_the_state() -> None:
+    """Before it is saved: it stays there."""
+    param = Parameter(torch.ones(5, device=DEVICE))
+    optimizer = triton_optim.AdamW([param], state_dtype="8bit")
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    optimizer.register_state_dict_pre_hook(lambda o: o.state[param].update(mine=7))
+    (saved,) = optimizer.state_dict()["state"].values()
+    assert saved["mine"] == optimizer.state[param]["mine"] == 7
+    assert saved["exp_avg"].dtype == torch.bfloat16
+    assert optimizer.state[param]["exp_avg"].dtype == torch.uint8
+
+
 def test_checkpoints_of_float32_state() -> None:
     tensors = Tensors(torch.float32, torch.float32, SPECS)
     reference = torch.optim.AdamW(tensors.params)
