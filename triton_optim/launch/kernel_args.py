@@ -13,7 +13,7 @@ from .tuning import Config
 from .variant import Variant
 
 # Left alone, ptxas squeezes kernels of two states into 64 registers, of three into 80, and gated
-# ones of one state into 56, where some spill. Those that round stochastically it leaves what they
+# ones of one state, or with a remainder, into 56, where some spill. Those that round stochastically it leaves what they
 # need, and limits made them spill.
 STATES_REGISTERS = {2: 80, 3: 96}
 MISALIGNED_REGISTERS = 16  # more, where elements are loaded one by one
@@ -95,8 +95,9 @@ def options(variant: Variant, config: Config, architecture: str) -> dict[str, An
             chosen["maxnreg"] = STATES_REGISTERS[variant.n_states] + more
         elif variant.n_states == 1 and "DECOUPLED" in variant.flags:
             chosen["maxnreg"] = GATED_REGISTERS + more
-        elif variant.n_states == 1 and variant.conditions and not variant.aligned:
-            chosen["maxnreg"] = GATED_REGISTERS
+        elif variant.n_states == 1 and not variant.aligned:
+            if variant.conditions or variant.has_formats:
+                chosen["maxnreg"] = GATED_REGISTERS
     return chosen
 
 
