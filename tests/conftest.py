@@ -77,6 +77,13 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "MAX_ROW_BLOCKS", 2)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _few_objects() -> None:
+    """Where compiled kernels are executed, all tensors are looked for among all objects."""
+    if PTX:
+        on_ptx.settle()
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

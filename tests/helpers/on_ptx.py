@@ -11,13 +11,15 @@ import triton
 from guarded_memory import guarded_buffers
 from lab import traffic
 from ptx_machine.access import Access
-from ptx_machine.driver import Machine, all_tensors, install
+from ptx_machine.driver import Machine, all_tensors, install, settle
 from ptx_machine.floats import Array
 from ptx_machine.global_memory import Spans
 from ptx_machine.grid import Run
 from sanitizer import Sanitizer
 
 from triton_optim.launch import backend
+
+__all__ = ["machine", "sanitized", "settle", "start", "watched"]
 
 
 def machine() -> Machine:

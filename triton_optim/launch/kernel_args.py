@@ -13,8 +13,8 @@ from .tuning import Config
 from .variant import Variant
 
 # Left alone, ptxas squeezes kernels of two states into 64 registers, of three into 80, and gated
-# ones of one state, or with a remainder, into 56, where some spill. Those that round stochastically it leaves what they
-# need, and limits made them spill.
+# ones of one state, or with a remainder, into 56, where some spill. Those that round stochastically
+# it leaves what they need, and limits made them spill.
 STATES_REGISTERS = {2: 80, 3: 96}
 MISALIGNED_REGISTERS = 16  # more, where elements are loaded one by one
 GATED_REGISTERS = 64
@@ -95,9 +95,12 @@ def options(variant: Variant, config: Config, architecture: str) -> dict[str, An
             chosen["maxnreg"] = STATES_REGISTERS[variant.n_states] + more
         elif variant.n_states == 1 and "DECOUPLED" in variant.flags:
             chosen["maxnreg"] = GATED_REGISTERS + more
-        elif variant.n_states == 1 and not variant.aligned:
-            if variant.conditions or variant.has_formats:
-                chosen["maxnreg"] = GATED_REGISTERS
+        elif (
+            variant.n_states == 1
+            and not variant.aligned
+            and (variant.conditions or variant.has_formats)
+        ):
+            chosen["maxnreg"] = GATED_REGISTERS
     return chosen
 
 

@@ -121,13 +121,27 @@ class Machine:
 
 def all_tensors() -> Spans:
     """The memory of all tensors of this process."""
+    return Spans(_settled | _of_tensors())
+
+
+def settle() -> None:
+    """Take the tensors of now for ones that stay: `all_tensors` looks at later ones alone."""
+    gc.collect()
+    _settled.update(_of_tensors())
+    gc.freeze()
+
+
+_settled: set[Span] = set()
+
+
+def _of_tensors() -> set[Span]:
     found: set[Span] = set()
     for thing in gc.get_objects():
         plain = type(thing) in (torch.Tensor, torch.nn.Parameter)
         if plain and thing.is_cpu and thing.layout == torch.strided:
             storage = thing.untyped_storage()
             found.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
-    return Spans(found)
+    return found
 
 
 def install(architecture: str) -> Machine:
