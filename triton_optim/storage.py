@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ class StorageOptions:
             return self.state_dtype.values()
         return () if self.state_dtype is None else (self.state_dtype,)
 
-    @property
+    @cached_property
     def may_round(self) -> bool:
         """Whether anything may be rounded stochastically: then every step is counted."""
         if self.stochastic_rounding is None:

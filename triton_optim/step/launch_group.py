@@ -172,7 +172,8 @@ class LaunchGroup:
         """Launch the updates, and count the steps."""
         if not (conditions.enabled or 1 in tensors.present):
             return
-        self.drop_stale(tensors)
+        if tensors.remainders:
+            self.drop_stale(tensors)
         scalars = conditions.kernel_args(self.device) if conditions.enabled else {}
         self._counting.launch(scalars, conditions)
         launched = self._launch(scalars, conditions)
@@ -208,7 +209,8 @@ class LaunchGroup:
     def bump_versions(self, tensors: StepTensors) -> None:
         """Tell torch what was written."""
         increment_version([*tensors.written, *tensors.dtensors, *tensors.counted])
-        self._remainders.keep(tensors.remainders)
+        if tensors.remainders:
+            self._remainders.keep(tensors.remainders)
 
     def _is_taken(self, conditions: StepConditions) -> Tensor:
         taken = torch.ones((), dtype=torch.bool, device=self.device)
