@@ -131,6 +131,10 @@ def _eight_bits(_: Rule, storage: Storage) -> bool:
     return storage.state == torch.uint8
 
 
+def _asks_for_state(_: Rule, storage: Storage) -> bool:
+    return "state_dtype" in dict(storage.options)
+
+
 def _half_param(_: Rule, storage: Storage) -> bool:
     return storage.param != torch.float32
 
@@ -154,7 +158,10 @@ ADAM = {"AdamW": "Adam"}  # its default is decoupled decay
 IMPLEMENTATIONS = (
     Implementation(
         OURS, OURS, _from(OURS, fused=True),
-        _unless((_both(_rule("rmsprop-cm"), _eight_bits), "8 bits are not enough for grad_avg")),
+        _unless(
+            (_both(_rule("rmsprop-cm"), _eight_bits), "8 bits are not enough for grad_avg"),
+            (_both(_rule("sgd"), _asks_for_state), "SGD without momentum keeps no state"),
+        ),
         step_on_gpu=True,
     ),
     Implementation("torch for-loop", "torch", _from("torch.optim", foreach=False), _torch),
