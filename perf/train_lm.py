@@ -30,7 +30,7 @@ from lab.checkpoints import DamagedCheckpoint, last_of_each
 from lab.curves import ONE_PROCESS, plot, report
 from lab.language_model import Text
 from lab.options import arguments
-from lab.processes import ALONE, Processes, ends_with_a_message, joined
+from lab.processes import ALONE, Processes, ends_with_a_message, joined, leave
 from lab.training import Run, interpret, train
 
 
@@ -48,7 +48,7 @@ def main() -> None:
         return
     runs = train_together(args, text) if args.folder else train_all(args, text, ALONE)
     if not first:
-        return
+        leave()
     if args.against == "single":
         runs += [
             train(args, text, name, "triton_optim")._replace(by=ONE_PROCESS)
