@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from ptx_machine.access import Fault
+from ptx_machine.global_memory import Spans
 from ptx_machine.parser import UnknownPTX
 from ptx_machine.sectors import Requests, total
 from small_kernels import array, code, launch
@@ -260,3 +261,12 @@ def test_a_shuffle_of_some_lanes_raises() -> None:
 def test_a_branch_that_some_threads_take_raises() -> None:
     with pytest.raises(UnknownPTX, match="a branch that some threads"):
         launch("setp.eq.b32 %p1, %r2, 0; @%p1 bra $L__BB0_1;\n$L__BB0_1:", array(64))
+
+
+def test_what_is_said_of_an_address_beyond_all() -> None:
+    """One that no int64 holds."""
+    said = Spans({(4096, 8192)}).around(2**64 - 8)
+    assert (
+        said == f"{2**64 - 8 - 4096} bytes from the start and {2**64 - 8 - 8192} from the end "
+        "of the nearest, of 4096 bytes"
+    )

@@ -69,11 +69,11 @@ class Spans:
         """Where the nearest span is, in words."""
         if not len(self.starts):
             return "there is none"
-        starts, stops = self.starts.astype(np.int64), self.stops.astype(np.int64)
-        i = np.minimum(abs(starts - address), abs(stops - address)).argmin()
+        spans = zip(self.starts.tolist(), self.stops.tolist(), strict=True)
+        start, stop = min(spans, key=lambda span: min(abs(place - address) for place in span))
         return (
-            f"{address - starts[i]} bytes from the start and {address - stops[i]} from the end of "
-            f"the nearest, of {stops[i] - starts[i]} bytes"
+            f"{address - start} bytes from the start and {address - stop} from the end of the "
+            f"nearest, of {stop - start} bytes"
         )
 
 
